@@ -1,0 +1,33 @@
+"""``quintic evaluate``: loss and bits per byte on text that was not trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+__all__ = ["evaluate"]
+
+
+def evaluate(run: Path, /, *data: Path, split: str = "test", checkpoint: str = "best", device: str = "auto") -> None:
+    """Evaluate a run on its own held-out test split, or on other text.
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    data
+        Files and folders to evaluate on, whole; without any, a split of the run's own data.
+    split
+        test or validation, of the run's own data.
+    checkpoint
+        best (lowest validation loss), last, or a step number.
+    device
+        auto, cpu, cuda, cuda:1 or mps.
+    """
+    from quintic.cli.wiring import evaluate_run
+
+    values, what = evaluate_run(run, list(data), split, checkpoint, device)
+    loss = next(value for name, value in values.items() if name.endswith("_loss"))
+    bits = next(value for name, value in values.items() if name.endswith("_bits_per_byte"))
+    Console().print(f"{what}: loss {loss:.4f} nats a token, {bits:.4f} bits per byte", markup=False, highlight=False)

@@ -1,0 +1,46 @@
+"""``quintic resume``: go on with a run that was stopped or killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from quintic.core import DataError
+
+__all__ = ["resume"]
+
+
+def resume(run: Path, /, *, device: str | None = None) -> None:
+    """Continue a stopped run to its last step, bit for bit as if it had never stopped.
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    device
+        Continue on another device than the run's own.
+    """
+    from quintic.cli.train import run_training
+    from quintic.cli.wiring import build_task, open_run
+    from quintic.engine.metrics import read_metrics
+
+    console = Console()
+    folder, settings, header = open_run(run)
+    rows = read_metrics(folder.metrics_file)
+    steps = settings["engine"].steps
+    if rows and rows[-1]["step"] >= steps:
+        console.print(
+            f"{run} is finished: all {steps} steps are done; nothing to resume", markup=False, highlight=False
+        )
+        return
+    task, settings, _ = build_task(header["task"], [Path(path) for path in header["paths"]], settings)
+    if task.fingerprint != header["fingerprint"]:
+        source = ", ".join(header["paths"]) or "the embedded corpus"
+        raise DataError(
+            f"the data of {run} has changed since it was started, so a resume would not continue the same run; "
+            f"put the text back as it was ({source}), or start a new run with quintic train"
+        )
+    if device is not None:
+        settings = settings.derive("engine.device", device, "given")
+    run_training(console, task, settings, folder)

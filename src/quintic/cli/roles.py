@@ -1,0 +1,37 @@
+"""``quintic roles``: which parameter is trained by which algorithm, and why."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from quintic.cli.wiring import build_settings, split_arguments
+from quintic.core import ConfigError
+
+__all__ = ["roles"]
+
+
+def roles(*arguments: str, task: str = "lm", size: str = "laptop") -> None:
+    """Print the table of parameters: shape, role, algorithm, scale and reason.
+
+    Parameters
+    ----------
+    arguments
+        Settings as section.field=value.
+    task
+        What would be trained: lm.
+    size
+        Preset: tiny, laptop, small.
+    """
+    paths, overrides = split_arguments(arguments)
+    if paths:
+        raise ConfigError(f"roles takes settings only, found the path {paths[0]}")
+    settings = build_settings(task, size, overrides)
+
+    import torch
+
+    from quintic.lm import LanguageModel
+    from quintic.optim import roles as table_of
+
+    with torch.device("meta"):
+        model = LanguageModel(settings["lm"], seed=None)
+    Console().print(str(table_of(model, scale=settings["optim"].scale)), markup=False, highlight=False, soft_wrap=True)

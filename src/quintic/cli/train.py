@@ -1,0 +1,161 @@
+"""``quintic train``: from text to a trained model, a report and a first sample."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+from quintic.cli.wiring import TASKS, build_settings, build_task, section_types, split_arguments
+
+if TYPE_CHECKING:
+    from quintic.engine import Run, Settings, Task
+
+__all__ = ["run_training", "train"]
+
+
+def train(
+    *arguments: str,
+    task: str = "lm",
+    size: str = "laptop",
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int | None = None,
+    settings: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Train a model on text; without a path, on the embedded corpus (Moby Dick).
+
+    Examples: quintic train my_notes/ --size laptop - quintic train book.txt optim.lr=0.01 lm.num_experts=32
+
+    Parameters
+    ----------
+    arguments
+        Files and folders (.txt, .md, .jsonl, each also .gz; folders are searched), and settings as
+        section.field=value. See --settings for all of them.
+    task
+        What to train: lm.
+    size
+        Preset that fills every setting: tiny, laptop, small.
+    out
+        Run folder to create; it must not hold a run yet. Default: runs/NAME.
+    device
+        auto, cpu, cuda, cuda:1 or mps.
+    dtype
+        Of matrix products: auto, float32, bfloat16 or float64.
+    seed
+        Initial weights, data order and samples follow from it.
+    settings
+        List every setting with its meaning and its value for this size, and exit.
+    """
+    console = Console()
+    paths, overrides = split_arguments(arguments)
+    for name, value in (("device", device), ("dtype", dtype), ("seed", seed)):
+        if value is not None:
+            overrides.append(f"engine.{name}={value}")
+    resolved = build_settings(task, size, overrides)
+    if settings:
+        _list_settings(console, resolved)
+        return
+
+    from quintic.core.machine import pick_device, pick_dtype
+    from quintic.engine import Run
+
+    engine = resolved["engine"]
+    chosen = pick_dtype(engine.dtype, pick_device(engine.device))
+    if engine.dtype == "auto":
+        # Written down, so that a resume computes in the same precision.
+        name = str(chosen).removeprefix("torch.")
+        resolved = resolved.derive("engine.dtype", name, f"fastest safe one on {pick_device(engine.device).type} here")
+    folder = _free_folder(paths, size) if out is None else out
+    Run.refuse_existing(folder)
+    console.print("reading text ..." if paths else "reading the embedded corpus, Moby Dick ...", highlight=False)
+    made, resolved, warnings = build_task(task, paths, resolved)
+    for warning in warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False, style="yellow")
+    lines, facts = made.describe()
+    for line in lines:
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+    _print_settings(console, resolved)
+    header = {
+        "task": task,
+        "size": size,
+        "paths": [str(path.absolute()) for path in paths],
+        "fingerprint": made.fingerprint,
+    }
+    run = Run.create(folder, resolved, header)
+    made.save_with(folder)
+    run.record(task=task, size=size, title=_title(paths), seed=engine.seed, **facts)
+    console.print(f"run folder: {folder}", highlight=False, markup=False)
+    run_training(console, made, resolved, run)
+
+
+def run_training(console: Console, task: Task, settings: Settings, run: Run) -> None:
+    """Train, write the report and say how it ended."""
+    from quintic.engine.loop import train as train_loop
+    from quintic.report import write_report
+
+    outcome = train_loop(task, settings, run, console)
+    report = write_report(run.folder)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    if outcome.sample:
+        say(f"\nsample:\n{outcome.sample}\n")
+    if outcome.finished:
+        best = f"validation {outcome.row['val_loss']:.4f} nats"
+        if "val_bits_per_byte" in outcome.row:
+            best += f" a token, {outcome.row['val_bits_per_byte']:.4f} bits per byte"
+        say(f"finished {outcome.step} steps: {best}")
+    else:
+        say(f"stopped at step {outcome.step}; continue with: quintic resume {run.folder}")
+    if outcome.peak_memory is not None:
+        say(f"peak memory: {outcome.peak_memory / 2**20:,.0f} MiB")
+    say(f"report: {report}")
+    if outcome.finished:
+        say(f'next: quintic generate {run.folder} --prompt "..."')
+
+
+def _free_folder(paths: list[Path], size: str) -> Path:
+    """runs/NAME-SIZE, or with a number behind if that is taken."""
+    base = Path("runs") / f"{_title(paths).lower().replace(' ', '-')}-{size}"
+    folder, number = base, 2
+    while folder.exists():
+        folder, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return folder
+
+
+def _title(paths: list[Path]) -> str:
+    if not paths:
+        return "Moby Dick"
+    return paths[0].absolute().name.split(".")[0] or "text"
+
+
+def _print_settings(console: Console, settings: Settings) -> None:
+    """Every resolved value, and its source where that is neither default nor preset."""
+    console.print("settings:")
+    for section, values in settings.sections.items():
+        words = []
+        for field in dataclasses.fields(values):
+            source = settings.sources[f"{section}.{field.name}"]
+            shown = f"{field.name}={getattr(values, field.name)}"
+            words.append(shown if source == "default" or source.startswith("preset") else f"{shown} ({source})")
+        console.print(f"  {section}: " + ", ".join(words), markup=False, highlight=False)
+
+
+def _list_settings(console: Console, settings: Settings) -> None:
+    from quintic.engine.config import field_help
+
+    for section, kind in section_types(TASKS[0]).items():
+        table = Table("setting", "value", "meaning", title=section, title_justify="left", box=None, pad_edge=False)
+        helps = field_help(kind)
+        for field in dataclasses.fields(kind):
+            value = getattr(settings[section], field.name)
+            table.add_row(f"{section}.{field.name}", str(value), helps.get(field.name, ""))
+        console.print(table)
+        console.print()

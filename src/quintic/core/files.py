@@ -1,0 +1,133 @@
+"""Files that are either whole or absent: write beside, flush to the disk, rename.
+
+A reader never sees half a file: ``atomic_write`` and ``atomic_folder`` build under a temporary name in
+the same folder, ``fsync`` the content, rename in one step and ``fsync`` the parent folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = [
+    "atomic_folder",
+    "atomic_write",
+    "cache_dir",
+    "fsync_path",
+    "sha256_bytes",
+    "sha256_file",
+]
+
+CACHE_VARIABLE = "QUINTIC_CACHE"
+
+
+def cache_dir(*parts: str) -> Path:
+    """Folder for things that can be made again (tokens, measured speeds); created if absent.
+
+    ``$QUINTIC_CACHE`` if set, else the platform's cache folder. Deleting it is always safe.
+    """
+    if root := os.environ.get(CACHE_VARIABLE):
+        base = Path(root).expanduser()
+    elif os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "quintic"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quintic"
+    folder = base.joinpath(*parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_path(path: str | os.PathLike[str]) -> None:
+    """Flush a file or a folder entry to the disk. Folders cannot be opened on Windows: no-op there."""
+    path = Path(path)
+    if os.name == "nt":
+        if path.is_dir():
+            return
+        # Windows flushes only handles that may write.
+        handle = os.open(path, os.O_RDWR)
+    else:
+        handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write a file so that it holds the old content or the new, never a part.
+
+    Args:
+        path: Target; its folder must exist.
+        data: Bytes, or text to be written as UTF-8 with ``\\n`` line ends.
+
+    Raises:
+        OSError: The disk is full or the folder is not writable; the old file is untouched.
+    """
+    path = Path(path)
+    content = data.encode("utf-8") if isinstance(data, str) else data
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; follow the user's umask as open() would.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    fsync_path(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Build a folder under ``NAME.tmp``, flush every file in it, then rename it to ``NAME``.
+
+    A leftover ``NAME.tmp`` of a killed process is removed first. If the body raises, nothing remains.
+
+    Args:
+        path: Target folder; must not exist.
+
+    Yields:
+        The temporary folder to write into.
+
+    Raises:
+        FileExistsError: The target exists.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+    temporary = path.with_name(path.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            fsync_path(file)
+        fsync_path(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_path(path.parent)

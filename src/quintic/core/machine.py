@@ -1,0 +1,155 @@
+"""What this hardware does fast: devices, dtypes, the measured peak of its matrix product, memory.
+
+Choices that touch training (device, dtype) depend on capability alone, never on a timing. The measured
+peak only scales a displayed number (MFU) and is cached per machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quintic.core.errors import ConfigError, suggest
+from quintic.core.files import atomic_write, cache_dir, sha256_bytes
+
+__all__ = [
+    "DTYPES",
+    "describe",
+    "fast_dtype",
+    "matmul_peak",
+    "peak_memory_bytes",
+    "pick_device",
+    "pick_dtype",
+]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Resolve a device name.
+
+    Args:
+        name: ``auto`` (CUDA if present, else CPU), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+
+    Raises:
+        ConfigError: The name is unknown or the device is absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = name.split(":")[0]
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in present:
+        raise ConfigError(f"unknown device {name!r}{suggest(kind, ['auto', *present])}")
+    if not present[kind]:
+        raise ConfigError(f"device {name!r} is not available on this machine; use --device cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not understood; write for example cuda:0") from error
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """The fastest dtype for matrix products that is safe to train in: bfloat16 where there are matrix
+    units for it (CUDA from Ampere on, CPUs with AMX), else float32.
+
+    AVX512-BF16 does not count: without AMX torch's bfloat16 product is slower than its float32 one.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Resolve ``auto`` or one of :data:`DTYPES`.
+
+    Raises:
+        ConfigError: The name is unknown.
+    """
+    if name == "auto":
+        return fast_dtype(device)
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}{suggest(name, ['auto', *DTYPES])}")
+    return DTYPES[name]
+
+
+def cpu_name() -> str:
+    """The processor's marketing name where the system tells it."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Facts of this machine that belong beside any number measured on it."""
+    return {
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, *, remeasure: bool = False) -> float:
+    """Measured peak of the matrix product in FLOP/s: the best of a few sizes, about half a second.
+
+    The figure is cached per machine, device, dtype, thread count and torch version.
+    """
+    facts = describe(device, dtype)
+    key = sha256_bytes(json.dumps(facts, sort_keys=True).encode())[:16]
+    path = cache_dir("machine") / f"matmul-{key}.json"
+    if path.exists() and not remeasure:
+        try:
+            return float(json.loads(path.read_text())["flops_per_second"])
+        except (ValueError, KeyError, TypeError):
+            pass  # a damaged cache entry is measured again
+    best = 0.0
+    for size in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192):
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        out = a @ a
+        deadline = time.perf_counter() + 0.15
+        while time.perf_counter() < deadline:
+            _synchronize(device)
+            start = time.perf_counter()
+            torch.mm(a, a, out=out)
+            _synchronize(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    atomic_write(path, json.dumps({"flops_per_second": best, **facts}, indent=1))
+    return best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Largest memory held so far: of the device for CUDA, else resident memory of this process.
+
+    ``None`` where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

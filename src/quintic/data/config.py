@@ -1,0 +1,47 @@
+"""Settings of text data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quintic.core import ConfigError
+
+__all__ = ["DataConfig"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How text becomes tokens.
+
+    Raises:
+        ConfigError: A value is out of range; the message names the field.
+    """
+
+    tokenizer: str = "auto"
+    """auto (byte for small text, else bpe), byte, bpe, or the path of a tokenizer.json."""
+    vocab_size: int = 0
+    """Tokens of a trained tokenizer; 0 follows the amount of training text, about 1,000 bytes a token."""
+    encoding: str = "auto"
+    """auto (byte order mark, else UTF-8) or any codec of Python, such as gb18030 or utf-16."""
+    field: str = "text"
+    """Field of a JSON line that holds the text."""
+    validation_fraction: float = 0.05
+    """Part of the text, before the test part, that only measures; in order of the characters."""
+    test_fraction: float = 0.05
+    """Last part of the text, looked at by quintic evaluate alone."""
+    cross_documents: bool = True
+    """Whether attention may look into an earlier document of the same window."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size and not 257 <= self.vocab_size <= 1 << 20:
+            raise ConfigError(
+                f"data.vocab_size must be 0 (by size of the text) or between 257 and {1 << 20}, found {self.vocab_size}"
+            )
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"data.{name} must be between 0 and 1, found {getattr(self, name)}")
+        if self.validation_fraction + self.test_fraction > 1.0:
+            raise ConfigError(
+                "data.validation_fraction and data.test_fraction add up to more than 1: "
+                f"{self.validation_fraction} + {self.test_fraction}"
+            )

@@ -1,0 +1,216 @@
+"""Checkpoints that are whole or absent, and that know when they are damaged.
+
+``checkpoints/step-N/`` holds ``model.safetensors`` (weights and balancer), ``training.safetensors`` (optimizer
+and random generator), ``state.json`` (numbers) and ``manifest.json`` (format version, size and SHA-256 of each
+file). It is built as ``step-N.tmp``, flushed and renamed. Which one is newest or best is read off the folders
+and the metrics, never off a pointer file. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import quintic
+from quintic.core import CheckpointError
+from quintic.core.files import atomic_folder, sha256_file
+
+__all__ = [
+    "FORMAT",
+    "TrainState",
+    "list_checkpoints",
+    "load_model",
+    "load_training",
+    "prune_checkpoints",
+    "save_checkpoint",
+    "usable_checkpoint",
+    "verify_checkpoint",
+]
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass
+class TrainState:
+    """The numbers of a run that are not tensors."""
+
+    step: int = 0
+    """Optimizer steps taken; with the seed it is also the position in the data."""
+    counted: int = 0
+    """Elements (tokens) trained on."""
+    clipped: int = 0
+    """Steps whose gradient was clipped."""
+    seconds: float = 0.0
+    """Time spent in training steps."""
+    row: dict[str, Any] = field(default_factory=dict)
+    """Metrics of the last step; written to the metrics file once it is complete."""
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """{step: folder} of the complete checkpoints, oldest first. Unfinished ones end in ``.tmp``."""
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, device: torch.device
+) -> Path:
+    """Write ``folder/step-N`` and return it; one that is there already (a rerun after a crash) is replaced."""
+    target = folder / f"step-{state.step}"
+    tensors, scalars = _flatten_optimizer(model, optimizer)
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    if target.exists():
+        shutil.rmtree(target)
+    with atomic_folder(target) as temporary:
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, temporary / "model.safetensors")
+        save_file(tensors, temporary / "training.safetensors")
+        (temporary / "state.json").write_text(json.dumps({**asdict(state), "optimizer": scalars}), encoding="utf-8")
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(temporary.iterdir())
+        }
+        manifest = {"format": FORMAT, "quintic": quintic.__version__, "torch": torch.__version__, "files": files}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return target
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Check format, sizes and hashes.
+
+    Raises:
+        CheckpointError: Something is missing, damaged or of a newer format; the message names the file.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        version, files = manifest["format"], manifest["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: no readable manifest.json") from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {version}, this version of Quintic reads format {FORMAT}; "
+            f"it was written by Quintic {manifest.get('quintic', '?')}"
+        )
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
+        if file.stat().st_size != size or sha256_file(file) != digest:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its recorded hash")
+
+
+def usable_checkpoint(folder: Path, warn: Callable[[str], None], first: int | None = None) -> Path | None:
+    """The newest checkpoint that verifies, or ``first`` if it does; None if there is no checkpoint at all.
+
+    Args:
+        folder: The ``checkpoints`` folder of a run.
+        warn: Told of each damaged checkpoint that was passed over.
+        first: Step to prefer (the best one).
+
+    Raises:
+        CheckpointError: There are checkpoints and all of them are damaged.
+    """
+    found = list_checkpoints(folder)
+    steps = sorted(found, reverse=True)
+    if first in found:
+        steps = [first, *(step for step in steps if step != first)]
+    for step in steps:
+        try:
+            verify_checkpoint(found[step])
+        except CheckpointError as error:
+            warn(f"{error}; trying another one")
+            continue
+        return found[step]
+    if found:
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged; restore one from a backup, or start again with "
+            "quintic train and another --out"
+        )
+    return None
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Load the weights of a verified checkpoint into a model of the same shape.
+
+    Raises:
+        CheckpointError: The weights are of another model; the message names the first tensor that differs.
+    """
+    try:
+        weights = load_file(path / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        here = tuple(own[name].shape) if name in own else "nothing"
+        there = tuple(weights[name].shape) if name in weights else "nothing"
+        if here != there:
+            raise CheckpointError(f"{path} does not fit the model: {name} is {there} there and {here} here")
+    model.load_state_dict(weights)
+
+
+def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> TrainState:
+    """Load optimizer and random generator of a verified checkpoint, and return its numbers."""
+    tensors = load_file(path / "training.safetensors")
+    numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    torch.set_rng_state(tensors.pop("rng.cpu"))
+    cuda_state = tensors.pop("rng.cuda", None)
+    if cuda_state is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda_state, device)
+    _unflatten_optimizer(model, optimizer, tensors, numbers.pop("optimizer"))
+    return TrainState(**numbers)
+
+
+def prune_checkpoints(folder: Path, keep_last: int, best: int | None) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints and the best one, and leftovers of killed saves."""
+    found = list_checkpoints(folder)
+    for step in sorted(found)[:-keep_last]:
+        if step != best:
+            shutil.rmtree(found[step])
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names in the order in which an optimizer's state_dict numbers its parameters."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    names = _parameter_names(model, optimizer)
+    for index, entries in optimizer.state_dict()["state"].items():
+        for key, value in entries.items():
+            name = f"optimizer.{names[index]}:{key}"
+            if isinstance(value, Tensor):
+                tensors[name] = value.contiguous()
+            else:
+                scalars[name] = value
+    return tensors, scalars
+
+
+def _unflatten_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]
+) -> None:
+    numbers = {name: index for index, name in enumerate(_parameter_names(model, optimizer))}
+    state: dict[int, dict[str, Any]] = {}
+    for full, value in {**tensors, **scalars}.items():
+        name, key = full.removeprefix("optimizer.").rsplit(":", 1)
+        state.setdefault(numbers[name], {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,235 @@
+"""The training loop, for every task. Read it top to bottom: it is the story of a run.
+
+config -> data -> task and model -> (loss, stats) -> optimizer -> metrics -> checkpoint. A step is a pure
+function of the state before it: the examples of step s are positions s B to (s + 1) B of an order fixed by
+(data, seed), so a checkpoint needs to remember only s. Order of events after a step: save, then validate, then
+sample, then write the step's metrics; a crash in any of them loses nothing that was learned.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from quintic.core import QuinticError
+from quintic.core.machine import describe, matmul_peak, peak_memory_bytes, pick_device, pick_dtype
+from quintic.data.order import Order
+from quintic.engine.checkpoint import (
+    TrainState,
+    load_model,
+    load_training,
+    prune_checkpoints,
+    save_checkpoint,
+    usable_checkpoint,
+)
+from quintic.engine.config import EngineConfig, Settings
+from quintic.engine.metrics import MetricsFile
+from quintic.engine.progress import Display
+from quintic.engine.run import Run
+from quintic.engine.signals import stop_requests
+from quintic.engine.task import Task
+from quintic.optim import OptimConfig, build_optimizer, clip_grad_norm_, lr_factor
+
+__all__ = ["Outcome", "TrainingError", "train"]
+
+
+class TrainingError(QuinticError):
+    """Training cannot go on: the loss or the gradient is no longer finite."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    finished: bool
+    """False if a signal stopped it; ``resume`` continues."""
+    step: int
+    """Steps taken in total."""
+    row: dict[str, Any]
+    """Metrics of the last step."""
+    sample: str
+    """The last sample in words; empty if none was made."""
+    peak_memory: int | None
+    """Bytes, where the system tells."""
+
+
+def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_peak: bool = False) -> Outcome:
+    """Train from the newest checkpoint of a run, or from the start if it has none.
+
+    Args:
+        task: What to train.
+        settings: Resolved settings with sections ``engine`` and ``optim``.
+        run: An existing run folder, :meth:`quintic.engine.run.Run.create` or ``open``.
+        console: Where progress goes.
+        quiet_peak: Skip the measurement of the matrix-product peak (MFU is then null).
+
+    Raises:
+        TrainingError: Loss or gradient is not finite; the weights of the last checkpoint are intact.
+        CheckpointError: Every checkpoint is damaged or does not fit.
+    """
+    engine: EngineConfig = settings["engine"]
+    optim: OptimConfig = settings["optim"]
+    device = pick_device(engine.device)
+    dtype = pick_dtype(engine.dtype, device)
+    peak = None if quiet_peak else matmul_peak(device, dtype)
+    facts = describe(device, dtype)
+    if peak is not None:
+        facts["matmul_gflops"] = round(peak / 1e9, 1)
+    run.record_machine(facts)
+    run.record(status="running")
+    display = Display(console, engine.steps)
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(engine.seed)
+        model = task.build(engine.seed).to(device)
+        if dtype == torch.float64:
+            model.double()
+        optimizer = build_optimizer(model, optim)
+        state = TrainState()
+        if checkpoint := usable_checkpoint(run.checkpoints, display.note):
+            load_model(checkpoint, model)
+            state = load_training(checkpoint, model, optimizer, device)
+            display.note(f"continuing from step {state.step}")
+        order = Order(task.num_examples, engine.seed, task.fingerprint)
+        metrics = MetricsFile(run.metrics_file, keep_through=state.step)
+        flops = task.flops_per_example(model) * engine.batch_size
+        sample = ""
+        saved = state.step
+
+        def save() -> None:
+            nonlocal saved
+            save_checkpoint(run.checkpoints, model, optimizer, state, device)
+            saved = state.step
+
+        with stop_requests(display.note) as should_stop, display.live(state.step):
+            while True:
+                # Finish the last step taken: what it owes is validation, a sample and its line of metrics.
+                if state.step > metrics.last_step:
+                    due = _due(state.step, engine)
+                    if due.evaluate:
+                        with _precision(device, dtype):
+                            values = task.evaluate(model, "validation", should_stop)
+                        if values is None:
+                            break
+                        state.row |= values
+                    if due.sample:
+                        path = run.samples / f"step-{state.step:06d}"
+                        with _precision(device, dtype):
+                            sample = task.sample(model, path, engine.seed, should_stop)
+                    metrics.append(state.row)
+                    display.step(state.row)
+                    if saved == state.step:
+                        prune_checkpoints(run.checkpoints, engine.keep_last, run.best_step())
+                if state.step >= engine.steps or should_stop():
+                    break
+
+                _take_step(task, model, optimizer, order, state, engine, optim, dtype, flops, peak)
+                # Save first: whatever follows may fail.
+                if _due(state.step, engine).save or should_stop():
+                    save()
+            if saved != state.step:
+                save()
+        metrics.close()
+
+    finished = state.step >= engine.steps and metrics.last_step == state.step
+    memory = peak_memory_bytes(device)
+    run.record_machine(facts | {"peak_memory_mb": None if memory is None else round(memory / 2**20)})
+    run.record(status="finished" if finished else "stopped", steps=state.step)
+    return Outcome(finished, state.step, state.row, sample, memory)
+
+
+def _take_step(
+    task: Task,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    order: Order,
+    state: TrainState,
+    engine: EngineConfig,
+    optim: OptimConfig,
+    dtype: torch.dtype,
+    flops: float,
+    peak: float | None,
+) -> None:
+    """Advance model, optimizer and state by one step, and fill ``state.row`` with its metrics."""
+    started = time.perf_counter()
+    device = next(model.parameters()).device
+    examples = order.examples(state.step * engine.batch_size, engine.batch_size)
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    total, count = 0.0, 0
+    size = engine.micro_batch_size or engine.batch_size
+    for start in range(0, engine.batch_size, size):
+        batch = task.batch(examples[start : start + size])
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        with _precision(device, dtype):
+            loss = task.loss(model, batch)
+        loss.total.backward()
+        total += float(loss.total.detach())
+        count += loss.count
+    # Sums over elements were differentiated: one division makes the mean, however the batch was cut.
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(1.0 / count)
+
+    before_optimizer = time.perf_counter()
+    clip = clip_grad_norm_(model.parameters(), optim.clip_norm or math.inf)
+    norm = float(clip.norm)
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise TrainingError(
+            f"step {state.step + 1}: loss {total / count:.4g}, gradient norm {norm:.4g} - not finite; nothing was "
+            "updated. The last checkpoint is intact; start a new run with a lower optim.lr or a longer warm-up"
+        )
+    lr = optim.lr * lr_factor(state.step, engine.steps, optim)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    stats = task.after_step(model)
+    ended = time.perf_counter()
+
+    state.step += 1
+    state.counted += count
+    state.clipped += int(bool(optim.clip_norm) and norm > optim.clip_norm)
+    state.seconds += ended - started
+    if state.step % engine.load_every and state.step != 1:
+        stats.pop("expert_load", None)
+    state.row = {
+        "step": state.step,
+        "loss": total / count,
+        **task.step_metrics(total / count),
+        "lr": lr,
+        "grad_norm": norm,
+        "clip_fraction": state.clipped / state.step,
+        "tokens": state.counted,
+        "seconds": state.seconds,
+        "tokens_per_second": count / (ended - started),
+        "optimizer_share": (ended - before_optimizer) / (ended - started),
+        "mfu": flops / (ended - started) / peak if peak else None,
+        **stats,
+    }
+
+
+def _precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Products in bfloat16 where that was chosen; weights and everything delicate stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Due:
+    save: bool
+    evaluate: bool
+    sample: bool
+
+
+def _due(step: int, engine: EngineConfig) -> _Due:
+    """What the end of a step calls for; the last step calls for everything."""
+
+    def every(period: int) -> bool:
+        return step == engine.steps or (bool(period) and step % period == 0)
+
+    return _Due(every(engine.checkpoint_every), every(engine.eval_every), every(engine.sample_every))

@@ -1,0 +1,72 @@
+"""metrics.jsonl: one JSON object per optimizer step, the truth that reports are drawn from.
+
+Rows are appended and flushed one by one, so a killed run leaves at most one torn last line. A resume cuts the
+file back to the step it resumes from: no step is missing or there twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from quintic.core.files import atomic_write
+
+__all__ = ["MetricsFile", "read_metrics"]
+
+Row = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """All whole rows of a metrics file; none if it does not exist. A torn last line is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # torn by a kill; nothing whole follows
+    return rows
+
+
+class MetricsFile:
+    """Append rows to a metrics file.
+
+    Args:
+        path: The file; created if absent.
+        keep_through: Rows of later steps are dropped first.
+    """
+
+    def __init__(self, path: Path, *, keep_through: int) -> None:
+        rows = [row for row in read_metrics(path) if row["step"] <= keep_through]
+        self.last_step: int = rows[-1]["step"] if rows else 0
+        atomic_write(path, "".join(_line(row) for row in rows))
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, row: Row) -> None:
+        """Write one row and hand it to the system."""
+        assert row["step"] == self.last_step + 1, f"step {row['step']} after {self.last_step}"
+        self._file.write(_line(row))
+        self._file.flush()
+        self.last_step = row["step"]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _line(row: Row) -> str:
+    return json.dumps(_plain(row)) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Round floats to 7 digits and write non-finite ones as null, which every JSON reader accepts."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,110 @@
+"""A run folder: ``config.toml``, ``run.json``, ``machine.json``, ``metrics.jsonl``, ``checkpoints/``, ``samples/``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quintic.core import CheckpointError
+from quintic.core.files import atomic_write
+from quintic.engine.checkpoint import list_checkpoints
+from quintic.engine.config import Settings
+from quintic.engine.metrics import read_metrics
+
+__all__ = ["Run"]
+
+
+class Run:
+    """Paths and small records of one run.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config_file = folder / "config.toml"
+        self.metrics_file = folder / "metrics.jsonl"
+        self.checkpoints = folder / "checkpoints"
+        self.samples = folder / "samples"
+
+    @classmethod
+    def refuse_existing(cls, folder: Path) -> None:
+        """Make sure that a new run may use a folder.
+
+        Raises:
+            CheckpointError: It holds a run or anything else, or cannot be written.
+        """
+        if (folder / "config.toml").exists():
+            raise CheckpointError(
+                f"{folder} holds a run already; continue it with: quintic resume {folder} - or choose another --out"
+            )
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder} exists and is not an empty folder; choose another --out")
+        ancestor = folder.absolute()
+        while not ancestor.exists():
+            ancestor = ancestor.parent
+        if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+            raise CheckpointError(f"no permission to write in {ancestor}; choose another --out")
+
+    @classmethod
+    def create(cls, folder: Path, settings: Settings, header: Mapping[str, Any]) -> Run:
+        """Make the folder and write the resolved configuration.
+
+        Raises:
+            CheckpointError: The folder is in use or cannot be written.
+        """
+        cls.refuse_existing(folder)
+        run = cls(folder)
+        for path in (folder, run.checkpoints, run.samples):
+            path.mkdir(parents=True, exist_ok=True)
+        atomic_write(run.config_file, settings.to_toml(header))
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """An existing run.
+
+        Raises:
+            CheckpointError: The folder holds no run.
+        """
+        if not (folder / "config.toml").is_file():
+            what = "does not exist" if not folder.exists() else "holds no run (no config.toml)"
+            raise CheckpointError(f"{folder} {what}; give the folder that quintic train printed, e.g. runs/laptop")
+        return cls(folder)
+
+    def header(self) -> dict[str, Any]:
+        """Top-level keys of ``config.toml``: task, size, data paths, fingerprint.
+
+        Raises:
+            CheckpointError: The file is damaged.
+        """
+        try:
+            return tomllib.loads(self.config_file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{self.config_file} is damaged: {error}") from error
+
+    def best_step(self) -> int | None:
+        """Step of the existing checkpoint with the lowest validation loss; None if none was validated."""
+        saved = list_checkpoints(self.checkpoints)
+        losses = {
+            row["step"]: row["val_loss"]
+            for row in read_metrics(self.metrics_file)
+            if row["step"] in saved and math.isfinite(row.get("val_loss") or math.nan)
+        }
+        return min(losses, key=lambda step: (losses[step], -step), default=None)
+
+    def record(self, **facts: Any) -> None:
+        """Merge facts into ``run.json``."""
+        path = self.folder / "run.json"
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        atomic_write(path, json.dumps({**old, **facts}, indent=1, ensure_ascii=False))
+
+    def record_machine(self, facts: Mapping[str, Any]) -> None:
+        """Write ``machine.json``."""
+        atomic_write(self.folder / "machine.json", json.dumps(facts, indent=1))

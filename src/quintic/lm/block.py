@@ -1,0 +1,52 @@
+"""One block: x + attention(norm(x)), then x + feed-forward(norm(x)); dense at first, experts after."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from quintic.lm.cache import LatentCache
+from quintic.lm.config import LMConfig
+from quintic.lm.mla import LatentAttention, RMSNorm
+from quintic.moe.experts import SwiGLU
+from quintic.moe.layer import MoE
+
+__all__ = ["Block"]
+
+
+class Block(nn.Module):
+    """A transformer block.
+
+    Args:
+        config: Sizes.
+        index: Position in the stack; the first ``num_dense_layers`` have a dense feed-forward.
+    """
+
+    def __init__(self, config: LMConfig, index: int) -> None:
+        super().__init__()
+        c = config
+        # Each of the 2 L branches adds to the residual stream; this keeps its variance of order one.
+        out_scale = (2 * c.num_layers) ** -0.5
+        self.attention_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.attention = LatentAttention(c, out_scale=out_scale)
+        self.ffn_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.ffn: SwiGLU | MoE
+        if index < c.num_dense_layers:
+            self.ffn = SwiGLU(c.d_model, c.d_ff, out_scale=out_scale)
+        else:
+            self.ffn = MoE(
+                c.d_model, c.d_expert, c.num_experts, c.top_k, num_shared=c.num_shared,
+                route_scale=c.route_scale, balance=c.make_balance(), out_scale=out_scale,
+            )  # fmt: skip
+
+    def forward(
+        self,
+        x_btd: Tensor,
+        rotation: Tensor,
+        allowed: Tensor | None = None,
+        counted: Tensor | None = None,
+        cache: LatentCache | None = None,
+    ) -> Tensor:
+        """(batch, time, width) -> the same; see :class:`LatentAttention` and :class:`quintic.moe.MoE`."""
+        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rotation, allowed, cache)
+        h_btd = self.ffn_norm(x_btd)
+        return x_btd + (self.ffn(h_btd, counted) if isinstance(self.ffn, MoE) else self.ffn(h_btd))

@@ -1,0 +1,114 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), as Moonlight uses it.
+
+Keys and values of all heads come from one latent c of width r, and position enters through a separate
+rotated part that the keys of all heads share:
+
+    c = norm(x W_a),  [k_nope | v] = c W_b,  k = [k_nope | rope(x W_r)],  q = [q_nope | rope(q_rope)]
+
+Legend: b batch, t time, s time of keys, h heads, r latent, p rotated width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quintic.core.roles import Constant, Normal, Role, declare
+from quintic.lm.cache import LatentCache
+from quintic.lm.config import LMConfig
+from quintic.lm.rope import rotate
+
+__all__ = ["LatentAttention", "Linear", "RMSNorm"]
+
+
+class Linear(nn.Module):
+    """A matrix (out, in) without bias, declared for matrix optimizers."""
+
+    def __init__(self, d_in: int, d_out: int, *, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        declare(self, "weight", Role.MATRIX, Normal(scale / math.sqrt(d_in)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / RMS(x) * gain over the last axis (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gain = nn.Parameter(torch.empty(dim))
+        declare(self, "gain", Role.VECTOR, Constant(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape with the last axis of the given width; computed in float32 or wider."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.gain).to(x.dtype)
+
+
+class LatentAttention(nn.Module):
+    """Causal multi-head latent attention.
+
+    Args:
+        config: Sizes.
+        out_scale: Factor of the initial standard deviation of the output projection.
+    """
+
+    def __init__(self, config: LMConfig, *, out_scale: float) -> None:
+        super().__init__()
+        c = self.config = config
+        d_q = c.num_heads * (c.qk_nope_dim + c.qk_rope_dim)
+        if c.q_rank:
+            self.q_down = Linear(c.d_model, c.q_rank)
+            self.q_norm = RMSNorm(c.q_rank, c.norm_eps)
+        self.q = Linear(c.q_rank or c.d_model, d_q)
+        self.kv_down = Linear(c.d_model, c.kv_rank + c.qk_rope_dim)
+        self.kv_norm = RMSNorm(c.kv_rank, c.norm_eps)
+        self.kv_up = Linear(c.kv_rank, c.num_heads * (c.qk_nope_dim + c.v_dim))
+        self.out = Linear(c.num_heads * c.v_dim, c.d_model, scale=out_scale)
+
+    def forward(
+        self, x_btd: Tensor, rotation: Tensor, allowed: Tensor | None = None, cache: LatentCache | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x_btd: (batch, time, width).
+            rotation: (2, time, rope / 2) table of these positions.
+            allowed: (batch or 1, 1, time, keys) bool, True where a query may look; None is causal.
+            cache: Latents of earlier tokens; extended by these.
+
+        Returns:
+            (batch, time, width).
+        """
+        c = self.config
+        b, t, _ = x_btd.shape
+        query = self.q_norm(self.q_down(x_btd)) if c.q_rank else x_btd
+        q_nope, q_rope = (
+            self.q(query).view(b, t, c.num_heads, -1).transpose(1, 2).split([c.qk_nope_dim, c.qk_rope_dim], dim=-1)
+        )
+        latent_btr, rope_key_btp = self.kv_down(x_btd).split([c.kv_rank, c.qk_rope_dim], dim=-1)
+        latent_btr = self.kv_norm(latent_btr)
+        rope_key_btp = rotate(rope_key_btp.unsqueeze(1), rotation).squeeze(1)
+        if cache is not None:
+            latent_btr, rope_key_btp = cache.append(latent_btr, rope_key_btp)
+        s = latent_btr.shape[1]
+        k_nope, value = (
+            self.kv_up(latent_btr).view(b, s, c.num_heads, -1).transpose(1, 2).split([c.qk_nope_dim, c.v_dim], dim=-1)
+        )
+        key = torch.cat([k_nope, rope_key_btp.unsqueeze(1).expand(-1, c.num_heads, -1, -1)], dim=-1)
+        query = torch.cat([q_nope, rotate(q_rope, rotation)], dim=-1)
+        # The fused kernels want equal widths; zero columns change nothing.
+        pad = key.shape[-1] - c.v_dim
+        if pad > 0:
+            value = F.pad(value, (0, pad))
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=allowed is None and t > 1, scale=key.shape[-1] ** -0.5
+        )
+        return self.out(mixed[..., : c.v_dim].transpose(1, 2).reshape(b, t, -1))

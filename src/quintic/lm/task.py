@@ -1,0 +1,208 @@
+"""Training a language model: windows of tokens in, cross-entropy and bits per byte out, samples of text.
+
+Satisfies the engine's task protocol. Bits per byte = nats / (ln 2 * bytes of text): unlike the loss per token
+it does not depend on the tokenizer. On validation and test it is exact: the nats of every token of the
+split over the bytes of the split's text. On a training step the bytes are the training split's mean per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quintic.core.files import atomic_write
+from quintic.core.loss import Loss
+from quintic.data.tokenizer import Tokenizer
+from quintic.data.tokens import Split, TokenData, document_ids, num_windows, windows
+from quintic.lm.config import LMConfig
+from quintic.lm.decode import generate
+from quintic.lm.model import LanguageModel
+from quintic.moe.layer import balance_step
+from quintic.moe.router import routed_scaling_factor
+from quintic.moe.stats import sampling_floor
+
+__all__ = ["LanguageModelTask", "derived_fields"]
+
+_EVAL_TOKENS = 8192
+_SAMPLE_TOKENS = 200
+
+
+def derived_fields(config: LMConfig, tokenizer: Tokenizer) -> dict[str, tuple[Any, str]]:
+    """Numbers that follow from others: {field: (value, where it comes from)}.
+
+    Args:
+        config: With ``route_scale`` 0 if it is to be computed.
+        tokenizer: Sets the vocabulary.
+    """
+    size = tokenizer.vocab_size
+    found: dict[str, tuple[Any, str]] = {}
+    rounded = -(-size // 8) * 8
+    if rounded != config.vocab_size:
+        found["vocab_size"] = rounded, f"tokenizer has {size} tokens, rounded up to a multiple of 8"
+    if config.route_scale == 0.0 and config.num_dense_layers < config.num_layers:
+        scale = round(routed_scaling_factor(config.num_experts, config.top_k), 3)
+        found["route_scale"] = (
+            scale,
+            f"equal RMS of routed and shared branch, top {config.top_k} of {config.num_experts}",
+        )
+    return found
+
+
+class LanguageModelTask:
+    """A language model and the tokens it learns from.
+
+    Args:
+        config: Resolved sizes; ``vocab_size`` covers the tokenizer.
+        data: Tokens of the three splits.
+        cross_documents: Whether attention may look into an earlier document of the same window.
+    """
+
+    name = "lm"
+
+    def __init__(self, config: LMConfig, data: TokenData, *, cross_documents: bool) -> None:
+        assert config.vocab_size >= data.tokenizer.vocab_size
+        self.config = config
+        self.data = data
+        self.cross_documents = cross_documents
+        self.num_examples = num_windows(data.train, config.context)
+        self.fingerprint = f"{data.fingerprint}-{config.context}"
+        self._nats_to_bits = data.train.num_tokens / max(1, data.train.num_bytes) / math.log(2)
+
+    def build(self, seed: int | None) -> LanguageModel:
+        """The model with its initial weights; None leaves them uninitialised."""
+        return LanguageModel(self.config, seed=seed)
+
+    def describe(self) -> tuple[list[str], dict[str, Any]]:
+        """Sizes of the splits and of the model."""
+        with torch.device("meta"):
+            total, active = self.build(None).num_parameters()
+        splits = {name: getattr(self.data, name) for name in ("train", "validation", "test")}
+        lines = [
+            f"{name:<10} {s.num_bytes:>12,} bytes {s.num_tokens:>12,} tokens {s.num_documents:>7,} documents"
+            for name, s in splits.items()
+        ]
+        lines += [f"{name}: {note}" for name, note in self.data.notes.items()]
+        lines.append(f"model: {total:,} parameters, {active:,} of them at work on a token")
+        data = {
+            name: {"bytes": s.num_bytes, "tokens": s.num_tokens, "documents": s.num_documents}
+            for name, s in splits.items()
+        }
+        return lines, {"parameters_total": total, "parameters_active": active, "data": data}
+
+    def batch(self, examples: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Windows of the training split: ``ids`` and ``targets``, (examples, context) int64."""
+        return self._tensors(self.data.train, examples)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
+        """Summed cross-entropy of the predicted tokens, in nats."""
+        targets = batch["targets"]
+        predicted = targets >= 0
+        count = int(predicted.sum())
+        counted = None if count == targets.numel() else predicted
+        logits = model(batch["ids"], documents=batch.get("documents"), counted=counted)
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+        return Loss(total, count)
+
+    def after_step(self, model: nn.Module) -> dict[str, Any]:
+        """Balance the experts; load per layer, MaxVio and its floor, dead experts."""
+        layers = balance_step(model)
+        if not layers:
+            return {}
+        c = self.config
+        return {
+            "max_vio": [layer.max_violation for layer in layers],
+            "max_vio_floor": sampling_floor(layers[0].tokens, c.num_experts, c.top_k),
+            "dead_experts": sum(layer.dead_experts for layer in layers),
+            "expert_load": [layer.load for layer in layers],
+        }
+
+    def step_metrics(self, loss: float) -> dict[str, float]:
+        """Bits per byte of a training step."""
+        return {"bits_per_byte": loss * self._nats_to_bits}
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, split: str, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Loss and bits per byte of every token of a split; None if stopped midway."""
+        chosen: Split = getattr(self.data, split)
+        was_training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        nats, count = 0.0, 0
+        try:
+            per_batch = max(1, _EVAL_TOKENS // self.config.context)
+            total = num_windows(chosen, self.config.context)
+            if not total:
+                return {}  # no validation was asked for
+            for start in range(0, total, per_batch):
+                if should_stop():
+                    return None
+                numbers = np.arange(start, min(start + per_batch, total))
+                batch = {name: tensor.to(device) for name, tensor in self._tensors(chosen, numbers).items()}
+                loss = self.loss(model, batch)
+                nats += float(loss.total)
+                count += loss.count
+        finally:
+            model.train(was_training)
+        prefix = "val" if split == "validation" else split
+        return {
+            f"{prefix}_loss": nats / max(1, count),
+            f"{prefix}_bits_per_byte": nats / math.log(2) / max(1, chosen.num_bytes),
+        }
+
+    def sample(self, model: nn.Module, path: Path, seed: int, should_stop: Callable[[], bool]) -> str:
+        """Text that the model makes after a document's start, written to ``path.txt``."""
+        assert isinstance(model, LanguageModel)
+        text = "".join(
+            generate_text(model, self.data.tokenizer, "", max_tokens=_SAMPLE_TOKENS, seed=seed, should_stop=should_stop)
+        )
+        atomic_write(path.with_name(path.name + ".txt"), text + "\n")
+        return text
+
+    def flops_per_example(self, model: nn.Module) -> float:
+        """Forward and backward FLOPs of one window."""
+        assert isinstance(model, LanguageModel)
+        return model.flops_per_token(self.config.context) * self.config.context
+
+    def save_with(self, folder: Path) -> None:
+        """Put the tokenizer into a run folder."""
+        self.data.tokenizer.save(folder / "tokenizer.json")
+
+    def _tensors(self, split: Split, numbers: NDArray[np.int64]) -> dict[str, Tensor]:
+        ids, targets = windows(split, numbers, self.config.context)
+        tensors = {"ids": torch.from_numpy(ids), "targets": torch.from_numpy(targets)}
+        if not self.cross_documents:
+            tensors["documents"] = torch.from_numpy(document_ids(ids, self.data.tokenizer.separator_id))
+        return tensors
+
+
+def generate_text(
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, stop_at_end: bool = True, **sampling: Any
+) -> Iterator[str]:
+    """Yield pieces of text that continue a prompt, each a whole number of characters.
+
+    Args:
+        model: The model.
+        tokenizer: The one it was trained with.
+        prompt: Text; empty starts a new document.
+        stop_at_end: End where the model ends the document.
+        **sampling: See :func:`quintic.lm.generate`.
+    """
+    from quintic.data.tokenizer import StreamDecoder
+
+    decoder = StreamDecoder(tokenizer)
+    ids = [tokenizer.separator_id, *tokenizer.encode(prompt)]
+    stop = (tokenizer.separator_id,) if stop_at_end else ()
+    for token in generate(model, ids, num_ids=tokenizer.vocab_size, stop_ids=stop, **sampling):
+        yield decoder.push(token)

@@ -1,0 +1,115 @@
+"""Settings of the optimizer, its learning-rate schedule and clipping, and the optimizer built from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+from quintic.core import ConfigError, suggest
+from quintic.linalg import resolve_schedule
+from quintic.optim.lr import SCALES
+from quintic.optim.muon import Muon
+
+__all__ = ["OptimConfig", "build_optimizer"]
+
+_CHOICES = {
+    "name": ("muon", "adamw"),
+    "scale": SCALES,
+    "schedule": ("wsd", "cosine", "constant"),
+    "decay_shape": ("1-sqrt", "linear"),
+}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How a run is optimized. Every wrong value is a ``ConfigError`` that names ``optim.<field>``."""
+
+    name: str = "muon"
+    """muon (matrices by Muon, the rest by AdamW) or adamw (everything by AdamW)."""
+    lr: float = 0.01
+    """Peak learning rate, shared by Muon and AdamW."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay: weights shrink by lr * weight_decay per step."""
+    momentum: float = 0.95
+    """Muon's momentum, in [0, 1)."""
+    nesterov: bool = True
+    """Whether Muon looks one step ahead along the momentum."""
+    scale: str = "moonlight"
+    """Muon's factor for a matrix shape: moonlight, rms, keller, mup or none."""
+    coefficients: str = "quintic"
+    """Polynomials of the matrix sign: quintic, keller, su, polar-express, taylor or exact."""
+    adamw_beta1: float = 0.9
+    """AdamW's decay of the first moment, in [0, 1)."""
+    adamw_beta2: float = 0.95
+    """AdamW's decay of the second moment, in [0, 1)."""
+    adamw_eps: float = 1e-8
+    """AdamW's guard against division by zero."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; inf switches clipping off."""
+    schedule: str = "wsd"
+    """Learning rate over time: wsd (warm-up, stable, decay), cosine or constant (after the warm-up)."""
+    warmup_fraction: float = 0.05
+    """Fraction of the steps over which the rate rises linearly."""
+    decay_fraction: float = 0.4
+    """Fraction of the steps over which wsd lowers the rate at the end."""
+    decay_shape: str = "1-sqrt"
+    """Form of wsd's decay: 1-sqrt or linear."""
+    final_lr_fraction: float = 0.0
+    """Fraction of the peak rate approached at the end of wsd and cosine."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "float":
+                if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+                    raise ConfigError(f"optim.{field.name} = {value!r}; expected a number")
+            elif field.type == "bool":
+                if not isinstance(value, bool):
+                    raise ConfigError(f"optim.{field.name} = {value!r}; expected true or false")
+            elif not isinstance(value, str):
+                raise ConfigError(f"optim.{field.name} = {value!r}; expected a name")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"optim.{name} = {getattr(self, name)!r}{suggest(getattr(self, name), known)}")
+        for name in ("lr", "weight_decay", "adamw_eps"):
+            self._require(name, 0.0 <= getattr(self, name) < math.inf, "a finite number, 0 or more")
+        for name in ("momentum", "adamw_beta1", "adamw_beta2"):
+            self._require(name, 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
+        for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction"):
+            self._require(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
+        self._require("clip_norm", self.clip_norm > 0.0, "a positive number, or inf for no clipping")
+        if self.schedule == "wsd":
+            together = self.warmup_fraction + self.decay_fraction
+            self._require(
+                "decay_fraction", together <= 1.0, f"at most {1 - self.warmup_fraction:g}, what warm-up leaves"
+            )
+        try:
+            resolve_schedule(self.coefficients)
+        except ConfigError as error:
+            raise ConfigError(f"optim.coefficients: {error}") from None
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"optim.{name} = {getattr(self, name)!r}; expected {expected}")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """One optimizer for all parameters of a model, its rate set to the peak; multiply by ``lr_factor`` per step.
+
+    ``adamw`` is the same class with every parameter in its AdamW half, so that runs differ in the rule alone.
+    """
+    params = model if config.name == "muon" else [{"params": list(model.named_parameters()), "algorithm": "adamw"}]
+    return Muon(
+        params,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        scale=config.scale,
+        coefficients=config.coefficients,
+        adamw_betas=(config.adamw_beta1, config.adamw_beta2),
+        adamw_eps=config.adamw_eps,
+    )

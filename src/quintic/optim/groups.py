@@ -1,0 +1,105 @@
+"""Parameter groups of Muon: made from a routed module, checked, and named in messages."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from quintic.core import ConfigError, suggest
+from quintic.linalg import resolve_schedule
+from quintic.linalg.polar import METHODS
+from quintic.optim.lr import SCALES, convert_lr
+from quintic.optim.routing import RoleTable
+
+__all__ = ["check_group", "groups_of", "name_of", "warn_about_small_lr"]
+
+_ALGORITHMS = ("muon", "adamw")
+_LAYOUTS = ("stack", "conv")
+
+
+def warn_about_small_lr(groups: list[dict[str, Any]]) -> None:
+    """Adam's learning rate under a scale of order 1 trains far too slowly: the commonest mistake with Muon."""
+    for group in groups:
+        lr, scale = group["lr"], group["scale"]
+        unit_scale = group["algorithm"] == "muon" and scale in ("keller", "mup", "none")
+        if unit_scale and isinstance(lr, float) and 0 < lr < 5e-3:
+            fit = convert_lr(lr, group["weight_decay"], "moonlight", scale, 1024)
+            warnings.warn(
+                f"lr = {lr:g} looks like Adam's, but scale={scale!r} needs about 0.2 sqrt(width) times more "
+                f"(width 1024: lr = {fit.lr:.3g}, weight_decay = {fit.weight_decay:.3g}, see convert_lr); "
+                "or use scale='moonlight'",
+                stacklevel=4,
+            )
+            return
+
+
+def groups_of(model: nn.Module, table: RoleTable) -> list[dict[str, Any]]:
+    """Named parameter groups of a routed module, one per way of updating; warns of what was assumed."""
+    if table.ambiguous:
+        names = ", ".join(row.name for row in table.ambiguous)
+        warnings.warn(
+            f"roles not declared and assumed: {names}. Print roles(model) to see them; strict=True makes this an error",
+            stacklevel=4,
+        )
+    parameters = dict(model.named_parameters())
+    groups: dict[tuple[str, str | None, int], list[tuple[str, nn.Parameter]]] = {}
+    for row in table:
+        groups.setdefault((row.algorithm, row.layout, row.row_blocks), []).append((row.name, parameters[row.name]))
+    return [
+        {"params": params, "algorithm": algorithm, "layout": layout, "row_blocks": blocks}
+        for (algorithm, layout, blocks), params in groups.items()
+    ]
+
+
+def name_of(group: dict[str, Any], p: Tensor) -> str:
+    """The parameter as a message should call it."""
+    index = next(i for i, other in enumerate(group["params"]) if other is p)
+    names = group.get("param_names")
+    return repr(names[index]) if names else f"parameter {index}"
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ConfigError for the first setting or parameter that cannot work."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ConfigError(f"lr is a tensor of shape {tuple(lr.shape)}; expected a number or a 0-d tensor")
+    elif not 0.0 <= lr < math.inf:
+        raise ConfigError(f"lr = {lr}; expected a finite number, 0 or more")
+    for name in ("weight_decay", "adamw_eps"):
+        if not 0.0 <= group[name] < math.inf:
+            raise ConfigError(f"{name} = {group[name]}; expected a finite number, 0 or more")
+    beta1, beta2 = group["adamw_betas"]
+    for name, value in (("momentum", group["momentum"]), ("adamw_betas[0]", beta1), ("adamw_betas[1]", beta2)):
+        if not 0.0 <= value < 1.0:
+            raise ConfigError(f"{name} = {value}; expected a number in [0, 1)")
+    for name, known in (("scale", SCALES), ("algorithm", _ALGORITHMS), ("method", METHODS)):
+        if group[name] not in known:
+            raise ConfigError(f"unknown {name} {group[name]!r}{suggest(str(group[name]), known)}")
+    if group["layout"] not in (None, *_LAYOUTS):
+        raise ConfigError(f"unknown layout {group['layout']!r}{suggest(str(group['layout']), _LAYOUTS)}")
+    resolve_schedule(group["coefficients"], group["ns_steps"])
+    blocks = group["row_blocks"]
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+        raise ConfigError(f"row_blocks = {blocks!r}; expected a whole number, 1 or more")
+    if len({id(p) for p in group["params"]}) < len(group["params"]):
+        raise ConfigError("a parameter is listed twice in one group; pass each parameter once")
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise ConfigError(f"{name_of(group, p)} is of {p.dtype}; expected real floating-point parameters")
+        if group["algorithm"] != "muon":
+            continue
+        advice = "put it in a group with algorithm='adamw', or pass the whole module, which routes it"
+        if p.ndim < 2:
+            raise ConfigError(f"{name_of(group, p)} of shape {tuple(p.shape)} is not a matrix; {advice}")
+        if p.ndim > 3 and group["layout"] is None:
+            raise ConfigError(
+                f"{name_of(group, p)} of shape {tuple(p.shape)} can be read in two ways: say layout='conv' for a "
+                f"convolution (out, in * kernel) or layout='stack' for matrices in the last two axes; or {advice}"
+            )
+        rows = p.shape[0 if group["layout"] == "conv" else -2]
+        if rows % blocks:
+            raise ConfigError(f"{name_of(group, p)} has {rows} rows, which do not split into {blocks} row_blocks")

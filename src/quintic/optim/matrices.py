@@ -1,0 +1,126 @@
+"""One Muon step for a stack of matrices of one shape, taken from any number of parameters.
+
+Momentum, msign and the step run over one contiguous stack (matrices, n, m), so that a model of many small
+matrices costs a few batched products. The stack is bounded; larger sets of parameters go through it in turns.
+"""
+
+# The torch._foreach functions have no public name.
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quintic.linalg import msign
+from quintic.optim.lr import UPDATE_RMS, scale_factor
+
+__all__ = ["Piece", "chunks", "pieces_of", "update_matrices"]
+
+_STACK_BYTES = 64 * 2**20  # of one stack; a step needs about four times this
+
+
+class Piece(NamedTuple):
+    """Some matrices of one parameter: the whole, or a range of slices of a large 3-D stack."""
+
+    parameter: Tensor
+    gradient: Tensor
+    momentum: Tensor
+    matrices: int
+    """How many; the parameter's elements in order are a (matrices, n, m) array."""
+    n: int
+    m: int
+
+    @property
+    def stack_bytes(self) -> int:
+        """Size of these matrices in the momentum's dtype."""
+        return self.matrices * self.n * self.m * self.momentum.element_size()
+
+
+def pieces_of(parameter: Tensor, momentum: Tensor, matrices: int, n: int, m: int) -> list[Piece]:
+    """The parameter, cut into ranges of slices if it is a 3-D stack larger than the working memory."""
+    assert parameter.grad is not None
+    whole = Piece(parameter, parameter.grad, momentum, matrices, n, m)
+    slices = len(parameter)
+    fitting = max(1, _STACK_BYTES * slices // whole.stack_bytes)
+    if parameter.ndim != 3 or slices <= fitting:
+        return [whole]
+    parts = zip(parameter.split(fitting), parameter.grad.split(fitting), momentum.split(fitting), strict=True)
+    return [Piece(p, g, b, matrices // slices * len(p), n, m) for p, g, b in parts]
+
+
+def chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """Consecutive pieces that fit in the working memory together; one that does not fit comes alone."""
+    chunk: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if chunk and size + piece.stack_bytes > _STACK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(piece)
+        size += piece.stack_bytes
+    yield chunk
+
+
+def update_matrices(group: dict[str, Any], pieces: list[Piece], bad: Tensor) -> None:
+    """One step for matrices of one shape with the settings of one group.
+
+    Args:
+        group: lr, weight_decay, momentum, nesterov, scale, maximize and msign's settings.
+        pieces: Matrices of equal n, m, device and dtype of momentum.
+        bad: 0-d bool that turns this into no step, without being read.
+    """
+    parameters = [piece.parameter for piece in pieces]
+    momenta = [piece.momentum for piece in pieces]
+    counts = [piece.matrices for piece in pieces]
+    n, m, dtype, device = pieces[0].n, pieces[0].m, momenta[0].dtype, momenta[0].device
+    stack = torch.empty((sum(counts), n, m), dtype=dtype, device=device)
+    bad = bad.to(device)
+    keep = (~bad).to(dtype)
+    mu, lr = group["momentum"], group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())
+
+    views = _views(stack, parameters, counts)
+    torch._foreach_copy_(views, [piece.gradient for piece in pieces])
+    if group["maximize"]:
+        stack.neg_()
+    stack.masked_fill_(bad, 0.0)
+    torch._foreach_mul_(momenta, 1.0 - keep * (1.0 - mu))
+    torch._foreach_add_(momenta, views, alpha=1.0 - mu)
+    if group["nesterov"]:
+        torch._foreach_lerp_(views, momenta, mu)
+    else:
+        torch._foreach_copy_(views, momenta)
+
+    update = msign(
+        stack,
+        method=group["method"],
+        steps=group["ns_steps"],
+        coefficients=group["coefficients"],
+        dtype=None if group["ns_dtype"] is None else getattr(torch, group["ns_dtype"]),
+    )
+    if group["scale"] == "rms":
+        norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
+        factor = UPDATE_RMS * math.sqrt(n * m) / torch.where(norm > 0, norm, 1.0)
+    else:
+        factor = scale_factor(group["scale"], n, m)
+    update.mul_(keep * -lr * factor)
+
+    # Half-precision weights are updated in float32 and rounded once.
+    targets = [p.to(dtype) for p in parameters]
+    if group["weight_decay"]:
+        torch._foreach_mul_(targets, 1.0 - keep * lr * group["weight_decay"])
+    torch._foreach_add_(targets, _views(update, parameters, counts))
+    for p, target in zip(parameters, targets, strict=True):
+        if target is not p:
+            p.copy_(target)
+
+
+def _views(stack: Tensor, shaped_like: list[Tensor], counts: list[int]) -> list[Tensor]:
+    """The stack's matrices, parameter by parameter, in each parameter's shape."""
+    return [part.view(p.shape) for part, p in zip(stack.split(counts), shaped_like, strict=True)]

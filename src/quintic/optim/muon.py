@@ -1,0 +1,313 @@
+"""Muon: momentum, then the matrix sign, then a step whose size depends on the shape (posts 10592, 10739, 11416).
+
+For a matrix W (n outputs, m inputs) with gradient G at step t (mu: momentum, eta: learning rate, lambda: weight decay):
+
+    B <- mu B + (1 - mu) G                      momentum, an average of gradients
+    U  = mu B + (1 - mu) G  or  B               Nesterov or plain
+    W <- (1 - eta lambda) W - eta s(n, m) msign(U)
+
+Decay is decoupled and uses the base rate eta, never eta s. Since msign ignores scale, the average form of the
+momentum gives the same direction as the posts' sum form B <- mu B + G.
+
+One ``torch.optim.Optimizer`` also runs AdamW for what is not a matrix, so there is one state dict and one
+learning rate. A step whose gradients contain a NaN or an infinity changes nothing at all, and is counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from quintic.core import CheckpointError, ConfigError, suggest
+from quintic.linalg.coefficients import Coefficients
+from quintic.optim.groups import check_group, groups_of, name_of, warn_about_small_lr
+from quintic.optim.matrices import Piece, chunks, pieces_of, update_matrices
+from quintic.optim.routing import RoleTable, matrix_shape, roles
+
+__all__ = ["Muon"]
+
+_ADJUST = {"original": "keller", "match_rms_adamw": "moonlight"}  # torch.optim.Muon's names
+_SETTINGS = (
+    "lr", "weight_decay", "momentum", "nesterov", "scale", "ns_steps", "coefficients", "method", "ns_dtype", "maximize",
+)  # fmt: skip
+_WIDE = (torch.float32, torch.float64)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for the rest, in one optimizer.
+
+    Given a module, every parameter is routed by its role (see :func:`quintic.optim.roles`; the table is in the
+    attribute ``roles``). Given tensors or parameter groups, Muon takes all of them: 2-D tensors as matrices, 3-D
+    ones as stacks of matrices. A group may say ``algorithm="adamw"``, or ``layout="conv"`` for convolution kernels,
+    or ``row_blocks=3`` for matrices that are three on top of each other, such as fused projections.
+
+    The keywords of ``torch.optim.Muon`` are accepted. Unlike there, the default scale is ``moonlight``
+    (``match_rms_adamw``), the default coefficients are ``quintic``, and products run in float32 on CPUs.
+
+    Args:
+        params: A module, parameters, (name, parameter) pairs, or groups of these.
+        lr: Learning rate of both halves; a number or a 0-d tensor.
+        weight_decay: Decoupled weight decay of both halves.
+        momentum: Muon's momentum mu, in [0, 1).
+        nesterov: Use the Nesterov form.
+        scale: Factor for a matrix shape: ``moonlight``, ``rms``, ``keller``, ``mup`` or ``none``, see
+            :mod:`quintic.optim.lr`. With the first two Adam's learning rate and weight decay can be reused.
+        ns_steps: Steps of the polynomial; ``None`` is 5, or the length of a listed schedule.
+        coefficients: Preset, triple or triples, see :mod:`quintic.linalg.coefficients`.
+        method: How msign is computed, see :func:`quintic.linalg.msign`.
+        ns_dtype: Dtype of msign's products; ``None`` picks by capability.
+        adamw_betas: AdamW's decay rates.
+        adamw_eps: AdamW's epsilon.
+        maximize: Ascend.
+        strict: Given a module, refuse parameters whose role is ambiguous instead of warning.
+        ns_coefficients: torch's name for one triple of coefficients.
+        eps: torch's guard against a zero norm; accepted and not needed: msign here has none, being scale-invariant.
+        adjust_lr_fn: torch's name for the scale: ``original`` is ``keller``, ``match_rms_adamw`` is ``moonlight``.
+
+    Raises:
+        ConfigError: A setting is out of range, a parameter under Muon is not a matrix, or (``strict``) ambiguous.
+
+    State: ``momentum_buffer`` for Muon; ``step``, ``exp_avg``, ``exp_avg_sq`` for AdamW; float32 for half-precision
+    parameters. The momentum has torch.optim.Muon's form.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 16), nn.Linear(16, 100, bias=False))
+        >>> optimizer = Muon(model, lr=2e-3)
+        >>> [row.algorithm for row in optimizer.roles]
+        ['adamw', 'muon', 'adamw', 'adamw']
+        >>> model(torch.arange(5)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    roles: RoleTable | None
+    """What is done with each parameter, if the optimizer was given a module."""
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        *,
+        scale: str = "moonlight",
+        ns_steps: int | None = None,
+        coefficients: Coefficients = "quintic",
+        method: str = "auto",
+        ns_dtype: torch.dtype | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        maximize: bool = False,
+        strict: bool = False,
+        ns_coefficients: Sequence[float] | None = None,
+        eps: float | None = None,
+        adjust_lr_fn: str | None = None,
+    ) -> None:
+        del eps
+        if ns_coefficients is not None:
+            coefficients = ns_coefficients
+        if adjust_lr_fn is not None:
+            if adjust_lr_fn not in _ADJUST:
+                raise ConfigError(f"unknown adjust_lr_fn {adjust_lr_fn!r}{suggest(adjust_lr_fn, _ADJUST)}")
+            scale = _ADJUST[adjust_lr_fn]
+        self.roles = None
+        self._skipped: Tensor | None = None
+        if isinstance(params, nn.Module):
+            self.roles = roles(params, scale=scale, strict=strict)
+            params = groups_of(params, self.roles)
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "scale": scale,
+            "ns_steps": ns_steps,
+            "coefficients": coefficients,
+            "method": method,
+            "ns_dtype": None if ns_dtype is None else str(ns_dtype).removeprefix("torch."),  # plain data in checkpoints
+            "adamw_betas": adamw_betas,
+            "adamw_eps": adamw_eps,
+            "maximize": maximize,
+            "algorithm": "muon",
+            "layout": None,
+            "row_blocks": 1,
+        }
+        super().__init__(params, defaults)
+        warn_about_small_lr(self.param_groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; keywords as for the constructor, and ``algorithm``, ``layout``, ``row_blocks``.
+
+        Raises:
+            ConfigError: A setting is out of range or a parameter under Muon is not a matrix.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+        except ConfigError:
+            self.param_groups.pop()
+            raise
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were left out because a gradient was not finite. Reading it waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step. Parameters without a gradient are untouched, and gradients are only read.
+
+        Args:
+            closure: Recomputes the loss and the gradients; called with gradients enabled.
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            ConfigError: A gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = [(group, self._active(group)) for group in self.param_groups]
+        gradients = [p.grad for _, params in active for p in params if p.grad is not None]
+        if gradients:
+            bad = _any_nonfinite(gradients)
+            if bad.device.type == "cpu" and bad and not self.skipped_steps:  # elsewhere looking would wait
+                warnings.warn("a gradient is not finite: this step, and any such step, is left out", stacklevel=2)
+            self._skipped = bad.long() if self._skipped is None else self._skipped + bad
+            self._muon([pair for pair in active if pair[0]["algorithm"] == "muon"], bad)
+            for group, params in active:
+                if group["algorithm"] == "adamw" and params:
+                    self._adamw(group, params, bad)
+        return loss
+
+    def _active(self, group: dict[str, Any]) -> list[Tensor]:
+        """Parameters to update now, checked."""
+        params = [p for p in group["params"] if p.grad is not None and p.numel()]
+        for p in params:
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise ConfigError(
+                    f"the gradient of {name_of(group, p)} is sparse; create the embedding with sparse=False, "
+                    "or give it to torch.optim.SparseAdam"
+                )
+        return params
+
+    def _muon(self, active: list[tuple[dict[str, Any], list[Tensor]]], bad: Tensor) -> None:
+        """Update matrices, all of one shape and with the same settings at a time."""
+        buckets: dict[Any, tuple[dict[str, Any], list[Piece]]] = {}
+        for group, params in active:
+            # A tensor (the rate) is told by its identity, anything else by its value.
+            settings = tuple(id(v) if isinstance(v, Tensor) else str(v) for v in (group[name] for name in _SETTINGS))
+            for p in params:
+                assert p.grad is not None
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = _zeros(p)
+                momentum = state["momentum_buffer"]
+                count, n, m = matrix_shape(tuple(p.shape), group["layout"] or "stack", group["row_blocks"])
+                key = (n, m, p.device, momentum.dtype, settings)
+                buckets.setdefault(key, (group, []))[1].extend(pieces_of(p, momentum, count, n, m))
+        for group, pieces in buckets.values():
+            for chunk in chunks(pieces):
+                update_matrices(group, chunk, bad)
+
+    def _adamw(self, group: dict[str, Any], params: list[Tensor], bad: Tensor) -> None:
+        """torch's own fused AdamW, over float32 copies of what is not float32 or not contiguous."""
+        targets, gradients, first, second, steps = [], [], [], [], []
+        for p in params:
+            assert p.grad is not None
+            dtype = _wide(p.dtype)
+            state = self.state[p]
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"] = _zeros(p)
+                state["exp_avg_sq"] = _zeros(p)
+            targets.append(p.to(dtype).contiguous())  # p itself if nothing has to change
+            gradients.append(p.grad.to(dtype).contiguous())
+            first.append(state["exp_avg"])
+            second.append(state["exp_avg_sq"])
+            steps.append(state["step"])
+        beta1, beta2 = group["adamw_betas"]
+        adamw(
+            targets,
+            gradients,
+            first,
+            second,
+            [],
+            steps,
+            fused=True,
+            found_inf=bad.float(),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["adamw_eps"],
+            maximize=group["maximize"],
+        )
+        for p, target in zip(params, targets, strict=True):
+            if target is not p:
+                p.copy_(target)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state dict; tensors are copied, in the dtype in which they were saved.
+
+        torch casts state to the parameter's dtype, which would cost half-precision parameters their float32 moments.
+
+        Raises:
+            CheckpointError: It is another optimizer's, or of parameters of other shapes.
+            ValueError: Its groups are of other sizes.
+        """
+        for group in state_dict["param_groups"]:
+            if missing := self.defaults.keys() - group.keys():
+                raise CheckpointError(
+                    f"this is not a state of quintic's Muon: a group has no {', '.join(sorted(missing))}. "
+                    "To take over only the momentum, put its 'state' into the state_dict() of a new Muon"
+                )
+        saved = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        own = [(group, p) for group in self.param_groups for p in group["params"]]
+        tensors = [
+            (group, p, name, value)
+            for key, (group, p) in zip(saved, own, strict=False)  # unequal lengths are torch's to report
+            for name, value in state_dict["state"].get(key, {}).items()
+            if isinstance(value, Tensor)
+        ]
+        for group, p, name, value in tensors:
+            if name != "step" and value.shape != p.shape:
+                raise CheckpointError(
+                    f"{name} of {name_of(group, p)} has shape {tuple(value.shape)} in the state and "
+                    f"{tuple(p.shape)} here; this state belongs to another model"
+                )
+        super().load_state_dict(state_dict)
+        for _, p, name, value in tensors:
+            self.state[p][name] = value.detach().to(p.device, copy=True).contiguous()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "roles": self.roles, "_skipped": self._skipped}
+
+
+def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
+    """0-d bool: some element of some gradient is NaN or infinite. One pass, no synchronisation."""
+    device = gradients[0].device
+    return ~torch.stack([end.to(device) for g in gradients for end in torch.aminmax(g)]).isfinite().all()
+
+
+def _zeros(p: Tensor) -> Tensor:
+    """New state for a parameter: contiguous, which fused AdamW relies on, and at least float32."""
+    return torch.zeros_like(p, dtype=_wide(p.dtype), memory_format=torch.contiguous_format)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in _WIDE else torch.float32

@@ -1,0 +1,74 @@
+"""Atomic files: whole or absent, whatever goes wrong on the way."""
+
+import os
+
+import pytest
+
+from quintic.core import files
+
+
+def test_atomic_write_replaces_whole(tmp_path):
+    target = tmp_path / "a.txt"
+    files.atomic_write(target, "old")
+    files.atomic_write(target, b"new\n")
+    assert target.read_bytes() == b"new\n"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_atomic_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
+    target = tmp_path / "a.txt"
+    files.atomic_write(target, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.atomic_write(target, "new")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_atomic_write_respects_umask(tmp_path):
+    if os.name == "nt":
+        pytest.skip("no umask on Windows")
+    old = os.umask(0o027)
+    try:
+        files.atomic_write(tmp_path / "a", "x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_atomic_folder_appears_whole(tmp_path):
+    with files.atomic_folder(tmp_path / "f") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "x").write_text("1")
+        assert not (tmp_path / "f").exists()
+    assert (tmp_path / "f" / "sub" / "x").read_text() == "1"
+    with pytest.raises(FileExistsError), files.atomic_folder(tmp_path / "f"):
+        pass
+
+
+def test_atomic_folder_that_fails_leaves_nothing_and_clears_a_leftover(tmp_path):
+    (tmp_path / "f.tmp").mkdir()
+    (tmp_path / "f.tmp" / "stale").write_text("of a killed process")
+    with pytest.raises(ZeroDivisionError), files.atomic_folder(tmp_path / "f") as folder:
+        assert list(folder.iterdir()) == []
+        1 / 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cache_dir_follows_the_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUINTIC_CACHE", str(tmp_path / "cache"))
+    assert files.cache_dir("tokens", "k") == tmp_path / "cache" / "tokens" / "k"
+    monkeypatch.delenv("QUINTIC_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    if os.name != "nt":
+        assert files.cache_dir() == tmp_path / "xdg" / "quintic"
+
+
+def test_hashes(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
+    assert files.sha256_file(tmp_path / "x") == files.sha256_bytes(b"abc") == known

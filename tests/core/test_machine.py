@@ -1,0 +1,58 @@
+"""Hardware facts: names resolve or fail clearly, the peak is cached and survives a damaged cache."""
+
+import json
+
+import pytest
+import torch
+
+from quintic.core import ConfigError, machine
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUINTIC_CACHE", str(tmp_path))
+
+
+def test_device_names():
+    assert machine.pick_device("cpu") == CPU
+    with pytest.raises(ConfigError, match=r"did you mean 'cpu'"):
+        machine.pick_device("cpuu")
+    with pytest.raises(ConfigError, match="not understood"):
+        machine.pick_device("cpu:x")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="not available"):
+            machine.pick_device("cuda:0")
+        assert machine.pick_device() == CPU
+
+
+def test_dtype_follows_capability(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert machine.pick_dtype("auto", CPU) == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert machine.pick_dtype("auto", CPU) == torch.float32
+    assert machine.pick_dtype("float64", CPU) == torch.float64
+    with pytest.raises(ConfigError, match="float32"):
+        machine.pick_dtype("float31", CPU)
+
+
+def test_peak_is_measured_once_and_cached(tmp_path):
+    first = machine.matmul_peak(CPU, torch.float32)
+    assert first > 1e8
+    (entry,) = (tmp_path / "machine").iterdir()
+    facts = json.loads(entry.read_text())
+    assert facts["torch"] == torch.__version__ and facts["dtype"] == "float32"
+    facts["flops_per_second"] = 123.0
+    entry.write_text(json.dumps(facts))
+    assert machine.matmul_peak(CPU, torch.float32) == 123.0
+    entry.write_text("{")
+    assert machine.matmul_peak(CPU, torch.float32) > 1e8
+
+
+def test_peak_memory_grows_with_use():
+    before = machine.peak_memory_bytes(CPU)
+    if before is None:
+        pytest.skip("this system does not tell")
+    block = torch.ones(200 << 20, dtype=torch.uint8)
+    assert machine.peak_memory_bytes(CPU) >= max(before, block.numel())

@@ -1,0 +1,105 @@
+"""Damage of every kind is found, and the newest whole checkpoint is used."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from quintic.core import CheckpointError
+from quintic.engine import checkpoint as ck
+from quintic.optim import Muon
+
+CPU = torch.device("cpu")
+
+
+def trained(seed=0, steps=3):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4))
+    optimizer = Muon(model, lr=0.01)
+    for _ in range(steps):
+        model(torch.randn(4, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model, optimizer = trained()
+    for step in (5, 10, 100):
+        ck.save_checkpoint(tmp_path, model, optimizer, ck.TrainState(step=step, row={"step": step, "x": 0.1}), CPU)
+    return tmp_path
+
+
+def test_round_trip_is_exact(folder):
+    model, optimizer = trained()
+    other, empty = trained(seed=1, steps=0)
+    ck.load_model(folder / "step-100", other)
+    state = ck.load_training(folder / "step-100", other, empty, CPU)
+    assert state == ck.TrainState(step=100, row={"step": 100, "x": 0.1})
+    x = torch.randn(4, 6)
+    for pair in ((model, optimizer), (other, empty)):
+        pair[0](x).square().sum().backward()
+        pair[1].step()
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_listing_is_numeric_and_ignores_the_unfinished(folder):
+    (folder / "step-200.tmp").mkdir()
+    (folder / "step-x").mkdir()
+    assert list(ck.list_checkpoints(folder)) == [5, 10, 100]
+    assert ck.list_checkpoints(folder / "none") == {}
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGE = {
+    "flipped weights": lambda c: flip(c / "model.safetensors"),
+    "flipped optimizer": lambda c: flip(c / "training.safetensors"),
+    "truncated": lambda c: (c / "model.safetensors").write_bytes((c / "model.safetensors").read_bytes()[:-5]),
+    "missing file": lambda c: (c / "state.json").unlink(),
+    "missing manifest": lambda c: (c / "manifest.json").unlink(),
+    "torn manifest": lambda c: (c / "manifest.json").write_text('{"format": 1, "fil'),
+    "odd manifest": lambda c: (c / "manifest.json").write_text("[]"),
+    "newer format": lambda c: (c / "manifest.json").write_text(json.dumps({"format": 99, "files": {}})),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_the_previous_one_used(folder, kind):
+    DAMAGE[kind](folder / "step-100")
+    with pytest.raises(CheckpointError, match="step-100"):
+        ck.verify_checkpoint(folder / "step-100")
+    warnings = []
+    assert ck.usable_checkpoint(folder, warnings.append) == folder / "step-10"
+    assert len(warnings) == 1 and "step-100" in warnings[0]
+
+
+def test_all_damaged_is_an_error_and_none_is_none(folder, tmp_path):
+    for step in (5, 10, 100):
+        DAMAGE["flipped weights"](folder / f"step-{step}")
+    with pytest.raises(CheckpointError, match="every checkpoint"):
+        ck.usable_checkpoint(folder, lambda _: None)
+    assert ck.usable_checkpoint(tmp_path / "empty", lambda _: None) is None
+
+
+def test_a_preferred_step_comes_first(folder):
+    assert ck.usable_checkpoint(folder, lambda _: None, first=5) == folder / "step-5"
+    DAMAGE["truncated"](folder / "step-5")
+    assert ck.usable_checkpoint(folder, lambda _: None, first=5) == folder / "step-100"
+
+
+def test_pruning_keeps_the_newest_and_the_best(folder):
+    ck.prune_checkpoints(folder, 1, best=5)
+    assert list(ck.list_checkpoints(folder)) == [5, 100]
+
+
+def test_nothing_is_pickled(folder):
+    names = {path.name for path in (folder / "step-5").iterdir()}
+    assert names == {"model.safetensors", "training.safetensors", "state.json", "manifest.json"}

@@ -1,0 +1,244 @@
+"""The loop on a toy task: exact resume from anywhere, order of events, signals, non-finite steps, accumulation."""
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from quintic.core import CheckpointError
+from quintic.engine import loop
+from quintic.engine.checkpoint import list_checkpoints
+from quintic.engine.metrics import read_metrics
+from quintic.engine.run import Run
+
+_spec = importlib.util.spec_from_file_location("toy", Path(__file__).with_name("toy.py"))
+assert _spec is not None and _spec.loader is not None
+toy = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(toy)
+
+TIMINGS = ("seconds", "tokens_per_second", "optimizer_share", "mfu")
+
+
+def go(task, settings, run):
+    return loop.train(task, settings, run, Console(file=io.StringIO()), quiet_peak=True)
+
+
+def rows_of(run):
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_metrics(run.metrics_file)]
+
+
+def final_of(run):
+    folder = list(list_checkpoints(run.checkpoints).values())[-1]
+    state = json.loads((folder / "state.json").read_text())
+    numbers = {k: v for k, v in state.items() if k not in ("seconds", "row")}
+    return load_file(folder / "model.safetensors"), load_file(folder / "training.safetensors"), numbers
+
+
+def same(a, b):
+    for left, right in zip(final_of(a)[:2], final_of(b)[:2], strict=True):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    assert final_of(a)[2] == final_of(b)[2]
+    assert rows_of(a) == rows_of(b)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    settings, run = toy.toy_run(tmp_path / "whole")
+    outcome = go(toy.ToyTask(), settings, run)
+    assert outcome.finished and outcome.step == 12 and outcome.sample == "sample"
+    return run
+
+
+def test_a_whole_run(whole):
+    rows = rows_of(whole)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows if "val_loss" in row] == [5, 10, 12]
+    assert rows[-1]["val_loss"] < rows[4]["val_loss"]
+    assert [row["calls"] for row in rows] == list(range(1, 13))
+    assert json.loads((whole.folder / "run.json").read_text()) == {"status": "finished", "steps": 12}
+    assert json.loads((whole.folder / "machine.json").read_text())["torch"] == torch.__version__
+    assert [path.name for path in whole.samples.iterdir()] == ["step-000012.txt"]
+    assert list(list_checkpoints(whole.checkpoints)) == [10, 12]
+
+
+@pytest.mark.parametrize("at", ["before_save", "in_save", "after_save", "in_evaluation", "in_sample", "in_metrics"])
+@pytest.mark.parametrize("step", [3, 5, 10, 12])
+def test_a_crash_anywhere_resumes_bit_for_bit(tmp_path, monkeypatch, whole, at, step):
+    """Raise at one point of one step, as a kill would; then resume and compare everything with the whole run."""
+    settings, run = toy.toy_run(tmp_path / "crashed", *(["engine.sample_every=5"] if at == "in_sample" else []))
+    if at == "in_sample":
+        shutil.rmtree(whole.folder)
+        reference = toy.toy_run(tmp_path / "whole", "engine.sample_every=5")
+        go(toy.ToyTask(), *reference)
+        whole = reference[1]
+
+    class Crash(BaseException):
+        pass
+
+    task = toy.ToyTask()
+
+    def crashing(function, when=lambda *a: True):
+        def wrapped(*args, **kwargs):
+            if task.steps == step and when(*args):
+                raise Crash
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        if at == "before_save":
+            patch.setattr(loop, "save_checkpoint", crashing(loop.save_checkpoint))
+        elif at == "in_save":
+            import quintic.engine.checkpoint as module
+
+            patch.setattr(module, "sha256_file", crashing(module.sha256_file, lambda path: path.name == "state.json"))
+        elif at == "after_save":
+            patch.setattr(loop, "_due", crashing(loop._due, lambda *_: (run.checkpoints / f"step-{step}").exists()))
+        elif at == "in_evaluation":
+            task.evaluate = crashing(task.evaluate)
+        elif at == "in_sample":
+            task.sample = crashing(task.sample)
+        else:
+            patch.setattr(loop.MetricsFile, "append", crashing(loop.MetricsFile.append))
+        try:
+            go(task, settings, run)
+            crashed = False
+        except Crash:
+            crashed = True
+    if step == 3:
+        assert crashed == (at == "in_metrics")  # nothing else is due at step 3
+    else:
+        assert crashed
+    assert go(toy.ToyTask(), settings, Run.open(run.folder)).finished
+    same(run, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resumes_bit_for_bit(tmp_path, whole, number):
+    settings, run = toy.toy_run(tmp_path / "stopped")
+    task = toy.ToyTask()
+    plain = task.after_step
+
+    def after_step(model):
+        if task.steps == 6:
+            os.kill(os.getpid(), number)
+        return plain(model)
+
+    task.after_step = after_step
+    before = signal.getsignal(number)
+    outcome = go(task, settings, run)
+    assert (outcome.finished, outcome.step) == (False, 7)
+    assert signal.getsignal(number) is before
+    assert json.loads((run.folder / "run.json").read_text())["status"] == "stopped"
+    assert 7 in list_checkpoints(run.checkpoints)
+    assert go(toy.ToyTask(), settings, Run.open(run.folder)).finished
+    same(run, whole)
+
+
+def test_a_stop_during_evaluation_is_quick_and_resumes(tmp_path, whole):
+    settings, run = toy.toy_run(tmp_path / "stopped")
+    task = toy.ToyTask()
+    task.stop_evaluations = True
+    outcome = go(task, settings, run)
+    assert (outcome.finished, outcome.step) == (False, 5)
+    assert [row["step"] for row in rows_of(run)] == [1, 2, 3, 4]
+    go(toy.ToyTask(), settings, Run.open(run.folder))
+    same(run, whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
+    before = final_of(whole), rows_of(whole)
+    settings, _ = toy.toy_run(tmp_path / "other")
+    outcome = go(toy.ToyTask(), settings, Run.open(whole.folder))
+    assert outcome.finished and (final_of(whole), rows_of(whole))[1] == before[1]
+
+
+def test_non_finite_stops_before_the_update(tmp_path):
+    settings, run = toy.toy_run(tmp_path / "nan")
+    task = toy.ToyTask()
+    task.poison_step = 7
+    with pytest.raises(loop.TrainingError, match=r"step 8.*not finite.*lower optim\.lr"):
+        go(task, settings, run)
+    assert [row["step"] for row in rows_of(run)] == list(range(1, 8))
+    weights = load_file(run.checkpoints / "step-5" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert go(toy.ToyTask(), settings, Run.open(run.folder)).finished
+
+
+def test_micro_batches_give_the_same_training(tmp_path):
+    class NoDropout(toy.ToyTask):
+        def loss(self, model, batch):
+            model.eval()
+            return super().loss(model, batch)
+
+    losses = []
+    for size in (0, 3):
+        settings, run = toy.toy_run(tmp_path / str(size), f"engine.micro_batch_size={size}", "engine.dtype=float64")
+        task = NoDropout()
+        task.x, task.y = task.x.double(), task.y.double()
+        go(task, settings, run)
+        losses.append([row["loss"] for row in rows_of(run)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_best_and_newest_checkpoints_are_kept(tmp_path):
+    settings, run = toy.toy_run(
+        tmp_path / "keep", "engine.checkpoint_every=2", "engine.eval_every=2", "engine.keep_last=1"
+    )
+    task = toy.ToyTask()
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 5.0, 10: 4.0, 12: 4.0}
+    task.evaluate = lambda *_: {"val_loss": losses[task.steps]}
+    go(task, settings, run)
+    assert list(list_checkpoints(run.checkpoints)) == [4, 12]
+    assert run.best_step() == 4
+
+
+def test_the_global_generator_is_left_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    go(toy.ToyTask(), *toy.toy_run(tmp_path / "rng"))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, whole):
+    settings, run = toy.toy_run(tmp_path / "full")
+    plain = loop.save_checkpoint
+
+    def full(folder, model, optimizer, state, device):
+        if state.step == 10:
+            import quintic.engine.checkpoint as module
+
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "sha256_file", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+                return plain(folder, model, optimizer, state, device)
+        return plain(folder, model, optimizer, state, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", full)
+        with pytest.raises(OSError, match="No space"):
+            go(toy.ToyTask(), settings, run)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-5"]
+    go(toy.ToyTask(), settings, Run.open(run.folder))
+    same(run, whole)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, whole):
+    class Wider(toy.ToyTask):
+        def build(self, seed):
+            model = super().build(seed)
+            model.head = torch.nn.Parameter(torch.zeros(5, 4))
+            return model
+
+    settings, _ = toy.toy_run(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"head is \(3, 4\) there and \(5, 4\) here"):
+        go(Wider(), settings, whole)

@@ -1,0 +1,138 @@
+"""The model: causality, documents, cache, presets, initial weights, counts."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quintic.assets import preset_names
+from quintic.core import ConfigError, DataError
+from quintic.core.roles import Role, declared_roles
+from quintic.lm import LanguageModel, LMConfig
+
+TINY = LMConfig()
+
+
+def ids(b=2, t=24, seed=0):
+    return torch.randint(0, TINY.vocab_size, (b, t), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LanguageModel(TINY).double().eval()
+
+
+def test_the_future_does_not_reach_the_past(model):
+    a, b = ids(), ids()
+    b[:, 15:] = ids(seed=1)[:, 15:]
+    torch.testing.assert_close(model(a)[:, :15], model(b)[:, :15])
+    assert not torch.allclose(model(a)[:, 15:], model(b)[:, 15:])
+
+
+def test_documents_do_not_see_each_other(model):
+    text = ids(b=1)
+    documents = torch.tensor([[0] * 10 + [1] * 14])
+    apart = model(text, documents=documents)
+    # Rotations depend on distances only, so a document alone gives the same logits as one further along.
+    torch.testing.assert_close(apart[:, 10:], model(text[:, 10:]))
+    torch.testing.assert_close(apart[:, :10], model(text[:, :10]))
+    assert not torch.allclose(apart[:, 10:], model(text)[:, 10:])
+
+
+@pytest.mark.parametrize("cuts", [[24], [1] * 24, [10, 14], [7, 1, 16]])
+def test_cached_equals_uncached(model, cuts):
+    text, cache, pieces = ids(), model.new_cache(2), []
+    for piece in text.split(cuts, dim=1):
+        pieces.append(model(piece, cache=cache))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(text))
+
+
+def test_batch_rows_are_independent(model):
+    text = ids(b=5)
+    torch.testing.assert_close(model(text)[3:4], model(text[3:4]))
+
+
+def test_too_long_a_sequence_is_refused(model):
+    with pytest.raises(DataError, match="65 tokens is longer than the model's context of 64"):
+        model(ids(t=65))
+
+
+def test_starts_at_the_loss_of_a_uniform_guess():
+    text = ids(b=16, t=64)
+    logits = LanguageModel(TINY)(text)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text.flatten())
+    assert loss.item() == pytest.approx(math.log(TINY.vocab_size), abs=0.1)
+
+
+def test_initial_weights_are_a_pure_function_of_seed_and_name():
+    a, b, c = LanguageModel(TINY), LanguageModel(TINY), LanguageModel(TINY, seed=1)
+    deeper = LanguageModel(replace(TINY, num_layers=5)).state_dict()
+    for name, tensor in a.state_dict().items():
+        assert torch.equal(tensor, b.state_dict()[name])
+        if tensor.std() > 0:
+            assert not torch.equal(tensor, c.state_dict()[name])
+    assert torch.equal(a.state_dict()["head.weight"], deeper["head.weight"])
+
+
+def test_every_parameter_declares_its_role():
+    model = LanguageModel(replace(TINY, q_rank=16))
+    roles = declared_roles(model)
+    assert roles.keys() == dict(model.named_parameters()).keys()
+    kinds = {name: role.role for name, role in roles.items()}
+    assert kinds["embedding.weight"] is Role.EMBEDDING and kinds["head.weight"] is Role.HEAD
+    assert (
+        kinds["blocks.1.ffn.experts.gate_up"] is Role.EXPERT_STACK
+        and roles["blocks.1.ffn.experts.gate_up"].row_blocks == 2
+    )
+    assert kinds["blocks.1.ffn.router.weight"] is Role.ROUTER
+    assert kinds["blocks.0.attention.kv_norm.gain"] is Role.VECTOR
+    assert kinds["blocks.0.attention.q_down.weight"] is Role.MATRIX
+
+
+def test_counts():
+    model = LanguageModel(TINY)
+    total, active = model.num_parameters()
+    assert total == sum(p.numel() for p in model.parameters())
+    # Two MoE blocks, 6 of 8 experts idle, three matrices of 32 x 64 each.
+    assert total - active == 2 * 6 * 3 * 32 * 64
+
+
+def test_flops_against_the_profiler():
+    """6 per active parameter is exact for the matrices; the profiler sees all of them but attention's mask."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = replace(TINY, num_dense_layers=3)
+    model, text = LanguageModel(config), ids(b=2, t=64)
+    with FlopCounterMode(display=False) as counter:
+        model(text).sum().backward()
+    attention = 3.0 * config.num_layers * config.num_heads * 64 * (32 + 32) * 2 * 64
+    matrices = model.flops_per_token(64) * 2 * 64 - attention
+    counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    assert matrices == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize("size", preset_names("lm"))
+def test_presets_have_widths_of_eight(size):
+    config = LMConfig.preset(size)
+    for name in ("d_model", "qk_nope_dim", "qk_rope_dim", "v_dim", "kv_rank", "d_ff", "d_expert"):
+        assert getattr(config, name) % 8 == 0, name
+    with torch.device("meta"):
+        model = LanguageModel(config, seed=None)
+    assert model.num_parameters()[1] < model.num_parameters()[0]
+
+
+def test_the_defaults_are_the_tiny_preset():
+    assert LMConfig.preset("tiny") == LMConfig()
+    with pytest.raises(ConfigError, match="laptop"):
+        LMConfig.preset("laptob")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("d_model", 0), ("qk_rope_dim", 15), ("top_k", 1), ("top_k", 9), ("num_dense_layers", 4), ("balance", "sign"),
+     ("balance_rule", "sing"), ("route_scale", -1.0)],
+)  # fmt: skip
+def test_bad_values_name_their_field(field, value):
+    with pytest.raises(ConfigError, match=f"lm.{field}"):
+        LMConfig(**{field: value})

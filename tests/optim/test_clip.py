@@ -1,0 +1,146 @@
+"""Global-norm clipping against float64 arithmetic, at ordinary and extreme magnitudes."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from quintic.core import ConfigError
+from quintic.optim import clip_grad_norm_, global_norm
+
+
+def with_grads(*grads):
+    params = []
+    for g in grads:
+        p = nn.Parameter(torch.zeros_like(g))
+        p.grad = g
+        params.append(p)
+    return params
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def exact_norm(grads):
+    return math.sqrt(math.fsum(x * x for g in grads for x in g.double().flatten().tolist()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=4),
+    exponent=st.integers(-30, 30),
+    max_norm=st.sampled_from([1e-3, 0.5, 1.0, 1e3]),
+    seed=st.integers(0, 1000),
+)
+def test_matches_exact_arithmetic_at_any_magnitude(shapes, exponent, max_norm, seed):
+    grads = [randn(*shape, seed=seed + i) * 10.0**exponent for i, shape in enumerate(shapes)]
+    kept = [g.clone() for g in grads]
+    result = clip_grad_norm_(with_grads(*grads), max_norm)
+    expected = exact_norm(kept)
+    assert result.norm.item() == pytest.approx(expected, rel=1e-6)
+    assert bool(result.clipped) == (expected > max_norm)
+    assert result.scale.item() == pytest.approx(min(1.0, max_norm / expected) if expected else 1.0, rel=1e-6)
+    for g, before in zip(grads, kept, strict=True):
+        if result.clipped:
+            torch.testing.assert_close(g.double(), before.double() * result.scale.item(), rtol=1e-6, atol=0)
+        else:
+            assert torch.equal(g, before)
+
+
+@pytest.mark.parametrize("value", [1e20, 3e38])
+def test_huge_gradients_are_clipped_and_not_zeroed(value):
+    (p,) = with_grads(torch.full((8,), value))
+    result = clip_grad_norm_(p)
+    assert bool(result.finite)
+    torch.testing.assert_close(p.grad, torch.full((8,), 8**-0.5), rtol=1e-5, atol=0)
+
+
+def test_tiny_gradients_have_a_norm():
+    (p,) = with_grads(torch.full((4,), 1e-30))
+    assert clip_grad_norm_(p).norm.item() == pytest.approx(2e-30, rel=1e-6)
+    assert torch.equal(p.grad, torch.full((4,), 1e-30))
+    (p,) = with_grads(torch.full((4,), 1e-30))
+    clip_grad_norm_(p, 1e-30)
+    torch.testing.assert_close(p.grad, torch.full((4,), 5e-31), atol=0, rtol=1e-6)
+
+
+def test_extremes_of_float64():
+    for value in (1e200, 1e-200):
+        (p,) = with_grads(torch.full((4,), value, dtype=torch.float64))
+        assert clip_grad_norm_(p).norm.item() == pytest.approx(2 * value)
+
+
+def test_a_norm_beyond_float64_is_not_finite_and_nothing_is_changed():
+    (p,) = with_grads(torch.full((8,), 1.7e308, dtype=torch.float64))
+    result = clip_grad_norm_(p)
+    assert not result.finite
+    assert torch.equal(p.grad, torch.full((8,), 1.7e308, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32(dtype):
+    """A bfloat16 sum of 2**16 equal squares would stop at 256 of them."""
+    (p,) = with_grads(torch.full((2**16,), 0.5, dtype=dtype))
+    result = clip_grad_norm_(p)
+    assert result.norm.item() == pytest.approx(128.0, rel=1e-5)
+    assert p.grad.dtype == dtype
+    torch.testing.assert_close(p.grad.float(), torch.full((2**16,), 1 / 256))
+
+
+def test_mixed_dtypes():
+    params = with_grads(randn(5), randn(4, dtype=torch.float64), randn(6).bfloat16())
+    expected = exact_norm([p.grad for p in params])
+    assert clip_grad_norm_(params, 0.1).norm.item() == pytest.approx(expected, rel=1e-6)
+    assert exact_norm([p.grad for p in params]) == pytest.approx(0.1, rel=5e-3)
+
+
+def test_a_parameter_listed_twice_counts_and_is_scaled_once():
+    p, q = with_grads(torch.tensor([3.0]), torch.tensor([4.0]))
+    result = clip_grad_norm_([p, q, p])
+    assert result.norm.item() == pytest.approx(5.0)
+    assert p.grad.item() == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_non_finite_norm_is_reported_and_nothing_is_changed(bad):
+    p, q = with_grads(torch.tensor([3.0, bad]), torch.tensor([4.0]))
+    result = clip_grad_norm_([p, q])
+    assert not result.finite
+    assert not result.clipped
+    assert not result.norm.isfinite()
+    assert result.scale == 1
+    assert torch.equal(p.grad.nan_to_num(7.0), torch.tensor([3.0, bad]).nan_to_num(7.0))
+    assert q.grad.item() == 4.0
+
+
+def test_inputs():
+    model = nn.Linear(3, 2)
+    model.weight.grad = torch.full((2, 3), 2.0)  # the bias has none
+    assert clip_grad_norm_(model, float("inf")).norm.item() == pytest.approx(24**0.5)
+    assert model.weight.grad.max() == 2.0
+    assert clip_grad_norm_(model.parameters(), 1.0).clipped
+    assert clip_grad_norm_([]).norm == 0
+    assert clip_grad_norm_(nn.Parameter(torch.zeros(3))).norm == 0
+    assert global_norm([torch.tensor([3.0]), torch.tensor([[4.0]])]).item() == pytest.approx(5.0)
+
+
+def test_no_value_is_read_from_the_device():
+    params = with_grads(torch.empty(3, device="meta"), torch.empty(2, 2, device="meta"))
+    clip_grad_norm_(params)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
+def test_wrong_threshold(max_norm):
+    with pytest.raises(ConfigError, match="positive"):
+        clip_grad_norm_([], max_norm)
+
+
+def test_sparse_gradients_are_refused():
+    (p,) = with_grads(torch.zeros(3, 2))
+    p.grad = torch.eye(3, 2).to_sparse()
+    with pytest.raises(ConfigError, match="sparse"):
+        clip_grad_norm_(p)

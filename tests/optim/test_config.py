@@ -1,0 +1,119 @@
+"""Settings: refused where wrong, by name; and the optimizer that they build."""
+
+import ast
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import quintic.optim.config as config_module
+from quintic.core import ConfigError
+from quintic.optim import Muon, OptimConfig, build_optimizer
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.Linear(8, 20))
+
+
+def train(net, optimizer, steps=10):
+    ids = torch.arange(20)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(ids), (3 * ids + 1) % 20)
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("name", "sgd"),
+        ("name", 3),
+        ("lr", -1.0),
+        ("lr", "0.1"),
+        ("lr", float("nan")),
+        ("lr", float("inf")),
+        ("lr", True),
+        ("weight_decay", -0.1),
+        ("momentum", 1.0),
+        ("nesterov", 1),
+        ("scale", "adam"),
+        ("coefficients", "quintc"),
+        ("adamw_beta1", 1.0),
+        ("adamw_beta2", -0.1),
+        ("adamw_eps", -1e-8),
+        ("clip_norm", 0.0),
+        ("schedule", "linear"),
+        ("warmup_fraction", 1.5),
+        ("decay_fraction", -0.1),
+        ("decay_fraction", 0.99),
+        ("decay_shape", "sqrt"),
+        ("final_lr_fraction", 2.0),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=rf"optim\.{name}\b"):
+        OptimConfig(**{name: value})
+
+
+def test_a_close_name_is_suggested():
+    with pytest.raises(ConfigError, match="did you mean 'adamw'"):
+        OptimConfig(name="adam")
+    with pytest.raises(ConfigError, match="did you mean 'quintic'"):
+        OptimConfig(coefficients="quintc")
+
+
+def test_whole_numbers_and_the_edges_are_fine():
+    OptimConfig(lr=1, weight_decay=0, momentum=0, clip_norm=float("inf"), warmup_fraction=0.6, decay_fraction=0.4)
+    OptimConfig(schedule="cosine", warmup_fraction=0.9, decay_fraction=0.5)  # cosine has no decay phase
+
+
+def test_frozen_and_every_field_has_its_line_of_help():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        OptimConfig().lr = 1.0
+    body = next(
+        node.body for node in ast.parse(inspect.getsource(config_module)).body if isinstance(node, ast.ClassDef)
+    )
+    for field in dataclasses.fields(OptimConfig):
+        i = next(i for i, n in enumerate(body) if isinstance(n, ast.AnnAssign) and n.target.id == field.name)
+        assert isinstance(body[i + 1].value.value, str)
+
+
+def test_muon_gets_the_settings():
+    net = model()
+    optimizer = build_optimizer(
+        net,
+        OptimConfig(lr=0.02, weight_decay=0.3, momentum=0.9, nesterov=False, scale="rms", coefficients="su",
+                    adamw_beta1=0.8, adamw_beta2=0.9, adamw_eps=1e-6),
+    )  # fmt: skip
+    assert isinstance(optimizer, Muon)
+    assert {g["algorithm"] for g in optimizer.param_groups} == {"muon", "adamw"}
+    for group in optimizer.param_groups:
+        got = {k: group[k] for k in ("lr", "weight_decay", "momentum", "nesterov", "scale", "coefficients")}
+        assert got == {
+            "lr": 0.02, "weight_decay": 0.3, "momentum": 0.9, "nesterov": False, "scale": "rms", "coefficients": "su",
+        }  # fmt: skip
+        assert group["adamw_betas"] == (0.8, 0.9)
+        assert group["adamw_eps"] == 1e-6
+
+
+def test_adamw_is_torch_adamw_over_the_whole_model():
+    ours, theirs = model(), model()
+    a = build_optimizer(ours, OptimConfig(name="adamw", lr=3e-3))
+    b = torch.optim.AdamW(theirs.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    assert train(ours, a) == train(theirs, b)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert sorted(n for g in a.state_dict()["param_groups"] for n in g["param_names"]) == sorted(
+        n for n, _ in ours.named_parameters()
+    )
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_both_learn(name):
+    net = model()
+    assert train(net, build_optimizer(net, OptimConfig(name=name, lr=0.02)), 60) < 0.1
