@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
+# A venv that failed half-way (no ensurepip, say) is made again next time.
 .PHONY: help demo install test test-full lint format bench clean
 
 help:  ## list the targets

@@ -70,5 +70,5 @@ def test_best_is_among_the_saved_and_the_newer_of_a_tie(tmp_path):
         file.append({"step": step} | ({} if loss is None else {"val_loss": loss}))
     file.close()
     for step in (3, 4, 5, 6):
-        (run.checkpoints / f"step-{step}").mkdir()
+        (run.checkpoints / f"step-{step}").mkdir(parents=True)
     assert run.best_step() == 6

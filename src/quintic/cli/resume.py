@@ -23,13 +23,14 @@ def resume(run: Path, /, *, device: str | None = None) -> None:
     """
     from quintic.cli.train import run_training
     from quintic.cli.wiring import build_task, open_run
+    from quintic.engine.checkpoint import list_checkpoints
     from quintic.engine.metrics import read_metrics
 
     console = Console()
     folder, settings, header = open_run(run)
     rows = read_metrics(folder.metrics_file)
     steps = settings["engine"].steps
-    if rows and rows[-1]["step"] >= steps:
+    if rows and rows[-1]["step"] >= steps and steps in list_checkpoints(folder.checkpoints):
         console.print(
             f"{run} is finished: all {steps} steps are done; nothing to resume", markup=False, highlight=False
         )

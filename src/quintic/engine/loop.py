@@ -83,6 +83,8 @@ def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_p
         facts["matmul_gflops"] = round(peak / 1e9, 1)
     run.record_machine(facts)
     run.record(status="running")
+    run.checkpoints.mkdir(exist_ok=True)
+    run.samples.mkdir(exist_ok=True)
     display = Display(console, engine.steps)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

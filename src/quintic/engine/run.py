@@ -61,8 +61,7 @@ class Run:
         """
         cls.refuse_existing(folder)
         run = cls(folder)
-        for path in (folder, run.checkpoints, run.samples):
-            path.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         atomic_write(run.config_file, settings.to_toml(header))
         return run
 

@@ -43,10 +43,8 @@ def derived_fields(config: LMConfig, tokenizer: Tokenizer) -> dict[str, tuple[An
         tokenizer: Sets the vocabulary.
     """
     size = tokenizer.vocab_size
-    found: dict[str, tuple[Any, str]] = {}
-    rounded = -(-size // 8) * 8
-    if rounded != config.vocab_size:
-        found["vocab_size"] = rounded, f"tokenizer has {size} tokens, rounded up to a multiple of 8"
+    why = f"tokenizer has {size} tokens, rounded up to a multiple of 8"
+    found: dict[str, tuple[Any, str]] = {"vocab_size": (-(-size // 8) * 8, why)}
     if config.route_scale == 0.0 and config.num_dense_layers < config.num_layers:
         scale = round(routed_scaling_factor(config.num_experts, config.top_k), 3)
         found["route_scale"] = (

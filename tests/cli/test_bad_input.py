@@ -1,0 +1,169 @@
+"""Bad input: one short message with the next step, exit code 2, nothing written, nothing lost."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from quintic.cli.app import main
+from quintic.engine.metrics import read_metrics
+
+SMALL = ["--size", "tiny", "engine.steps=6", "engine.checkpoint_every=2"]
+TEXT = "the whale swam under the ship and the captain looked at the sea.\n" * 40
+
+
+def fails(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert end.value.code == 2, captured
+    assert "Traceback" not in captured.err + captured.out
+    return " ".join(captured.err.split())
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def run(book, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", str(book), *SMALL, "--out", str(tmp_path / "run")])
+    assert not end.value.code
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.txt"], "no such file or folder: nowhere.txt"),
+        (["BOOK", "optim.lrr=0.1"], "unknown setting 'optim.lrr'; did you mean 'optim.lr'?"),
+        (["BOOK", "optim.lr=fast"], "setting 'optim.lr' must be of type float, found 'fast'"),
+        (["BOOK", "lm.num_experts=2.5"], "setting 'lm.num_experts' must be of type int, found 2.5"),
+        (["BOOK", "lr=0.1"], "'lr=0.1' is not a setting; write section.field=value"),
+        (["BOOK", "lm.top_k=9"], "lm.top_k must be between 2 and lm.num_experts = 8"),
+        (["BOOK", "optim.name=muonn"], "did you mean 'muon'?"),
+        (["BOOK", "--size", "tinny"], "unknown size 'tinny' for task lm; did you mean 'tiny'?"),
+        (["BOOK", "--task", "lmm"], "unknown task 'lmm'; did you mean 'lm'?"),
+        (["BOOK", "--device", "cuda:9"], "not available on this machine"),
+        (["BOOK", "--dtype", "float8"], "unknown dtype 'float8'"),
+        (["BOOK", "--bogus"], "--bogus"),
+        (["BOOK", "lm.vocab_size=100"], "lm.vocab_size = 100 is below the tokenizer's 257 tokens"),
+        (["BOOK", "data.tokenizer=missing.json"], "no tokenizer at missing.json"),
+        (["BOOK", "data.encoding=klingon"], "unknown encoding 'klingon'"),
+        (["EMPTY"], "every document is empty"),
+        (["BINARY"], "looks binary"),
+        (["SHORT"], "too short to train on: 5 characters"),
+    ],
+)
+def test_train_refuses(tmp_path, book, capsys, arguments, message):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    (tmp_path / "short.txt").write_text("short")
+    named = {word: str(tmp_path / f"{word.lower()}.txt") for word in ("BOOK", "EMPTY", "BINARY", "SHORT")}
+    arguments = [named.get(argument, argument) for argument in arguments]
+    size = [] if "--size" in arguments else ["--size", "tiny"]
+    assert message in fails(capsys, "train", *arguments, *size, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_that_holds_a_run_or_something_else(run, book, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert "holds a run already; continue it with: quintic resume" in fails(capsys, "train", book, *SMALL, "--out", run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert "not an empty folder" in fails(capsys, "train", book, *SMALL, "--out", tmp_path)
+    assert "not an empty folder" in fails(capsys, "train", book, *SMALL, "--out", book)
+
+
+def test_no_permission_to_write(book, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("quintic.engine.run.os.access", lambda *_: False)  # root may write anywhere
+    assert "no permission to write" in fails(capsys, "train", book, *SMALL, "--out", tmp_path / "x" / "run")
+
+
+def unfinish(run):
+    """Take away the end of a run, as if it had been killed after step 4."""
+    shutil.rmtree(run / "checkpoints" / "step-6")
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(rows[:5]))
+
+
+def test_resume_refuses_changed_data(run, book, capsys):
+    unfinish(run)
+    book.write_text(TEXT.replace("whale", "squid"))
+    message = fails(capsys, "resume", run)
+    assert "has changed since it was started" in message and str(book) in message
+    book.unlink()
+    assert "no such file or folder" in fails(capsys, "resume", run)
+    assert len(read_metrics(run / "metrics.jsonl")) == 5
+    book.write_text(TEXT)
+    with pytest.raises(SystemExit) as end:
+        main(["resume", str(run)])
+    assert not end.value.code and len(read_metrics(run / "metrics.jsonl")) == 6
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, capsys):
+    unfinish(run)
+    weights = run / "checkpoints" / "step-4" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    # Only step 4 is left, so nothing can be used.
+    message = fails(capsys, "resume", run)
+    assert "every checkpoint" in message and "start again" in message
+    for verb in ("generate", "evaluate"):
+        assert "every checkpoint" in fails(capsys, verb, run)
+
+
+def test_damage_with_a_good_one_beside_it(book, tmp_path, capsys):
+    run = tmp_path / "three"
+    with pytest.raises(SystemExit) as end:
+        main(["train", str(book), *SMALL, "engine.keep_last=3", "--out", str(run)])
+    assert not end.value.code
+    unfinish(run)
+    weights = run / "checkpoints" / "step-4" / "model.safetensors"
+    weights.write_bytes(b"\0" * weights.stat().st_size)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["resume", str(run)])
+    out = " ".join(capsys.readouterr().out.split())
+    assert not end.value.code
+    assert "step-4 is damaged: model.safetensors does not match its recorded hash" in out
+    assert "continuing from step 2" in out
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("verb", ["resume", "generate", "evaluate", "report"])
+def test_folders_that_hold_no_run(tmp_path, capsys, verb):
+    assert "does not exist" in fails(capsys, verb, tmp_path / "nothing")
+    assert "no run" in fails(capsys, verb, tmp_path)
+
+
+def test_a_damaged_configuration(run, capsys):
+    (run / "config.toml").write_text("[engine\n")
+    for verb in ("resume", "generate"):
+        assert "config.toml is damaged" in fails(capsys, verb, run)
+
+
+def test_generate_and_evaluate_refuse_nonsense(run, capsys):
+    assert "no checkpoint '99'; expected best, last or one of the saved steps: 4, 6" in fails(
+        capsys, "generate", run, "--checkpoint", "99"
+    )
+    assert "top_p in (0, 1]" in fails(capsys, "generate", run, "--top-p", "0")
+    assert "unknown split 'tests'; did you mean 'test'?" in fails(capsys, "evaluate", run, "--split", "tests")
+    assert "no such file" in fails(capsys, "evaluate", run, "missing.txt")
+
+
+def test_a_run_killed_before_its_first_step(run, capsys):
+    """What is left is the configuration alone."""
+    for name in ("checkpoints", "samples"):
+        shutil.rmtree(run / name)
+    for name in ("metrics.jsonl", "report.html", "machine.json"):
+        Path(run / name).unlink()
+    assert "has no checkpoint yet" in fails(capsys, "generate", run)
+    with pytest.raises(SystemExit) as end:
+        main(["resume", str(run)])
+    assert not end.value.code
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
