@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 # A venv that failed half-way (no ensurepip, say) is made again next time.
+.DELETE_ON_ERROR:
 .PHONY: help demo install test test-full lint format bench clean
 
 help:  ## list the targets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -73,8 +73,8 @@ def train(
         resolved = resolved.derive("engine.dtype", name, f"fastest safe one on {pick_device(engine.device).type} here")
     folder = _free_folder(paths, size) if out is None else out
     Run.refuse_existing(folder)
-    console.print("reading text ..." if paths else "reading the embedded corpus, Moby Dick ...", highlight=False)
-    made, resolved, warnings = build_task(task, paths, resolved)
+    with console.status("reading text") as status:
+        made, resolved, warnings = build_task(task, paths, resolved, status.update)
     for warning in warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, style="yellow")
     lines, facts = made.describe()
@@ -100,7 +100,7 @@ def run_training(console: Console, task: Task, settings: Settings, run: Run) -> 
     from quintic.report import write_report
 
     outcome = train_loop(task, settings, run, console)
-    report = write_report(run.folder)
+    report = write_report(run.folder) if outcome.recorded else None
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -108,17 +108,22 @@ def run_training(console: Console, task: Task, settings: Settings, run: Run) -> 
     if outcome.sample:
         say(f"\nsample:\n{outcome.sample}\n")
     if outcome.finished:
-        best = f"validation {outcome.row['val_loss']:.4f} nats"
-        if "val_bits_per_byte" in outcome.row:
-            best += f" a token, {outcome.row['val_bits_per_byte']:.4f} bits per byte"
-        say(f"finished {outcome.step} steps: {best}")
+        say(f"finished {outcome.step} steps: {_final_words(outcome.row)}")
     else:
         say(f"stopped at step {outcome.step}; continue with: quintic resume {run.folder}")
     if outcome.peak_memory is not None:
         say(f"peak memory: {outcome.peak_memory / 2**20:,.0f} MiB")
-    say(f"report: {report}")
+    if report is not None:
+        say(f"report: {report}")
     if outcome.finished:
         say(f'next: quintic generate {run.folder} --prompt "..."')
+
+
+def _final_words(row: dict[str, Any]) -> str:
+    if "val_loss" not in row:  # no validation split was asked for
+        return f"training loss {row['loss']:.4f} nats"
+    bits = f", {row['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in row else ""
+    return f"validation loss {row['val_loss']:.4f} nats{bits}"
 
 
 def _free_folder(paths: list[Path], size: str) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,13 +86,16 @@ def build_settings(task: str, size: str, overrides: Sequence[str]) -> Settings:
     return Settings.build(types, tomllib.loads(preset_text(task, size)), size, overrides)
 
 
-def build_task(task: str, paths: Sequence[Path], settings: Settings) -> tuple[Task, Settings, list[str]]:
+def build_task(
+    task: str, paths: Sequence[Path], settings: Settings, progress: Callable[[str], None] = lambda _: None
+) -> tuple[Task, Settings, list[str]]:
     """Prepare the data, derive what follows from it, and make the task.
 
     Args:
         task: Its name.
         paths: Files and folders; none means the embedded corpus.
         settings: From :func:`build_settings` or a run's own.
+        progress: Told in words what is going on.
 
     Returns:
         The task, the settings with derived values, and warnings about the data.
@@ -100,7 +103,7 @@ def build_task(task: str, paths: Sequence[Path], settings: Settings) -> tuple[Ta
     from quintic.data import prepare
     from quintic.lm.task import LanguageModelTask, derived_fields
 
-    data = prepare(list(paths) or None, settings["data"])
+    data = prepare(list(paths) or None, settings["data"], progress)
     given = settings.sources["lm.vocab_size"] == "given"
     if given and settings["lm"].vocab_size < data.tokenizer.vocab_size:
         raise ConfigError(

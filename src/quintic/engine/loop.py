@@ -51,6 +51,8 @@ class Outcome:
     """False if a signal stopped it; ``resume`` continues."""
     step: int
     """Steps taken in total."""
+    recorded: int
+    """Steps whose metrics are written; one less than ``step`` if a validation was cut short."""
     row: dict[str, Any]
     """Metrics of the last step."""
     sample: str
@@ -143,7 +145,7 @@ def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_p
     memory = peak_memory_bytes(device)
     run.record_machine(facts | {"peak_memory_mb": None if memory is None else round(memory / 2**20)})
     run.record(status="finished" if finished else "stopped", steps=state.step)
-    return Outcome(finished, state.step, state.row, sample, memory)
+    return Outcome(finished, state.step, metrics.last_step, state.row, sample, memory)
 
 
 def _take_step(

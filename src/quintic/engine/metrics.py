@@ -8,27 +8,39 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from quintic.core.files import atomic_write
 
-__all__ = ["MetricsFile", "read_metrics"]
+__all__ = ["MetricsFile", "iter_metrics", "read_metrics"]
 
 Row = dict[str, Any]
 
 
-def read_metrics(path: Path) -> list[Row]:
-    """All whole rows of a metrics file; none if it does not exist. A torn last line is left out."""
+def iter_metrics(path: Path, containing: str = "") -> Iterator[Row]:
+    """The whole rows of a metrics file, one by one; none if it does not exist. A torn last line is left out.
+
+    Args:
+        path: The file.
+        containing: Only rows whose text has this in it are parsed and given.
+    """
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # torn by a kill; nothing whole follows
-    return rows
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if containing not in line:
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return  # torn by a kill; nothing whole follows
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """All rows of :func:`iter_metrics`."""
+    return list(iter_metrics(path))
 
 
 class MetricsFile:
@@ -40,9 +52,9 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, keep_through: int) -> None:
-        rows = [row for row in read_metrics(path) if row["step"] <= keep_through]
-        self.last_step: int = rows[-1]["step"] if rows else 0
-        atomic_write(path, "".join(_line(row) for row in rows))
+        kept = [_line(row) for row in iter_metrics(path) if row["step"] <= keep_through]
+        self.last_step = len(kept)  # rows begin at step 1 and have no gaps
+        atomic_write(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, row: Row) -> None:

@@ -14,7 +14,7 @@ from quintic.core import CheckpointError
 from quintic.core.files import atomic_write
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.config import Settings
-from quintic.engine.metrics import read_metrics
+from quintic.engine.metrics import iter_metrics
 
 __all__ = ["Run"]
 
@@ -93,7 +93,7 @@ class Run:
         saved = list_checkpoints(self.checkpoints)
         losses = {
             row["step"]: row["val_loss"]
-            for row in read_metrics(self.metrics_file)
+            for row in iter_metrics(self.metrics_file, containing='"val_loss"')
             if row["step"] in saved and math.isfinite(row.get("val_loss") or math.nan)
         }
         return min(losses, key=lambda step: (losses[step], -step), default=None)

@@ -1,0 +1,142 @@
+"""What a run folder knows about its run, read once, as arrays and plain dictionaries."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quintic.core import CheckpointError, DataError
+from quintic.engine.metrics import read_metrics
+from quintic.engine.run import Run
+
+__all__ = ["Floats", "Records", "read_records"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of one run."""
+
+    folder: Path
+    """The run folder."""
+    rows: list[dict[str, Any]]
+    """Metrics, one per optimizer step, at least one."""
+    config: dict[str, Any]
+    """``config.toml``, parsed."""
+    config_text: str
+    """``config.toml`` as written, with the source of each value as a comment."""
+    run: dict[str, Any]
+    """``run.json``; empty if absent."""
+    machine: dict[str, Any]
+    """``machine.json``; empty if absent."""
+    samples: list[tuple[int, Path]]
+    """(step, file) of every sample, text or PNG, by step."""
+
+    def column(self, key: str) -> tuple[Floats, Floats]:
+        """Steps and values of the rows that have a key; what is not a finite number is NaN."""
+        found = [(row["step"], _number(row[key])) for row in self.rows if key in row]
+        steps, values = np.array(found, dtype=np.float64).reshape(-1, 2).T
+        return steps, values
+
+    def layers(self, key: str) -> list[tuple[Floats, Floats]]:
+        """Like :meth:`column` for a key that holds one number per MoE layer: one pair per layer."""
+        rows = [row for row in self.rows if row.get(key)]
+        count = max((len(row[key]) for row in rows), default=0)
+        pairs = []
+        for layer in range(count):
+            found = [(row["step"], _number(row[key][layer])) for row in rows if layer < len(row[key])]
+            steps, values = np.array(found, dtype=np.float64).T
+            pairs.append((steps, values))
+        return pairs
+
+    def last(self, key: str) -> float | None:
+        """The newest finite value of a key."""
+        _, values = self.column(key)
+        finite = values[np.isfinite(values)]
+        return float(finite[-1]) if len(finite) else None
+
+    def median(self, key: str) -> float | None:
+        """The median of the finite values of a key: a typical step, whatever else the machine did meanwhile."""
+        _, values = self.column(key)
+        finite = values[np.isfinite(values)]
+        return float(np.median(finite)) if len(finite) else None
+
+    def best(self, key: str) -> tuple[int, float] | None:
+        """Step and value where a key was lowest."""
+        steps, values = self.column(key)
+        if not np.isfinite(values).any():
+            return None
+        at = int(np.nanargmin(values))
+        return int(steps[at]), float(values[at])
+
+    @property
+    def things(self) -> str:
+        """What the loss is counted over: tokens of text, elements of anything else."""
+        return "tokens" if self.run.get("task", "lm") == "lm" else "elements"
+
+    @property
+    def step(self) -> int:
+        """The last step taken."""
+        return int(self.rows[-1]["step"])
+
+
+def read_records(folder: Path) -> Records:
+    """Read a run folder. The run may still be training.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        CheckpointError: The folder holds no run, or one of its records is damaged.
+        DataError: No step has been recorded yet.
+    """
+    run = Run.open(folder)
+    config = run.header()
+    rows = read_metrics(run.metrics_file)
+    if not rows:
+        raise DataError(
+            f"{folder} has no metrics yet (metrics.jsonl is absent or empty), so there is nothing to report; "
+            f"let it take a step, or continue it with: quintic resume {folder}"
+        )
+    return Records(
+        folder=folder,
+        rows=rows,
+        config=config,
+        config_text=run.config_file.read_text(encoding="utf-8"),
+        run=_json_object(folder / "run.json"),
+        machine=_json_object(folder / "machine.json"),
+        samples=_samples(run.samples),
+    )
+
+
+def _samples(folder: Path) -> list[tuple[int, Path]]:
+    names = re.compile(r"step-(\d+)\.(txt|png)")
+    found = [(int(match[1]), path) for path in folder.glob("*") if (match := names.fullmatch(path.name))]
+    return sorted(found)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    remedy = "the report can do without it: delete it and repeat"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__} where a JSON object was expected; {remedy}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return math.nan
