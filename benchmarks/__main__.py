@@ -7,7 +7,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-BENCHMARKS = ("demo",)
+BENCHMARKS = ("demo", "optimizers")
 
 
 def collect() -> None:

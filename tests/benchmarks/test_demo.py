@@ -1,5 +1,9 @@
 """The measures of the demo benchmark measure what they say."""
 
+import importlib
+import json
+from pathlib import Path
+
 from benchmarks.demo import longest_copied_run, section, share_of_known_words
 
 
@@ -20,3 +24,13 @@ def test_section_names_the_machine():
     run = dict.fromkeys(numbers, 0)
     text = section({"machine": machine, "parameters_total": 5, "parameters_active": 4, "runs": [run]})
     assert "A CPU, 2 threads" in text and "| 0 | 0.000 |" in text
+
+
+def test_sections_of_the_committed_results_are_those_of_the_results_page():
+    root = Path(__file__).parent.parent.parent
+    page = (root / "RESULTS.md").read_text(encoding="utf-8")
+    found = sorted((root / "benchmarks" / "results").glob("*.json"))
+    assert found
+    for path in found:
+        module = importlib.import_module(f"benchmarks.{path.stem}")
+        assert module.section(json.loads(path.read_text(encoding="utf-8"))) in page

@@ -1,5 +1,6 @@
 """A user's journey: train, look, stop, resume, generate, evaluate; all on the tiny preset."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -110,6 +111,10 @@ def test_evaluate_on_its_splits_and_on_other_text(run, book, tmp_path, capsys):
     assert shown == pytest.approx(read_metrics(run / "metrics.jsonl")[-1]["val_loss"], abs=1e-4)
     assert quintic("evaluate", run) == 0
     assert "test split" in capsys.readouterr().out
+    for dtype, tolerance in (("float64", 1e-4), ("bfloat16", 0.05)):
+        assert quintic("evaluate", run, "--split", "validation", "--checkpoint", "last", "--dtype", dtype) == 0
+        other = float(re.search(r"loss ([\d.]+) nats", capsys.readouterr().out)[1])
+        assert other == pytest.approx(shown, abs=tolerance)
     (tmp_path / "other.md").write_text("the captain looked at the whale")
     assert quintic("evaluate", run, tmp_path) == 0
     assert "bits per byte" in capsys.readouterr().out
@@ -185,6 +190,38 @@ def test_stopped_from_outside_and_resumed(book, tmp_path, how):
     assert [row["step"] for row in read_metrics(stopped / "metrics.jsonl")] == list(range(1, 151))
     losses = [[row["loss"] for row in read_metrics(r / "metrics.jsonl")] for r in (whole, stopped)]
     assert losses[0] == losses[1]
+
+
+def test_stopped_before_the_first_step(book, tmp_path, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def at_once(_):
+        yield lambda: True
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quintic.engine.loop.stop_requests", at_once)
+        assert quintic("train", book, *SMALL, "--out", tmp_path / "run") == 0
+    assert "stopped at step 0; continue with: quintic resume" in capsys.readouterr().out
+    assert quintic("resume", tmp_path / "run") == 0
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 14
+
+
+def test_no_validation_split_is_no_validation(book, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert quintic("train", book, *SMALL, "data.validation_fraction=0", "--out", out) == 0
+    assert "training loss" in capsys.readouterr().out
+    assert not any("val_loss" in row for row in read_metrics(out / "metrics.jsonl"))
+
+
+def test_a_tokenizer_of_ones_own_is_found_from_any_folder(book, tmp_path, monkeypatch):
+    from quintic.data import Tokenizer
+
+    Tokenizer.train([book.read_text()], 300).save(tmp_path / "mine.json")
+    monkeypatch.chdir(tmp_path)
+    assert quintic("train", book, *SMALL, "data.tokenizer=mine.json", "--out", "run") == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-14")
+    monkeypatch.chdir("/")
+    assert quintic("resume", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "checkpoints" / "step-14").is_dir()
 
 
 def test_adamw_dense_and_documents_train_too(tmp_path):

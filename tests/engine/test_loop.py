@@ -242,3 +242,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, whole):
     settings, _ = toy.toy_run(tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"head is \(3, 4\) there and \(5, 4\) here"):
         go(Wider(), settings, whole)
+
+
+def test_a_terminal_gets_a_live_bar_and_lines_above_it(tmp_path):
+    screen = io.StringIO()
+    settings, run = toy.toy_run(tmp_path / "live")
+    console = Console(file=screen, force_terminal=True, width=120)
+    loop.train(toy.ToyTask(), settings, run, console, quiet_peak=True)
+    shown = screen.getvalue()
+    assert "12/12" in shown and "\x1b[" in shown
+    assert "validation loss" in shown and "step 1/12  loss" not in shown

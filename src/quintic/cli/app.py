@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 import quintic
-from quintic.cli import doctor, evaluate, generate, report, resume, roles, train
+from quintic.cli import doctor, evaluate, generate, race, report, resume, roles, train
 from quintic.core import QuinticError, UserError
 
 __all__ = ["app", "main"]
@@ -30,6 +30,7 @@ for _verb in (
     resume.resume,
     generate.generate,
     evaluate.evaluate,
+    race.race,
     report.report,
     roles.roles,
     doctor.doctor,

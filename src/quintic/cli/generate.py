@@ -20,6 +20,7 @@ def generate(
     seed: int = 0,
     checkpoint: str = "best",
     device: str = "auto",
+    dtype: str | None = None,
 ) -> None:
     """Continue a prompt with a run's model; the text goes to standard output as it is made.
 
@@ -43,16 +44,18 @@ def generate(
         best (lowest validation loss), last, or a step number.
     device
         auto, cpu, cuda, cuda:1 or mps.
+    dtype
+        auto, float32, bfloat16 or float64; the run's own if left out.
     """
     from quintic.cli.wiring import load_run_model
     from quintic.lm.task import generate_text
 
-    model, tokenizer = load_run_model(run, checkpoint, device)
+    model, tokenizer, precision = load_run_model(run, checkpoint, device, dtype)
     sys.stdout.write(prompt)
     sys.stdout.flush()
-    for piece in generate_text(
-        model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    ):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
+    with precision:
+        for piece in generate_text(model, tokenizer, prompt, **sampling):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     sys.stdout.write("\n")

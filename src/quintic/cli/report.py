@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
+from quintic.cli.printing import say
 
 __all__ = ["report"]
 
@@ -19,4 +19,4 @@ def report(run: Path, /) -> None:
     """
     from quintic.report import write_report
 
-    Console().print(f"report: {write_report(run)}", markup=False, highlight=False, soft_wrap=True)
+    say(f"report: {write_report(run)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from quintic.cli.printing import say
 from quintic.core import DataError
 
 __all__ = ["resume"]
@@ -26,14 +27,11 @@ def resume(run: Path, /, *, device: str | None = None) -> None:
     from quintic.engine.checkpoint import list_checkpoints
     from quintic.engine.metrics import read_metrics
 
-    console = Console()
     folder, settings, header = open_run(run)
     rows = read_metrics(folder.metrics_file)
     steps = settings["engine"].steps
     if rows and rows[-1]["step"] >= steps and steps in list_checkpoints(folder.checkpoints):
-        console.print(
-            f"{run} is finished: all {steps} steps are done; nothing to resume", markup=False, highlight=False
-        )
+        say(f"{run} is finished: all {steps} steps are done; nothing to resume")
         return
     task, settings, _ = build_task(header["task"], [Path(path) for path in header["paths"]], settings)
     if task.fingerprint != header["fingerprint"]:
@@ -44,4 +42,4 @@ def resume(run: Path, /, *, device: str | None = None) -> None:
         )
     if device is not None:
         settings = settings.derive("engine.device", device, "given")
-    run_training(console, task, settings, folder)
+    run_training(Console(), task, settings, folder)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
+from quintic.cli.printing import say
 from quintic.cli.wiring import build_settings, split_arguments
 from quintic.core import ConfigError
 
@@ -34,4 +33,4 @@ def roles(*arguments: str, task: str = "lm", size: str = "laptop") -> None:
 
     with torch.device("meta"):
         model = LanguageModel(settings["lm"], seed=None)
-    Console().print(str(table_of(model, scale=settings["optim"].scale)), markup=False, highlight=False, soft_wrap=True)
+    say(str(table_of(model, scale=settings["optim"].scale)))

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from quintic.cli.printing import say
 from quintic.cli.wiring import TASKS, build_settings, build_task, section_types, split_arguments
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ def train(
     from quintic.core.machine import pick_device, pick_dtype
     from quintic.engine import Run
 
+    if Path(tokenizer := resolved["data"].tokenizer).is_file():
+        # Absolute, so that a resume finds it from any folder.
+        resolved = resolved.derive("data.tokenizer", str(Path(tokenizer).absolute()), "given")
     engine = resolved["engine"]
     chosen = pick_dtype(engine.dtype, pick_device(engine.device))
     if engine.dtype == "auto":
@@ -76,10 +80,11 @@ def train(
     with console.status("reading text") as status:
         made, resolved, warnings = build_task(task, paths, resolved, status.update)
     for warning in warnings:
-        console.print(f"warning: {warning}", markup=False, highlight=False, style="yellow")
+        say(f"warning: {warning}", console=console, style="yellow")
     lines, facts = made.describe()
     for line in lines:
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        say(f"  {line}", console=console)
+    _print_optimizer(console, made, resolved)
     _print_settings(console, resolved)
     header = {
         "task": task,
@@ -88,9 +93,8 @@ def train(
         "fingerprint": made.fingerprint,
     }
     run = Run.create(folder, resolved, header)
-    made.save_with(folder)
     run.record(task=task, size=size, title=_title(paths), seed=engine.seed, **facts)
-    console.print(f"run folder: {folder}", highlight=False, markup=False)
+    say(f"run folder: {folder}", console=console)
     run_training(console, made, resolved, run)
 
 
@@ -102,21 +106,18 @@ def run_training(console: Console, task: Task, settings: Settings, run: Run) -> 
     outcome = train_loop(task, settings, run, console)
     report = write_report(run.folder) if outcome.recorded else None
 
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     if outcome.sample:
-        say(f"\nsample:\n{outcome.sample}\n")
+        say(f"\nsample:\n{outcome.sample}\n", console=console)
     if outcome.finished:
-        say(f"finished {outcome.step} steps: {_final_words(outcome.row)}")
+        say(f"finished {outcome.step} steps: {_final_words(outcome.row)}", console=console)
     else:
-        say(f"stopped at step {outcome.step}; continue with: quintic resume {run.folder}")
+        say(f"stopped at step {outcome.step}; continue with: quintic resume {run.folder}", console=console)
     if outcome.peak_memory is not None:
-        say(f"peak memory: {outcome.peak_memory / 2**20:,.0f} MiB")
+        say(f"peak memory: {outcome.peak_memory / 2**20:,.0f} MiB", console=console)
     if report is not None:
-        say(f"report: {report}")
+        say(f"report: {report}", console=console)
     if outcome.finished:
-        say(f'next: quintic generate {run.folder} --prompt "..."')
+        say(f'next: quintic generate {run.folder} --prompt "..."', console=console)
 
 
 def _final_words(row: dict[str, Any]) -> str:
@@ -139,6 +140,21 @@ def _title(paths: list[Path]) -> str:
     if not paths:
         return "Moby Dick"
     return paths[0].absolute().name.split(".")[0] or "text"
+
+
+def _print_optimizer(console: Console, task: Task, settings: Settings) -> None:
+    """What is trained by which algorithm, in a line; ``quintic roles`` prints the table."""
+    import torch
+
+    from quintic.optim import roles
+
+    if settings["optim"].name != "muon":
+        say(f"  optimizer: {settings['optim'].name} for every parameter", console=console)
+        return
+    with torch.device("meta"):
+        table = roles(task.build(None), scale=settings["optim"].scale, strict=True)
+    muon, adamw = table.parameters_under("muon"), table.parameters_under("adamw")
+    say(f"  optimizer: Muon for {muon:,} parameters, AdamW for {adamw:,}; see quintic roles", console=console)
 
 
 def _print_settings(console: Console, settings: Settings) -> None:

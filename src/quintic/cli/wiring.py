@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from quintic.assets import preset_names, preset_text
+from quintic.cli.printing import say
 from quintic.core import CheckpointError, ConfigError, DataError, suggest
 
 if TYPE_CHECKING:
+    import torch
+
     from quintic.data.tokenizer import Tokenizer
     from quintic.engine import Run, Settings, Task
     from quintic.lm import LanguageModel
@@ -143,24 +146,27 @@ def open_run(folder: Path) -> tuple[Run, Settings, dict[str, Any]]:
 
     run = Run.open(folder)
     header = run.header()
-    settings = Settings.from_toml(run.config_file.read_text(encoding="utf-8"), section_types(header.get("task", "lm")))
+    settings = Settings.from_toml(run.settings_text(), section_types(header.get("task", "lm")))
     return run, settings, header
 
 
-def load_run_model(folder: Path, checkpoint: str, device: str) -> tuple[LanguageModel, Tokenizer]:
-    """The model of a run with the weights of a checkpoint, and its tokenizer.
+def load_run_model(
+    folder: Path, checkpoint: str, device: str, dtype: str | None
+) -> tuple[LanguageModel, Tokenizer, torch.autocast]:
+    """The model of a run with the weights of a checkpoint, its tokenizer, and the precision to run it in.
 
     Args:
         folder: Run folder.
         checkpoint: ``best``, ``last`` or a step number.
         device: Where to put the model.
+        dtype: Of matrix products; None is the run's own.
 
     Raises:
         CheckpointError: No usable checkpoint, or no such step.
     """
     import torch
 
-    from quintic.core.machine import pick_device, pick_dtype
+    from quintic.core.machine import autocast, pick_device, pick_dtype
     from quintic.data.tokenizer import Tokenizer
     from quintic.engine.checkpoint import list_checkpoints, load_model, usable_checkpoint, verify_checkpoint
     from quintic.lm import LanguageModel
@@ -179,14 +185,15 @@ def load_run_model(folder: Path, checkpoint: str, device: str) -> tuple[Language
         raise CheckpointError(f"no checkpoint {checkpoint!r}; expected best, last or one of the saved steps: {steps}")
     where = pick_device(device)
     model = LanguageModel(settings["lm"], seed=None).to(where)
-    if pick_dtype(settings["engine"].dtype, where) == torch.float64:
+    precision = pick_dtype(dtype or settings["engine"].dtype, where)
+    if precision == torch.float64:
         model.double()
     load_model(path, model)
-    return model.eval(), Tokenizer.load(folder / "tokenizer.json")
+    return model.eval(), Tokenizer.load(folder / "tokenizer.json"), autocast(where, precision)
 
 
 def evaluate_run(
-    folder: Path, paths: Sequence[Path], split: str, checkpoint: str, device: str
+    folder: Path, paths: Sequence[Path], split: str, checkpoint: str, device: str, dtype: str | None
 ) -> tuple[dict[str, float], str]:
     """Losses of a run on a split of its own data or on other text, and what was evaluated, in words."""
     from dataclasses import replace
@@ -196,7 +203,7 @@ def evaluate_run(
 
     if split not in ("test", "validation"):
         raise ConfigError(f"unknown split {split!r}{suggest(split, ['test', 'validation'])}")
-    model, _ = load_run_model(folder, checkpoint, device)
+    model, _, precision = load_run_model(folder, checkpoint, device, dtype)
     _, settings, header = open_run(folder)
     if paths:
         whole = replace(
@@ -210,10 +217,11 @@ def evaluate_run(
     task = LanguageModelTask(settings["lm"], data, cross_documents=settings["data"].cross_documents)
     if not paths and task.fingerprint != header["fingerprint"]:
         raise DataError(f"the data of {folder} has changed since it was trained; name the text to evaluate on instead")
-    values = task.evaluate(model, split)
+    with precision:
+        values = task.evaluate(model, split)
     assert values is not None
     return values, what
 
 
 def _warn(text: str) -> None:
-    Console(stderr=True).print(f"warning: {text}", markup=False, highlight=False, style="yellow")
+    say(f"warning: {text}", console=Console(stderr=True), style="yellow")

@@ -21,6 +21,7 @@ from quintic.core.files import atomic_write, cache_dir, sha256_bytes
 
 __all__ = [
     "DTYPES",
+    "autocast",
     "describe",
     "fast_dtype",
     "matmul_peak",
@@ -80,6 +81,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"unknown dtype {name!r}{suggest(name, ['auto', *DTYPES])}")
     return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Products in bfloat16 where that was chosen, weights and everything delicate in float32; else nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def cpu_name() -> str:

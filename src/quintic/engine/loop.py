@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from quintic.core import QuinticError
-from quintic.core.machine import describe, matmul_peak, peak_memory_bytes, pick_device, pick_dtype
+from quintic.core.machine import autocast, describe, matmul_peak, peak_memory_bytes, pick_device, pick_dtype
 from quintic.data.order import Order
 from quintic.engine.checkpoint import (
     TrainState,
@@ -87,6 +87,7 @@ def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_p
     run.record(status="running")
     run.checkpoints.mkdir(exist_ok=True)
     run.samples.mkdir(exist_ok=True)
+    task.save_with(run.folder)
     display = Display(console, engine.steps)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -102,6 +103,8 @@ def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_p
             display.note(f"continuing from step {state.step}")
         order = Order(task.num_examples, engine.seed, task.fingerprint)
         metrics = MetricsFile(run.metrics_file, keep_through=state.step)
+        if metrics.last_step == state.step:
+            state.row = metrics.last_row  # complete, with its validation
         flops = task.flops_per_example(model) * engine.batch_size
         sample = ""
         saved = state.step
@@ -117,14 +120,14 @@ def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_p
                 if state.step > metrics.last_step:
                     due = _due(state.step, engine)
                     if due.evaluate:
-                        with _precision(device, dtype):
+                        with autocast(device, dtype):
                             values = task.evaluate(model, "validation", should_stop)
                         if values is None:
                             break
                         state.row |= values
                     if due.sample:
                         path = run.samples / f"step-{state.step:06d}"
-                        with _precision(device, dtype):
+                        with autocast(device, dtype):
                             sample = task.sample(model, path, engine.seed, should_stop)
                     metrics.append(state.row)
                     display.step(state.row)
@@ -171,7 +174,7 @@ def _take_step(
     for start in range(0, engine.batch_size, size):
         batch = task.batch(examples[start : start + size])
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with _precision(device, dtype):
+        with autocast(device, dtype):
             loss = task.loss(model, batch)
         loss.total.backward()
         total += float(loss.total.detach())
@@ -216,11 +219,6 @@ def _take_step(
         "mfu": flops / (ended - started) / peak if peak else None,
         **stats,
     }
-
-
-def _precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Products in bfloat16 where that was chosen; weights and everything delicate stay float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -52,17 +52,26 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, *, keep_through: int) -> None:
-        kept = [_line(row) for row in iter_metrics(path) if row["step"] <= keep_through]
-        self.last_step = len(kept)  # rows begin at step 1 and have no gaps
+        self.last_row: Row = {}
+        kept = []
+        for row in iter_metrics(path):
+            if row["step"] <= keep_through:
+                kept.append(_line(row))
+                self.last_row = row
         atomic_write(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last row; 0 before the first."""
+        return self.last_row.get("step", 0)
 
     def append(self, row: Row) -> None:
         """Write one row and hand it to the system."""
         assert row["step"] == self.last_step + 1, f"step {row['step']} after {self.last_step}"
         self._file.write(_line(row))
         self._file.flush()
-        self.last_step = row["step"]
+        self.last_row = row
 
     def close(self) -> None:
         """Close the file."""

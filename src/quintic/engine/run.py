@@ -88,6 +88,10 @@ class Run:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{self.config_file} is damaged: {error}") from error
 
+    def settings_text(self) -> str:
+        """``config.toml`` as it stands."""
+        return self.config_file.read_text(encoding="utf-8")
+
     def best_step(self) -> int | None:
         """Step of the existing checkpoint with the lowest validation loss; None if none was validated."""
         saved = list_checkpoints(self.checkpoints)

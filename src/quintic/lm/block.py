@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from quintic.lm.cache import LatentCache
 from quintic.lm.config import LMConfig
-from quintic.lm.mla import LatentAttention, RMSNorm
+from quintic.lm.mla import LatentAttention
+from quintic.lm.norm import RMSNorm
 from quintic.moe.experts import SwiGLU
 from quintic.moe.layer import MoE
 

@@ -94,7 +94,7 @@ def sample_token(logits: Tensor, uniform: float, *, temperature: float, top_k: i
         >>> sample_token(torch.tensor([0.0, 2.0, 1.0]), 0.99, temperature=1.0, top_k=2)
         2
     """
-    values, ids = torch.sort(logits.double(), descending=True, stable=True)
+    values, ids = torch.sort(logits.cpu().double(), descending=True, stable=True)
     if temperature == 0:
         return int(ids[0])
     probability = torch.softmax(values / temperature, dim=0)

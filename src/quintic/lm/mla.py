@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quintic.core.roles import Constant, Normal, Role, declare
+from quintic.core.roles import Normal, Role, declare
 from quintic.lm.cache import LatentCache
 from quintic.lm.config import LMConfig
+from quintic.lm.norm import RMSNorm
 from quintic.lm.rope import rotate
 
-__all__ = ["LatentAttention", "Linear", "RMSNorm"]
+__all__ = ["LatentAttention", "Linear"]
 
 
 class Linear(nn.Module):
@@ -35,21 +36,6 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         return F.linear(x, self.weight)
-
-
-class RMSNorm(nn.Module):
-    """x / RMS(x) * gain over the last axis (Zhang and Sennrich, arXiv 1910.07467)."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.gain = nn.Parameter(torch.empty(dim))
-        declare(self, "gain", Role.VECTOR, Constant(1.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape with the last axis of the given width; computed in float32 or wider."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.gain).to(x.dtype)
 
 
 class LatentAttention(nn.Module):
@@ -80,7 +66,7 @@ class LatentAttention(nn.Module):
 
         Args:
             x_btd: (batch, time, width).
-            rotation: (2, time, rope / 2) table of these positions.
+            rotation: (time, (nope + rope) / 2) complex table of these positions.
             allowed: (batch or 1, 1, time, keys) bool, True where a query may look; None is causal.
             cache: Latents of earlier tokens; extended by these.
 
@@ -90,12 +76,11 @@ class LatentAttention(nn.Module):
         c = self.config
         b, t, _ = x_btd.shape
         query = self.q_norm(self.q_down(x_btd)) if c.q_rank else x_btd
-        q_nope, q_rope = (
-            self.q(query).view(b, t, c.num_heads, -1).transpose(1, 2).split([c.qk_nope_dim, c.qk_rope_dim], dim=-1)
-        )
+        # The table leaves the part without position as it is.
+        query = rotate(self.q(query).view(b, t, c.num_heads, -1).transpose(1, 2), rotation)
         latent_btr, rope_key_btp = self.kv_down(x_btd).split([c.kv_rank, c.qk_rope_dim], dim=-1)
         latent_btr = self.kv_norm(latent_btr)
-        rope_key_btp = rotate(rope_key_btp.unsqueeze(1), rotation).squeeze(1)
+        rope_key_btp = rotate(rope_key_btp, rotation[:, c.qk_nope_dim // 2 :])
         if cache is not None:
             latent_btr, rope_key_btp = cache.append(latent_btr, rope_key_btp)
         s = latent_btr.shape[1]
@@ -103,7 +88,6 @@ class LatentAttention(nn.Module):
             self.kv_up(latent_btr).view(b, s, c.num_heads, -1).transpose(1, 2).split([c.qk_nope_dim, c.v_dim], dim=-1)
         )
         key = torch.cat([k_nope, rope_key_btp.unsqueeze(1).expand(-1, c.num_heads, -1, -1)], dim=-1)
-        query = torch.cat([q_nope, rotate(q_rope, rotation)], dim=-1)
         # The fused kernels want equal widths; zero columns change nothing.
         pad = key.shape[-1] - c.v_dim
         if pad > 0:

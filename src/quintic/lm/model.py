@@ -14,7 +14,7 @@ from quintic.core.roles import Normal, Role, declare
 from quintic.lm.block import Block
 from quintic.lm.cache import LatentCache
 from quintic.lm.config import LMConfig
-from quintic.lm.mla import RMSNorm
+from quintic.lm.norm import RMSNorm
 from quintic.lm.rope import rotation_table
 from quintic.moe.layer import MoE
 
@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(c, index) for index in range(c.num_layers))
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = Head(c.vocab_size, c.d_model)
-        table = rotation_table(c.context, c.qk_rope_dim, c.rope_theta)
+        table = rotation_table(c.context, c.qk_rope_dim, c.rope_theta, still=c.qk_nope_dim)
         self.register_buffer("rotation", table, persistent=False)
         if seed is not None:
             initialize_(self, seed)
@@ -109,7 +109,7 @@ class LanguageModel(nn.Module):
                 allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
         x = self.embedding(ids)
         for index, block in enumerate(self.blocks):
-            x = block(x, self.rotation[:, start:end], allowed, counted, cache[index] if cache else None)
+            x = block(x, self.rotation[start:end], allowed, counted, cache[index] if cache else None)
         return self.head(self.norm(x))
 
     def new_cache(self, batch: int = 1) -> list[LatentCache]:

@@ -1,7 +1,7 @@
-"""Rotary position embedding: rotate pair i of a vector at position p by the angle p * theta^(-2i/d).
+"""Rotary position embedding: turn pair i of a vector at position p by the angle p * theta^(-2i/d).
 
-Source: Su et al., RoFormer, arXiv 2104.09864. Neighbouring components form a pair, as in DeepSeek-V3.
-Rotations make the product of a query at p and a key at q depend on p - q only.
+Source: Su et al., RoFormer, arXiv 2104.09864. Neighbouring components form a pair, as in DeepSeek-V3, so a pair is a
+complex number and a turn is a product. Turns make the product of a query at p and a key at q depend on p - q only.
 """
 
 from __future__ import annotations
@@ -12,24 +12,32 @@ from torch import Tensor
 __all__ = ["rotate", "rotation_table"]
 
 
-def rotation_table(positions: int, dim: int, theta: float) -> Tensor:
-    """Cosines and sines of every position.
+def rotation_table(positions: int, dim: int, theta: float, *, still: int = 0) -> Tensor:
+    """The turn of every pair at every position.
 
     Args:
         positions: Number of positions from 0.
-        dim: Width of the rotated part, even.
+        dim: Width of the part that turns, even.
         theta: Base of the frequencies.
+        still: Width of a part before it that does not turn, even.
 
     Returns:
-        (2, positions, dim / 2) float32; computed in float64.
+        (positions, (still + dim) / 2) complex64 of modulus 1; computed in double precision.
     """
     frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    frequency = torch.cat([torch.zeros(still // 2, dtype=torch.float64), frequency])
     angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
-    return torch.stack([angle.cos(), angle.sin()]).float()
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate (batch, heads, time, dim) by a table of (2, time, dim / 2); keeps the dtype of x."""
-    cos, sin = table[0].to(x.dtype), table[1].to(x.dtype)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    """Turn (..., time, dim) by a table of (time, dim / 2); keeps the dtype of x.
+
+    Example:
+        >>> rotate(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), rotation_table(2, 2, 1.0)).round(decimals=4)
+        tensor([[1.0000, 0.0000],
+                [0.5403, 0.8415]])
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)

@@ -77,11 +77,12 @@ class LossFree:
             counts_e: (experts,) integers, summed over micro-batches and ranks.
             top_k: Choices per token.
         """
-        total = counts_e.sum()
+        counts = counts_e.cpu().double()  # a handful of numbers, and not every device has float64
+        total = counts.sum()
         if total == 0:
             return
-        experts = counts_e.numel()
-        excess = counts_e.double() / total - 1.0 / experts
+        experts = counts.numel()
+        excess = counts / total - 1.0 / experts
         rms = excess.square().mean().sqrt()
         if rms == 0:
             return
@@ -95,10 +96,10 @@ class LossFree:
             direction = excess / rms
         else:
             # Standard deviation of a share when tokens choose independently and in balance.
-            tokens, share = total.double() / top_k, top_k / experts
+            tokens, share = total / top_k, top_k / experts
             noise = (tokens * share * (1.0 - share)).sqrt() / total
             direction = excess / rms.clamp(min=_NOISE_FLOOR * noise)
-        bias_e -= (self.rate * (direction - direction.mean())).to(bias_e.dtype)
+        bias_e -= (self.rate * (direction - direction.mean())).to(bias_e.device, bias_e.dtype)
 
 
 Balance = NoBalance | LossFree

@@ -46,8 +46,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
-        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down)
+        activation: Tensor = _GatedActivation.apply(F.linear(x, self.gate_up))  # type: ignore[assignment]
+        return F.linear(activation, self.down)
 
 
 class Experts(nn.Module):
@@ -92,6 +92,32 @@ def routed_experts(x_nd: Tensor, ids_nk: Tensor, gates_nk: Tensor, gate_up_ehd: 
     return out
 
 
+class _GatedActivation(torch.autograd.Function):
+    """silu(gate) * up of a fused (..., 2 f) projection, saving the projection only."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (h,) = ctx.saved_tensors
+        return _gated_backward(grad_outputs[0], h, F.silu(h.chunk(2, dim=-1)[0]))
+
+
+def _gated_backward(da: Tensor, h: Tensor, silu: Tensor) -> Tensor:
+    """Gradient of the fused projection h, given that of silu(gate) * up and silu(gate)."""
+    dh = torch.empty_like(h)
+    gate, up = h.chunk(2, dim=-1)
+    dgate, dup = dh.chunk(2, dim=-1)
+    torch.mul(da, silu, out=dup)
+    dgate.copy_(torch.ops.aten.silu_backward(da * up, gate))
+    return dh
+
+
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_nd: Tensor, ids_nk: Tensor, gates_nk: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -132,10 +158,7 @@ class _RoutedExperts(torch.autograd.Function):
         dgate_m = (da_mf * a_mf).sum(-1)
         ddown = _outer_by_expert(dy_md, a_mf.mul_(gate_m1), ends, down)
         da_mf.mul_(gate_m1)
-        dh_mh = torch.empty_like(h_mh)
-        dg_mf, du_mf = dh_mh.chunk(2, dim=-1)
-        torch.mul(da_mf, silu_mf, out=du_mf)
-        dg_mf.copy_(torch.ops.aten.silu_backward(da_mf.mul_(u_mf), g_mf))
+        dh_mh = _gated_backward(da_mf, h_mh, silu_mf)
         dgate_up = _outer_by_expert(dh_mh, x_nd.index_select(0, token_m), ends, gate_up)
         dx_md = _rows_by_expert(dh_mh, gate_up, ends)
         dx_nd = dx_md.index_select(0, inverse_m).unflatten(0, (n, k)).sum(1)

@@ -35,6 +35,7 @@ class ExpertStats:
     @classmethod
     def from_counts(cls, counts_e: Tensor, top_k: int) -> ExpertStats:
         """Build from integer counts of shape (experts,)."""
+        counts_e = counts_e.cpu()
         total = int(counts_e.sum())
         return cls(
             load=(counts_e.double() / max(total, 1)).tolist(),

@@ -1,0 +1,163 @@
+"""``quintic race``: several optimizers or balancers on the same data, each tuned, compared at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+from quintic.cli.printing import say
+from quintic.cli.wiring import build_settings, build_task, split_arguments
+from quintic.core import ConfigError
+from quintic.core.files import atomic_write
+
+if TYPE_CHECKING:
+    from quintic.engine.race import Arm, Finish, Race
+
+__all__ = ["race"]
+
+DEFAULT_ARMS = ("muon: optim.name=muon", "adamw: optim.name=adamw")
+
+
+def race(
+    *arguments: str,
+    out: Annotated[Path, Parameter(name=["--out", "-o"])],
+    arm: list[str] | None = None,
+    lr: list[float] | None = None,
+    seeds: int = 3,
+    task: str = "lm",
+    size: str = "tiny",
+    match: bool = True,
+) -> None:
+    """Compare arms fairly: learning rates swept until the best is interior, several seeds, end-of-schedule losses.
+
+    Example: quintic race book.txt --out runs/race --arm "muon: optim.name=muon" --arm "adamw: optim.name=adamw"
+
+    A race that was stopped continues with the same command.
+
+    Parameters
+    ----------
+    arguments
+        Files, folders and settings for all arms, as for train.
+    out
+        Folder of the race; every run is a run folder in it.
+    arm
+        "NAME: section.field=value ..."; repeat for each arm. Default: muon against adamw.
+    lr
+        Learning rates to begin with, repeat for each; the grid grows by factors of 2. Default: 0.004 0.008 0.016.
+    seeds
+        Runs at the best rate of each arm.
+    task
+        What to train: lm.
+    size
+        Preset: tiny, laptop, small.
+    match
+        Also measure how many steps the winner needs for the losses of the others.
+    """
+    from quintic.engine.race import run_race
+    from quintic.report.race import write_race_report
+
+    if seeds < 1:
+        raise ConfigError(f"--seeds must be at least 1, found {seeds}")
+    console = Console()
+    paths, overrides = split_arguments(arguments)
+    arms = [_parse_arm(text) for text in arm or DEFAULT_ARMS]
+    if len({a.name for a in arms}) < len(arms):
+        raise ConfigError(f"two arms have one name: {', '.join(a.name for a in arms)}")
+    for each in arms:  # a typing mistake in the last arm must not show after an hour
+        build_settings(task, size, [*overrides, *each.overrides])
+    out.mkdir(parents=True, exist_ok=True)
+
+    result = run_race(
+        lambda *run: _run_one(console, out, task, size, paths, overrides, *run),
+        arms,
+        start_lrs=lr or [0.004, 0.008, 0.016],
+        seeds=range(seeds),
+        match=match,
+        note=lambda text: say(text, console=console),
+    )
+    atomic_write(out / "race.json", json.dumps(result.to_json(), indent=1))
+    _print_table(console, result)
+    say(f"report: {write_race_report(out)}", console=console)
+
+
+def _parse_arm(text: str) -> Arm:
+    from quintic.engine.race import Arm
+
+    name, colon, words = text.partition(":")
+    if not colon or not name.strip().replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(f'arm {text!r} is not of the form "NAME: section.field=value ..."')
+    paths, overrides = split_arguments(words.split())
+    if paths:
+        raise ConfigError(f"arm {name!r} may hold settings only, found {paths[0]}")
+    return Arm(name.strip(), tuple(overrides))
+
+
+def _run_one(
+    console: Console,
+    out: Path,
+    task: str,
+    size: str,
+    paths: list[Path],
+    overrides: list[str],
+    arm: Arm,
+    lr: float,
+    seed: int,
+    fraction: float,
+) -> Finish:
+    """Train one run of the race, continue it, or find it finished."""
+    from quintic.engine import Run
+    from quintic.engine.loop import TrainingError, train
+    from quintic.engine.metrics import read_metrics
+    from quintic.engine.race import Finish
+
+    settings = build_settings(task, size, [*overrides, *arm.overrides, f"optim.lr={lr}", f"engine.seed={seed}"])
+    made, settings, _ = build_task(task, paths, settings)
+    steps = max(1, round(settings["engine"].steps * fraction))
+    settings = settings.derive("engine.steps", steps, f"{fraction:g} of the schedule")
+    folder = out / f"{arm.name}-lr{lr:g}-seed{seed}-steps{steps}"
+    if (folder / "config.toml").exists():
+        run = Run.open(folder)
+        if run.header()["fingerprint"] != made.fingerprint:
+            raise ConfigError(f"{folder} was trained on other data; choose another --out for this race")
+        if run.settings_text() != settings.to_toml(_header(task, size, paths, made.fingerprint)):
+            raise ConfigError(f"{folder} was trained with other settings; choose another --out for this race")
+    else:
+        run = Run.create(folder, settings, _header(task, size, paths, made.fingerprint))
+    quiet = Console(quiet=True)
+    with console.status(folder.name):
+        try:
+            outcome = train(made, settings, run, quiet, quiet_peak=True)
+        except TrainingError:
+            return Finish(float("inf"), 0.0, steps)
+    if not outcome.finished:
+        raise KeyboardInterrupt
+    row = read_metrics(run.metrics_file)[-1]  # rounded there: a continued race sees the same numbers
+    return Finish(row["val_loss"], row["seconds"], steps)
+
+
+def _header(task: str, size: str, paths: list[Path], fingerprint: str) -> dict[str, object]:
+    return {"task": task, "size": size, "paths": [str(path.absolute()) for path in paths], "fingerprint": fingerprint}
+
+
+def _print_table(console: Console, result: Race) -> None:
+    table = Table("arm", "best lr", "interior", "validation loss", "ms a step", box=None, pad_edge=False)
+    for arm in result.arms:
+        table.add_row(
+            arm.name,
+            f"{arm.best_lr:g}",
+            "yes" if arm.interior else "no",
+            f"{arm.mean:.4f} +- {arm.spread:.4f}",
+            f"{1000 * arm.seconds_per_step:.1f}",
+        )
+    console.print(table)
+    for match in result.matches:
+        say(
+            f"{match['winner']} reaches the loss of {match['against']} in {match['step_ratio']:.2f} of its steps "
+            f"and {match['time_ratio']:.2f} of its time",
+            console=console,
+        )

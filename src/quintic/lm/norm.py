@@ -1,0 +1,68 @@
+"""RMSNorm: y = x / RMS(x) * gain (Zhang and Sennrich, arXiv 1910.07467).
+
+With n = x / RMS(x), r = 1 / RMS(x) and incoming gradient g over d components,
+
+    d gain = sum of g n,   dx = r (g gain - n <g gain, n> / d)
+
+which a function of its own computes in a third of the passes over memory that autograd would take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from quintic.core.roles import Constant, Role, declare
+
+__all__ = ["RMSNorm", "rms_norm"]
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last axis.
+
+    Args:
+        dim: Its width.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gain = nn.Parameter(torch.empty(dim))
+        declare(self, "gain", Role.VECTOR, Constant(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim) in the dtype of x; computed in float32 or wider."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        return rms_norm(wide, self.gain.to(wide.dtype), self.eps).to(x.dtype)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * gain over the last axis; once differentiable."""
+    out: Tensor = _RMSNorm.apply(x, gain, eps)  # type: ignore[assignment]
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        n = x * r
+        ctx.save_for_backward(n, r, gain)
+        return n * gain
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (g,) = grad_outputs
+        n, r, gain = ctx.saved_tensors
+        gn = g * n
+        along = (gn @ gain).unsqueeze(-1).div_(n.shape[-1])
+        dx = (g * gain).addcmul_(n, along, value=-1.0).mul_(r)
+        return dx, gn.flatten(0, -2).sum(0), None

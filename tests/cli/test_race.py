@@ -1,0 +1,65 @@
+"""quintic race on a few steps: a table, a page, run folders, and continuing where it stopped."""
+
+import json
+import shutil
+
+import pytest
+
+from quintic.cli.app import main
+
+SHORT = ["engine.steps=6", "engine.eval_every=3", "lm.num_layers=2", "--lr", "0.01", "--lr", "0.02", "--seeds", "2"]
+
+
+def quintic(*arguments):
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code or 0
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("the whale swam under the ship and the captain looked at the sea.\n" * 40)
+    return path
+
+
+def test_a_race_and_its_continuation(book, tmp_path, capsys):
+    out = tmp_path / "race"
+    arms = ["--arm", "muon: optim.name=muon", "--arm", "adamw: optim.name=adamw optim.adamw_beta2=0.98"]
+    command = ["race", book, *SHORT, *arms, "--no-match", "--out", out]
+    assert quintic(*command) == 0
+    shown = capsys.readouterr().out
+    assert "muon" in shown and "race.html" in shown.replace("\n", "")
+    result = json.loads((out / "race.json").read_text())
+    assert [arm["name"] for arm in result["arms"]] == ["muon", "adamw"]
+    for arm in result["arms"]:
+        assert len(arm["losses"]) == 2 and arm["mean"] == pytest.approx(sum(arm["losses"]) / 2)
+        assert min(arm["sweep"].values()) == arm["losses"][0]
+        assert (out / f"{arm['name']}-lr{arm['best_lr']:g}-seed1-steps6" / "config.toml").is_file()
+    page = (out / "race.html").read_text()
+    assert "<svg" in page and "adamw_beta2=0.98" in page and "src=" not in page
+    # Take one run away: the race makes it again and comes to the same end.
+    best = result["arms"][0]["best_lr"]
+    shutil.rmtree(out / f"muon-lr{best:g}-seed1-steps6" / "checkpoints")
+    assert quintic(*command) == 0
+    again = json.loads((out / "race.json").read_text())
+    assert [arm["losses"] for arm in again["arms"]] == [arm["losses"] for arm in result["arms"]]
+    # Other settings in the same folder would mix two races.
+    assert quintic(*command, "lm.d_model=32") == 2
+    assert "trained with other settings" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arm", "muon optim.name=muon"], "is not of the form"),
+        (["--arm", "a: optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["--arm", "a: optim.lr=1", "--arm", "a: optim.lr=2"], "two arms have one name"),
+        (["--arm", "a: other.txt"], "may hold settings only"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+    ],
+)
+def test_mistakes_show_before_anything_runs(book, tmp_path, capsys, arguments, message):
+    assert quintic("race", book, *arguments, "--out", tmp_path / "race") == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "race").exists()

@@ -1,0 +1,50 @@
+"""The race's protocol on made-up loss surfaces whose answers are known."""
+
+import math
+
+import pytest
+
+from quintic.engine.race import Arm, Finish, run_race
+
+ARMS = [Arm("fast", ("a",)), Arm("slow", ("b",))]
+BEST = {"fast": 0.02, "slow": 0.16}
+
+
+def surface(arm, lr, seed, fraction):
+    """Loss falls like 1 / steps; the best rate is known; seeds shift it."""
+    power = {"fast": 2.0, "slow": 4.0}[arm.name]
+    if lr > 1:
+        return Finish(math.inf, 1.0, 100)
+    loss = 1.0 + math.log2(lr / BEST[arm.name]) ** 2 + power / (10 * fraction) + 0.01 * seed
+    return Finish(loss, fraction * (3.0 if arm.name == "fast" else 2.0), int(100 * fraction))
+
+
+def test_rates_are_swept_until_interior():
+    calls = []
+    race = run_race(lambda *a: calls.append(a) or surface(*a), ARMS, start_lrs=[0.01, 0.02], seeds=[0, 1], match=False)
+    fast, slow = race.arms
+    assert (fast.best_lr, slow.best_lr) == (0.02, 0.16)
+    assert fast.interior and slow.interior
+    assert sorted(fast.sweep) == [0.01, 0.02, 0.04] and sorted(slow.sweep) == [0.01, 0.02, 0.04, 0.08, 0.16, 0.32]
+    assert {call[2] for call in calls if call[1] != BEST[call[0].name]} == {0}  # only the first seed tunes
+
+
+def test_an_optimum_out_of_reach_is_said():
+    race = run_race(lambda a, lr, s, f: Finish(-lr, 1.0, 1), ARMS[:1], start_lrs=[1.0], seeds=[0])
+    assert not race.arms[0].interior and len(race.arms[0].sweep) == 5
+
+
+def test_means_spread_winner_and_matching():
+    race = run_race(surface, ARMS, start_lrs=[0.02, 0.08], seeds=[0, 1, 2])
+    assert race.winner.name == "fast"
+    assert race.winner.mean == pytest.approx(1.0 + 0.2 + 0.01) and race.winner.spread == pytest.approx(0.01)
+    (match,) = race.matches
+    # 2 / (10 f) = 4 / 10 at f = 1/2, in half the steps, each 1.5 times as long.
+    assert match["step_ratio"] == pytest.approx(0.5, abs=0.01)
+    assert match["time_ratio"] == pytest.approx(0.75, abs=0.02)
+    assert race.to_json()["winner"] == "fast"
+
+
+def test_divergence_is_a_loss_and_not_an_end():
+    race = run_race(surface, ARMS[:1], start_lrs=[0.02, 0.04, 4.0, 0.01], seeds=[0])
+    assert race.arms[0].sweep[4.0] == math.inf and race.arms[0].best_lr == 0.02
