@@ -1,14 +1,56 @@
 """Quintic: matrix optimizers, mixtures of experts, flows, diffusion codes and matrix skeletons.
 
-Importing this package does not import torch. The rooms are subpackages: ``quintic.optim``,
-``quintic.moe``, ``quintic.lm`` and so on; import what you use from them.
+The rooms are subpackages (``quintic.optim``, ``quintic.moe``, ``quintic.lm`` ...); the names people reach for first are
+here too and are imported when they are first used, so that ``import quintic`` does not import torch.
+
+Example:
+    >>> import quintic
+    >>> quintic.Muon.__module__
+    'quintic.optim.muon'
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from quintic.core import UserError as UserError
+    from quintic.linalg import msign as msign
+    from quintic.lm import LanguageModel as LanguageModel
+    from quintic.lm import LMConfig as LMConfig
+    from quintic.lm import generate as generate
+    from quintic.moe import MoE as MoE
+    from quintic.moe import balance_step as balance_step
+    from quintic.optim import Muon as Muon
+    from quintic.optim import clip_grad_norm_ as clip_grad_norm_
+    from quintic.optim import roles as roles
+
+_HOMES = {
+    "LMConfig": "lm",
+    "LanguageModel": "lm",
+    "MoE": "moe",
+    "Muon": "optim",
+    "UserError": "core",
+    "balance_step": "moe",
+    "clip_grad_norm_": "optim",
+    "generate": "lm",
+    "msign": "linalg",
+    "roles": "optim",
+}
+
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 try:
     __version__ = version("quintic")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'quintic' has no attribute {name!r}")
+    return getattr(import_module(f"quintic.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

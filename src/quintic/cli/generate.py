@@ -14,7 +14,7 @@ def generate(
     *,
     prompt: str = "",
     max_tokens: int = 200,
-    temperature: float = 0.8,
+    temperature: float = 0.7,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,

@@ -20,7 +20,7 @@ def generate(
     prompt: Sequence[int],
     *,
     max_tokens: int = 100,
-    temperature: float = 0.8,
+    temperature: float = 0.7,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
