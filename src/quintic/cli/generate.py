@@ -16,7 +16,7 @@ def generate(
     max_tokens: int = 200,
     temperature: float = 0.7,
     top_k: int = 0,
-    top_p: float = 1.0,
+    top_p: float = 0.9,
     seed: int = 0,
     checkpoint: str = "best",
     device: str = "auto",

@@ -22,7 +22,7 @@ def generate(
     max_tokens: int = 100,
     temperature: float = 0.7,
     top_k: int = 0,
-    top_p: float = 1.0,
+    top_p: float = 0.9,
     seed: int = 0,
     num_ids: int | None = None,
     stop_ids: Sequence[int] = (),
