@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def trained(seed=0, steps=3):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4))
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4), nn.LayerNorm(4))
     optimizer = Muon(model, lr=0.01)
     for _ in range(steps):
         model(torch.randn(4, 6)).square().sum().backward()

@@ -252,3 +252,24 @@ def test_a_terminal_gets_a_live_bar_and_lines_above_it(tmp_path):
     shown = screen.getvalue()
     assert "12/12" in shown and "\x1b[" in shown
     assert "validation loss" in shown and "step 1/12  loss" not in shown
+
+
+ADAPTIVE = ("optim.clip=adaptive", "optim.clip_norm=inf", "optim.clip_quantile=0.5", "optim.clip_window=10")
+
+
+@pytest.mark.parametrize("kind", [ADAPTIVE, ("optim.clip=spectral",), ("optim.decay=spectral",)], ids=lambda k: k[0])
+def test_every_kind_of_clipping_and_decay_resumes_bit_for_bit(tmp_path, kind):
+    runs = []
+    for name in ("whole", "cut"):
+        settings, run = toy.toy_run(tmp_path / name, *kind, "engine.diagnose_every=4")
+        go(toy.ToyTask(), settings, run)
+        runs.append(run)
+    shutil.rmtree(runs[1].checkpoints / "step-12")
+    go(toy.ToyTask(), settings, Run.open(runs[1].folder))
+    same(*runs)
+    rows = rows_of(runs[0])
+    assert [row["step"] for row in rows if "svd_entropy" in row] == [4, 8, 12]
+    assert rows[3]["predicted_change"] < 0 and rows[3]["orthogonalized_matrices"] == rows[3]["muon_matrices"] == 1
+    assert sum(rows[3]["layer_share"].values()) == pytest.approx(1.0)
+    thresholds = {row["clip_threshold"] for row in rows}
+    assert len(thresholds) > 5 if kind == ADAPTIVE else thresholds == {1.0}

@@ -53,6 +53,8 @@ class TrainState:
     """Steps whose gradient was clipped."""
     seconds: float = 0.0
     """Time spent in training steps."""
+    clipping: dict[str, Any] = field(default_factory=dict)
+    """State of the gradient clipping (its memory of norms)."""
     row: dict[str, Any] = field(default_factory=dict)
     """Metrics of the last step; written to the metrics file once it is complete."""
 

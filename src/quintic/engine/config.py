@@ -57,11 +57,13 @@ class EngineConfig:
     """Newest checkpoints kept, at least 1; the best validated one is kept besides."""
     load_every: int = 10
     """Steps between records of the load of every expert."""
+    diagnose_every: int = 100
+    """Steps between diagnoses of the optimizer's step (spectra, predicted loss change); 0 is never."""
 
     def __post_init__(self) -> None:
         for name, least in (
             ("steps", 0), ("max_epochs", 0), ("batch_size", 1), ("micro_batch_size", 0), ("eval_every", 0),
-            ("checkpoint_every", 0), ("sample_every", 0), ("keep_last", 1), ("load_every", 1),
+            ("checkpoint_every", 0), ("sample_every", 0), ("keep_last", 1), ("load_every", 1), ("diagnose_every", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"engine.{name} must be at least {least}, found {getattr(self, name)}")

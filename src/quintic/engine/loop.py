@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -34,7 +34,7 @@ from quintic.engine.progress import Display
 from quintic.engine.run import Run
 from quintic.engine.signals import stop_requests
 from quintic.engine.task import Task
-from quintic.optim import OptimConfig, build_optimizer, clip_grad_norm_, lr_factor
+from quintic.optim import GradientClipping, OptimConfig, build_optimizer, diagnose, lr_factor, snapshot
 
 __all__ = ["Outcome", "TrainingError", "train"]
 
@@ -105,7 +105,11 @@ def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_p
         metrics = MetricsFile(run.metrics_file, keep_through=state.step)
         if metrics.last_step == state.step:
             state.row = metrics.last_row  # complete, with its validation
+        clipping = optim.make_clipping()
+        if state.clipping:
+            clipping.load_state_dict(state.clipping)
         flops = task.flops_per_example(model) * engine.batch_size
+        parts = _Parts(task, model, optimizer, clipping, order, engine, optim, dtype, flops, peak)
         sample = ""
         saved = state.step
 
@@ -136,7 +140,7 @@ def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_p
                 if state.step >= engine.steps or should_stop():
                     break
 
-                _take_step(task, model, optimizer, order, state, engine, optim, dtype, flops, peak)
+                _take_step(parts, state)
                 # Save first: whatever follows may fail.
                 if _due(state.step, engine).save or should_stop():
                     save()
@@ -151,19 +155,26 @@ def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_p
     return Outcome(finished, state.step, metrics.last_step, state.row, sample, memory)
 
 
-def _take_step(
-    task: Task,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    order: Order,
-    state: TrainState,
-    engine: EngineConfig,
-    optim: OptimConfig,
-    dtype: torch.dtype,
-    flops: float,
-    peak: float | None,
-) -> None:
+class _Parts(NamedTuple):
+    """What every step uses and no step replaces."""
+
+    task: Task
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    clipping: GradientClipping
+    order: Order
+    engine: EngineConfig
+    optim: OptimConfig
+    dtype: torch.dtype
+    flops: float
+    """Of one step."""
+    peak: float | None
+    """FLOP/s of the matrix product here, if measured."""
+
+
+def _take_step(parts: _Parts, state: TrainState) -> None:
     """Advance model, optimizer and state by one step, and fill ``state.row`` with its metrics."""
+    task, model, optimizer, clipping, order, engine, optim, dtype, flops, peak = parts
     started = time.perf_counter()
     device = next(model.parameters()).device
     examples = order.examples(state.step * engine.batch_size, engine.batch_size)
@@ -185,7 +196,7 @@ def _take_step(
             parameter.grad.mul_(1.0 / count)
 
     before_optimizer = time.perf_counter()
-    clip = clip_grad_norm_(model.parameters(), optim.clip_norm or math.inf)
+    clip = clipping(model)
     norm = float(clip.norm)
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise TrainingError(
@@ -195,13 +206,19 @@ def _take_step(
     lr = optim.lr * lr_factor(state.step, engine.steps, optim)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    before = snapshot(optimizer) if _every(engine.diagnose_every, state.step + 1) else None
     optimizer.step()
     stats = task.after_step(model)
     ended = time.perf_counter()
+    if before is not None:
+        # Spectral clipping has no one factor: its diagnosis is that of the clipped gradient.
+        found = diagnose(model, optimizer, before, clip_scale=1.0 if optim.clip == "spectral" else float(clip.scale))
+        stats |= {**found.metrics, "layer_share": found.layers}
 
     state.step += 1
     state.counted += count
-    state.clipped += int(bool(optim.clip_norm) and norm > optim.clip_norm)
+    state.clipped += int(clip.clipped)
+    state.clipping = clipping.state_dict()
     state.seconds += ended - started
     if state.step % engine.load_every and state.step != 1:
         stats.pop("expert_load", None)
@@ -212,6 +229,7 @@ def _take_step(
         "lr": lr,
         "grad_norm": norm,
         "clip_fraction": state.clipped / state.step,
+        "clip_threshold": float(clip.threshold),
         "tokens": state.counted,
         "seconds": state.seconds,
         "tokens_per_second": count / (ended - started),
@@ -231,7 +249,14 @@ class _Due:
 def _due(step: int, engine: EngineConfig) -> _Due:
     """What the end of a step calls for; the last step calls for everything."""
 
-    def every(period: int) -> bool:
-        return step == engine.steps or (bool(period) and step % period == 0)
+    end = step == engine.steps
+    return _Due(
+        end or _every(engine.checkpoint_every, step),
+        end or _every(engine.eval_every, step),
+        end or _every(engine.sample_every, step),
+    )
 
-    return _Due(every(engine.checkpoint_every), every(engine.eval_every), every(engine.sample_every))
+
+def _every(period: int, step: int) -> bool:
+    """Whether a step is one of every ``period``; 0 is never."""
+    return bool(period) and step % period == 0

@@ -86,9 +86,9 @@ class LMConfig:
         for name in ("num_shared", "q_rank", "num_dense_layers", "route_scale", "balance_rate"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"lm.{name} must be at least 0, found {getattr(self, name)}")
-        for name in ("qk_nope_dim", "qk_rope_dim"):
+        for name in ("qk_nope_dim", "qk_rope_dim", "kv_rank"):
             if getattr(self, name) % 2:
-                raise ConfigError(f"lm.{name} must be even (pairs are rotated), found {getattr(self, name)}")
+                raise ConfigError(f"lm.{name} must be even (positions turn pairs), found {getattr(self, name)}")
         if self.num_dense_layers > self.num_layers:
             raise ConfigError(
                 f"lm.num_dense_layers = {self.num_dense_layers} exceeds lm.num_layers = {self.num_layers}"

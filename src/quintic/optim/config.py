@@ -10,6 +10,8 @@ from torch import nn
 
 from quintic.core import ConfigError, suggest
 from quintic.linalg import resolve_schedule
+from quintic.optim.clip import CLIPPING, GradientClipping
+from quintic.optim.decay import DECAYS
 from quintic.optim.lr import SCALES
 from quintic.optim.muon import Muon
 
@@ -18,6 +20,8 @@ __all__ = ["OptimConfig", "build_optimizer"]
 _CHOICES = {
     "name": ("muon", "adamw"),
     "scale": SCALES,
+    "clip": CLIPPING,
+    "decay": DECAYS,
     "schedule": ("wsd", "cosine", "constant"),
     "decay_shape": ("1-sqrt", "linear"),
 }
@@ -33,6 +37,10 @@ class OptimConfig:
     """Peak learning rate, shared by Muon and AdamW."""
     weight_decay: float = 0.1
     """Decoupled weight decay: weights shrink by lr * weight_decay per step."""
+    decay: str = "frobenius"
+    """What the decay of matrices under Muon shrinks: frobenius (every singular value) or spectral (the largest)."""
+    decay_rank: int = 1
+    """How many of the largest singular values spectral decay shrinks."""
     momentum: float = 0.95
     """Muon's momentum, in [0, 1)."""
     nesterov: bool = True
@@ -47,8 +55,14 @@ class OptimConfig:
     """AdamW's decay of the second moment, in [0, 1)."""
     adamw_eps: float = 1e-8
     """AdamW's guard against division by zero."""
+    clip: str = "global"
+    """What clipping looks at: global (the norm of all gradients), spectral (each matrix), adaptive or none."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this global norm; inf switches clipping off."""
+    """Gradients are scaled down to this norm; of adaptive clipping the cap."""
+    clip_quantile: float = 0.9
+    """Adaptive clipping scales down to this quantile of recent norms."""
+    clip_window: int = 100
+    """How many norms adaptive clipping remembers."""
     schedule: str = "wsd"
     """Learning rate over time: wsd (warm-up, stable, decay), cosine or constant (after the warm-up)."""
     warmup_fraction: float = 0.05
@@ -69,6 +83,9 @@ class OptimConfig:
             elif field.type == "bool":
                 if not isinstance(value, bool):
                     raise ConfigError(f"optim.{field.name} = {value!r}; expected true or false")
+            elif field.type == "int":
+                if isinstance(value, bool) or not isinstance(value, int):
+                    raise ConfigError(f"optim.{field.name} = {value!r}; expected a whole number")
             elif not isinstance(value, str):
                 raise ConfigError(f"optim.{field.name} = {value!r}; expected a name")
         for name, known in _CHOICES.items():
@@ -80,6 +97,7 @@ class OptimConfig:
             self._require(name, 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
         for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction"):
             self._require(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
+        self._require("decay_rank", self.decay_rank >= 1, "1 or more")
         self._require("clip_norm", self.clip_norm > 0.0, "a positive number, or inf for no clipping")
         if self.schedule == "wsd":
             together = self.warmup_fraction + self.decay_fraction
@@ -90,6 +108,14 @@ class OptimConfig:
             resolve_schedule(self.coefficients)
         except ConfigError as error:
             raise ConfigError(f"optim.coefficients: {error}") from None
+        try:
+            self.make_clipping()
+        except ConfigError as error:
+            raise ConfigError(f"optim.clip_...: {error}") from None
+
+    def make_clipping(self) -> GradientClipping:
+        """The clipping that the fields describe."""
+        return GradientClipping(self.clip, self.clip_norm, quantile=self.clip_quantile, window=self.clip_window)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -106,6 +132,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         params,
         lr=config.lr,
         weight_decay=config.weight_decay,
+        decay=config.decay,
+        decay_rank=config.decay_rank,
         momentum=config.momentum,
         nesterov=config.nesterov,
         scale=config.scale,

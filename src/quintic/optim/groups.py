@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quintic.core import ConfigError, suggest
 from quintic.linalg import resolve_schedule
 from quintic.linalg.polar import METHODS
+from quintic.optim.decay import DECAYS
 from quintic.optim.lr import SCALES, convert_lr
 from quintic.optim.routing import RoleTable
 
@@ -76,15 +77,17 @@ def check_group(group: dict[str, Any]) -> None:
     for name, value in (("momentum", group["momentum"]), ("adamw_betas[0]", beta1), ("adamw_betas[1]", beta2)):
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"{name} = {value}; expected a number in [0, 1)")
-    for name, known in (("scale", SCALES), ("algorithm", _ALGORITHMS), ("method", METHODS)):
+    for name, known in (("scale", SCALES), ("algorithm", _ALGORITHMS), ("method", METHODS), ("decay", DECAYS)):
         if group[name] not in known:
             raise ConfigError(f"unknown {name} {group[name]!r}{suggest(str(group[name]), known)}")
     if group["layout"] not in (None, *_LAYOUTS):
         raise ConfigError(f"unknown layout {group['layout']!r}{suggest(str(group['layout']), _LAYOUTS)}")
     resolve_schedule(group["coefficients"], group["ns_steps"])
+    for name in ("row_blocks", "decay_rank"):
+        value = group[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} = {value!r}; expected a whole number, 1 or more")
     blocks = group["row_blocks"]
-    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
-        raise ConfigError(f"row_blocks = {blocks!r}; expected a whole number, 1 or more")
     if len({id(p) for p in group["params"]}) < len(group["params"]):
         raise ConfigError("a parameter is listed twice in one group; pass each parameter once")
     for p in group["params"]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quintic.linalg import msign
+from quintic.optim.decay import follow_top_space, spectral_decay_
 from quintic.optim.lr import UPDATE_RMS, scale_factor
 
 __all__ = ["Piece", "chunks", "pieces_of", "update_matrices"]
@@ -34,6 +35,8 @@ class Piece(NamedTuple):
     """How many; the parameter's elements in order are a (matrices, n, m) array."""
     n: int
     m: int
+    top_space: Tensor | None = None
+    """State of spectral weight decay, (matrices, min(n, m), rank), see :mod:`quintic.optim.decay`."""
 
     @property
     def stack_bytes(self) -> int:
@@ -41,16 +44,20 @@ class Piece(NamedTuple):
         return self.matrices * self.n * self.m * self.momentum.element_size()
 
 
-def pieces_of(parameter: Tensor, momentum: Tensor, matrices: int, n: int, m: int) -> list[Piece]:
+def pieces_of(
+    parameter: Tensor, momentum: Tensor, matrices: int, n: int, m: int, top_space: Tensor | None = None
+) -> list[Piece]:
     """The parameter, cut into ranges of slices if it is a 3-D stack larger than the working memory."""
     assert parameter.grad is not None
-    whole = Piece(parameter, parameter.grad, momentum, matrices, n, m)
+    whole = Piece(parameter, parameter.grad, momentum, matrices, n, m, top_space)
     slices = len(parameter)
     fitting = max(1, _STACK_BYTES * slices // whole.stack_bytes)
     if parameter.ndim != 3 or slices <= fitting:
         return [whole]
-    parts = zip(parameter.split(fitting), parameter.grad.split(fitting), momentum.split(fitting), strict=True)
-    return [Piece(p, g, b, matrices // slices * len(p), n, m) for p, g, b in parts]
+    each = matrices // slices
+    tops = [None] * -(-slices // fitting) if top_space is None else top_space.split(fitting * each)
+    parts = zip(parameter.split(fitting), parameter.grad.split(fitting), momentum.split(fitting), tops, strict=True)
+    return [Piece(p, g, b, each * len(p), n, m, top) for p, g, b, top in parts]
 
 
 def chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
@@ -70,7 +77,7 @@ def update_matrices(group: dict[str, Any], pieces: list[Piece], bad: Tensor) -> 
     """One step for matrices of one shape with the settings of one group.
 
     Args:
-        group: lr, weight_decay, momentum, nesterov, scale, maximize and msign's settings.
+        group: lr, weight_decay, decay, momentum, nesterov, scale, maximize and msign's settings.
         pieces: Matrices of equal n, m, device and dtype of momentum.
         bad: 0-d bool that turns this into no step, without being read.
     """
@@ -114,7 +121,13 @@ def update_matrices(group: dict[str, Any], pieces: list[Piece], bad: Tensor) -> 
     # Half-precision weights are updated in float32 and rounded once.
     targets = [p.to(dtype) for p in parameters]
     if group["weight_decay"]:
-        torch._foreach_mul_(targets, 1.0 - keep * lr * group["weight_decay"])
+        amount = keep * lr * group["weight_decay"]
+        if group["decay"] == "spectral":
+            torch._foreach_copy_(views, targets)  # the stack is free again
+            _decay_top(stack, pieces, amount, bad)
+            torch._foreach_copy_(targets, views)
+        else:
+            torch._foreach_mul_(targets, 1.0 - amount)
     torch._foreach_add_(targets, _views(update, parameters, counts))
     for p, target in zip(parameters, targets, strict=True):
         if target is not p:
@@ -124,3 +137,13 @@ def update_matrices(group: dict[str, Any], pieces: list[Piece], bad: Tensor) -> 
 def _views(stack: Tensor, shaped_like: list[Tensor], counts: list[int]) -> list[Tensor]:
     """The stack's matrices, parameter by parameter, in each parameter's shape."""
     return [part.view(p.shape) for part, p in zip(stack.split(counts), shaped_like, strict=True)]
+
+
+def _decay_top(weights: Tensor, pieces: list[Piece], amount: Tensor, bad: Tensor) -> None:
+    """Spectral weight decay of a (matrices, n, m) stack, in place; the vectors move with it unless the step is bad."""
+    states = [piece.top_space for piece in pieces if piece.top_space is not None]
+    assert len(states) == len(pieces)
+    old = torch.cat(states)
+    V = torch.where(bad, old, follow_top_space(weights, old))
+    spectral_decay_(weights, V, amount)
+    torch._foreach_copy_(states, list(V.split([len(state) for state in states])))

@@ -26,6 +26,7 @@ from torch.optim.adamw import adamw
 
 from quintic.core import CheckpointError, ConfigError, suggest
 from quintic.linalg.coefficients import Coefficients
+from quintic.optim.decay import start_top_space, top_space_shape
 from quintic.optim.groups import check_group, groups_of, name_of, warn_about_small_lr
 from quintic.optim.matrices import Piece, chunks, pieces_of, update_matrices
 from quintic.optim.routing import RoleTable, matrix_shape, roles
@@ -35,6 +36,7 @@ __all__ = ["Muon"]
 _ADJUST = {"original": "keller", "match_rms_adamw": "moonlight"}  # torch.optim.Muon's names
 _SETTINGS = (
     "lr", "weight_decay", "momentum", "nesterov", "scale", "ns_steps", "coefficients", "method", "ns_dtype", "maximize",
+    "decay", "decay_rank",
 )  # fmt: skip
 _WIDE = (torch.float32, torch.float64)
 
@@ -56,6 +58,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: Decoupled weight decay of both halves.
         momentum: Muon's momentum mu, in [0, 1).
         nesterov: Use the Nesterov form.
+        decay: ``frobenius``, which shrinks every singular value, or ``spectral``, which shrinks the largest of each
+            matrix under Muon, see :mod:`quintic.optim.decay`. AdamW's half always has the first.
+        decay_rank: How many singular values ``spectral`` shrinks.
         scale: Factor for a matrix shape: ``moonlight``, ``rms``, ``keller``, ``mup`` or ``none``, see
             :mod:`quintic.optim.lr`. With the first two Adam's learning rate and weight decay can be reused.
         ns_steps: Steps of the polynomial; ``None`` is 5, or the length of a listed schedule.
@@ -74,7 +79,7 @@ class Muon(torch.optim.Optimizer):
         ConfigError: A setting is out of range, a parameter under Muon is not a matrix, or (``strict``) ambiguous.
 
     State: ``momentum_buffer`` for Muon; ``step``, ``exp_avg``, ``exp_avg_sq`` for AdamW; float32 for half-precision
-    parameters. The momentum has torch.optim.Muon's form.
+    parameters; ``top_space`` for spectral decay. The momentum has torch.optim.Muon's form.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 16), nn.Linear(16, 100, bias=False))
@@ -96,6 +101,8 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         *,
+        decay: str = "frobenius",
+        decay_rank: int = 1,
         scale: str = "moonlight",
         ns_steps: int | None = None,
         coefficients: Coefficients = "quintic",
@@ -124,6 +131,8 @@ class Muon(torch.optim.Optimizer):
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
+            "decay": decay,
+            "decay_rank": decay_rank,
             "momentum": momentum,
             "nesterov": nesterov,
             "scale": scale,
@@ -218,10 +227,21 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum_buffer"]
                 count, n, m = matrix_shape(tuple(p.shape), group["layout"] or "stack", group["row_blocks"])
                 key = (n, m, p.device, momentum.dtype, settings)
-                buckets.setdefault(key, (group, []))[1].extend(pieces_of(p, momentum, count, n, m))
+                top = self._top_space(group, p, count, n, m)
+                buckets.setdefault(key, (group, []))[1].extend(pieces_of(p, momentum, count, n, m, top))
         for group, pieces in buckets.values():
             for chunk in chunks(pieces):
                 update_matrices(group, chunk, bad)
+
+    def _top_space(self, group: dict[str, Any], p: Tensor, count: int, n: int, m: int) -> Tensor | None:
+        """The vectors of spectral weight decay; started when first needed, or when the rank was changed."""
+        if group["decay"] != "spectral" or not group["weight_decay"]:
+            return None
+        state = self.state[p]
+        if "top_space" not in state or state["top_space"].shape != top_space_shape(count, n, m, group["decay_rank"]):
+            weights = p.to(state["momentum_buffer"].dtype).reshape(count, n, m)
+            state["top_space"] = start_top_space(weights, group["decay_rank"])
+        return state["top_space"]
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor], bad: Tensor) -> None:
         """torch's own fused AdamW, over float32 copies of what is not float32 or not contiguous."""
@@ -270,13 +290,16 @@ class Muon(torch.optim.Optimizer):
             CheckpointError: It is another optimizer's, or of parameters of other shapes.
             ValueError: Its groups are of other sizes.
         """
-        for group in state_dict["param_groups"]:
+        # States from before there was a choice of decay had this one.
+        groups = [{"decay": "frobenius", "decay_rank": 1, **group} for group in state_dict["param_groups"]]
+        state_dict = {**state_dict, "param_groups": groups}
+        for group in groups:
             if missing := self.defaults.keys() - group.keys():
                 raise CheckpointError(
                     f"this is not a state of quintic's Muon: a group has no {', '.join(sorted(missing))}. "
-                    "To take over only the momentum, put its 'state' into the state_dict() of a new Muon"
+                    "Load states of torch's, Keller's or Moonlight's Muon with quintic.optim.load_foreign_state"
                 )
-        saved = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        saved = itertools.chain.from_iterable(g["params"] for g in groups)
         own = [(group, p) for group in self.param_groups for p in group["params"]]
         tensors = [
             (group, p, name, value)
@@ -285,10 +308,10 @@ class Muon(torch.optim.Optimizer):
             if isinstance(value, Tensor)
         ]
         for group, p, name, value in tensors:
-            if name != "step" and value.shape != p.shape:
+            if name != "step" and value.shape != (shape := _state_shape(group, p, name, value)):
                 raise CheckpointError(
                     f"{name} of {name_of(group, p)} has shape {tuple(value.shape)} in the state and "
-                    f"{tuple(p.shape)} here; this state belongs to another model"
+                    f"{tuple(shape)} here; this state belongs to another model"
                 )
         super().load_state_dict(state_dict)
         for _, p, name, value in tensors:
@@ -296,6 +319,15 @@ class Muon(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "roles": self.roles, "_skipped": self._skipped}
+
+
+def _state_shape(group: dict[str, Any], p: Tensor, name: str, value: Tensor) -> tuple[int, ...]:
+    """The shape that a state of a parameter must have."""
+    if name != "top_space" or value.ndim != 3:
+        return tuple(p.shape)
+    return top_space_shape(
+        *matrix_shape(tuple(p.shape), group["layout"] or "stack", group["row_blocks"]), value.shape[2]
+    )
 
 
 def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
