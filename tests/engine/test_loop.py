@@ -17,6 +17,7 @@ from quintic.core import CheckpointError
 from quintic.engine import loop
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.metrics import read_metrics
+from quintic.engine.progress import Display
 from quintic.engine.run import Run
 
 _spec = importlib.util.spec_from_file_location("toy", Path(__file__).with_name("toy.py"))
@@ -252,6 +253,21 @@ def test_a_terminal_gets_a_live_bar_and_lines_above_it(tmp_path):
     shown = screen.getvalue()
     assert "12/12" in shown and "\x1b[" in shown
     assert "validation loss" in shown and "step 1/12  loss" not in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_bar_fits_the_terminal(width):
+    """Count and time left are never squeezed out by the numbers behind them."""
+    screen = io.StringIO()
+    display = Display(Console(file=screen, force_terminal=True, width=width), 1200)
+    row = {"step": 700, "loss": 2.7815, "bits_per_byte": 1.5451, "lr": 5.3e-5, "grad_norm": 0.26, "max_vio": [0.27],
+           "tokens_per_second": 17615.0, "mfu": 0.25}  # fmt: skip
+    with display.live(699) as shown:
+        shown.step(row)
+        shown._bar.refresh()
+    last = screen.getvalue()
+    assert " 700/1200" in last and "-:--:--" in last and "…" not in last and "loss 2.78" in last
+    assert ("MFU 25%" in last) == (width == 200)
 
 
 ADAPTIVE = ("optim.clip=adaptive", "optim.clip_norm=inf", "optim.clip_quantile=0.5", "optim.clip_window=10")

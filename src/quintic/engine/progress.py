@@ -14,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 __all__ = ["Display", "step_line"]
 
 _SECONDS_BETWEEN_LINES = 5.0
+_BAR = 16  # characters
 
 
-def step_line(row: dict[str, Any]) -> str:
-    """One step in words, from its metrics."""
+def step_line(row: dict[str, Any], width: int | None = None) -> str:
+    """One step in words, from its metrics; the most telling ones first, as many as fit in ``width`` characters."""
     parts = [f"loss {row['loss']:.3f}"]
     if "bits_per_byte" in row:
         parts.append(f"{row['bits_per_byte']:.3f} bits/byte")
@@ -28,6 +29,8 @@ def step_line(row: dict[str, Any]) -> str:
     parts.append(f"{row['tokens_per_second']:,.0f}/s")
     if row.get("mfu") is not None:
         parts.append(f"MFU {row['mfu']:.0%}")
+    while width is not None and len(parts) > 1 and len("  ".join(parts)) > width:
+        parts.pop()
     return "  ".join(parts)
 
 
@@ -52,7 +55,7 @@ class Display:
             yield self
             return
         self._bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(),
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=_BAR), TimeRemainingColumn(),
             TextColumn("{task.description}"), console=self.console, transient=True,
         )  # fmt: skip
         with self._bar:
@@ -63,7 +66,10 @@ class Display:
     def step(self, row: dict[str, Any]) -> None:
         """Show a finished step."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], description=escape(step_line(row)))
+            # "step", the count twice, the bar, the time left, and the gaps between them.
+            taken = 4 + 2 * len(str(self.steps)) + 1 + _BAR + 7 + 5
+            line = step_line(row, max(0, self.console.width - taken))
+            self._bar.update(self._task, completed=row["step"], description=escape(line))
         now = time.monotonic()
         last = row["step"] == self.steps
         if self._bar is None and (last or row["step"] == 1 or now - self._last_line >= _SECONDS_BETWEEN_LINES):
