@@ -28,7 +28,16 @@ def test_every_command_runs_in_order(tmp_path, monkeypatch, capsys):
     for i in range(3):
         (tmp_path / "my_notes" / f"{i}.md").write_text(text[i * 9000 : (i + 1) * 9000], encoding="utf-8")
     found = commands()
-    assert {words[0] for words in found} == {"train", "resume", "generate", "evaluate", "report", "roles", "doctor"}
+    assert {words[0] for words in found} == {
+        "train",
+        "resume",
+        "generate",
+        "evaluate",
+        "report",
+        "roles",
+        "doctor",
+        "race",
+    }
     for words in found:
         whole = words[0] == "train" and "--out" not in words and "--settings" not in words
         with pytest.raises(SystemExit) as end:

@@ -145,7 +145,7 @@ def test_a_full_run_shows_everything_it_recorded(tmp_path):
         "Loss",
         "Learning rate",
         "Gradient norm",
-        "12.5% of all steps were clipped",
+        "The norm clipped",
         "The optimizer takes 11% of a step",
         "31% of the machine's measured",
         "Balance of the experts",
@@ -346,3 +346,11 @@ def test_user_mistakes_say_what_to_do(tmp_path):
     with pytest.raises(CheckpointError, match="holds a list"):
         write_report(damaged)
     assert not (damaged / "report.html").exists()
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "spectral", "none"])
+def test_a_threshold_is_drawn_only_where_it_applies(tmp_path, kind):
+    """The axis is the global norm: only global clipping has a fixed place on it."""
+    config = CONFIG.replace("clip_norm = 0.5", f'clip_norm = 0.5\nclip = "{kind}"')
+    page = page_of(make_run(tmp_path / "run", [row(s, moe=False) for s in range(1, 60)], config=config))
+    assert "Gradient norm" in page and 'class="rule"' not in page

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from quintic.optim.clip_advice import advice, clip_statistics
 from quintic.report.charts import Rule, Series, line_chart, smooth, smoothing
 from quintic.report.figure import Figure
 from quintic.report.records import Floats, Records
@@ -93,14 +94,15 @@ def gradient_figure(records: Records) -> Figure | None:
     steps, values = records.column("grad_norm")
     if not (np.isfinite(values) & (values > 0)).any():
         return None
-    threshold = records.config.get("optim", {}).get("clip_norm")
+    optim = records.config.get("optim", {})
+    # Only a global norm is measured on this axis; an adaptive threshold moves, and none is none.
+    threshold = optim.get("clip_norm") if optim.get("clip", "global") == "global" else None
     rules = []
     caption = ["The norm over all parameters, before clipping; a spike is a batch that surprised the model."]
     if isinstance(threshold, int | float) and 0 < threshold < math.inf:
         rules.append(Rule(f"clipped above {significant(threshold)}", float(threshold)))
-        share = records.last("clip_fraction")
-        if share is not None:
-            caption.append(f"{share:.1%} of all steps were clipped." if share else "No step was clipped.")
+        words = advice(clip_statistics(values.tolist(), float(threshold)))
+        caption.append(words[0].upper() + words[1:] + ".")
     half = smoothing(len(steps))
     # The mean of logarithms: the middle of the band on a logarithmic axis.
     means = np.exp(smooth(np.log(np.where(values > 0, values, np.nan)), half))
