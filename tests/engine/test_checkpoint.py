@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from quintic.core import CheckpointError
+from quintic.core.roles import Normal, Role, declare
 from quintic.engine import checkpoint as ck
 from quintic.optim import Muon
 
@@ -16,6 +17,7 @@ CPU = torch.device("cpu")
 def trained(seed=0, steps=3):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4), nn.LayerNorm(4))
+    declare(model[2], "weight", Role.MATRIX, Normal(0.1))  # a last Linear would be taken for a head, with a warning
     optimizer = Muon(model, lr=0.01)
     for _ in range(steps):
         model(torch.randn(4, 6)).square().sum().backward()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -215,14 +216,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, whole):
     settings, run = toy.toy_run(tmp_path / "full")
     plain = loop.save_checkpoint
 
-    def full(folder, model, optimizer, state, device):
+    def full(folder, model, optimizer, state, *rest):
         if state.step == 10:
             import quintic.engine.checkpoint as module
 
             with monkeypatch.context() as patch:
                 patch.setattr(module, "sha256_file", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
-                return plain(folder, model, optimizer, state, device)
-        return plain(folder, model, optimizer, state, device)
+                return plain(folder, model, optimizer, state, *rest)
+        return plain(folder, model, optimizer, state, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_checkpoint", full)
@@ -268,6 +269,86 @@ def test_the_bar_fits_the_terminal(width):
     last = screen.getvalue()
     assert " 700/1200" in last and "-:--:--" in last and "…" not in last and "loss 2.78" in last
     assert ("MFU 25%" in last) == (width == 200)
+
+
+def test_averaged_weights_are_validated_saved_and_resumed(tmp_path, whole):
+    """The average follows from the weights of every step; training itself does not change."""
+    settings, run = toy.toy_run(
+        tmp_path / "ema", "engine.ema_decay=0.5", "engine.checkpoint_every=1", "engine.keep_last=12"
+    )
+    task = toy.ToyTask()
+    validated = []
+    plain = task.evaluate
+    task.evaluate = lambda model, *a: (validated.append(model.weight.detach().clone()), plain(model, *a))[1]
+    go(task, settings, run)
+    weights = {n: load_file(p / "model.safetensors")["weight"] for n, p in list_checkpoints(run.checkpoints).items()}
+    average = task.build(0).weight.detach()
+    for step in range(1, 13):
+        decay = min(0.5, step / (9 + step))
+        average = decay * average + (1 - decay) * weights[step]
+    assert torch.allclose(load_file(run.checkpoints / "step-12" / "average.safetensors")["weight"], average, atol=1e-6)
+    assert torch.allclose(validated[-1], average, atol=1e-6) and not torch.allclose(average, weights[12], atol=1e-4)
+    model = task.build(None)
+    loop.load_model(run.checkpoints / "step-12", model, averaged=True)
+    assert torch.allclose(model.weight, average, atol=1e-6)
+    assert torch.equal(weights[12], final_of(whole)[0]["weight"])
+
+    for step in range(8, 13):
+        shutil.rmtree(run.checkpoints / f"step-{step}")
+    go(toy.ToyTask(), settings, Run.open(run.folder))
+    again = load_file(run.checkpoints / "step-12" / "average.safetensors")["weight"]
+    assert torch.allclose(again, average, atol=1e-6)
+    with pytest.raises(CheckpointError, match=r"engine\.ema_decay cannot be switched"):
+        go(toy.ToyTask(), settings.derive("engine.ema_decay", 0.0, "test"), Run.open(run.folder))
+
+
+def test_a_bad_step_can_be_skipped(tmp_path):
+    settings, run = toy.toy_run(
+        tmp_path / "skip", "engine.on_nonfinite=skip", "engine.checkpoint_every=1", "engine.keep_last=12"
+    )
+    task = toy.ToyTask()
+    task.poison_step = 7
+    assert go(task, settings, run).finished
+    rows = rows_of(run)
+    assert [row["step"] for row in rows if "skipped_examples" in row] == [8]
+    assert len(rows[7]["skipped_examples"]) == 8 and rows[7]["loss"] is None
+    weights = [load_file(run.checkpoints / f"step-{n}" / "model.safetensors")["weight"] for n in (7, 8, 9)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+
+
+def test_too_many_bad_steps_stop_the_run(tmp_path):
+    settings, run = toy.toy_run(tmp_path / "skip", "engine.on_nonfinite=skip", "engine.max_skips=2")
+    task = toy.ToyTask()
+    plain = task.loss
+    task.loss = lambda model, batch: replace(plain(model, batch), total=model.weight.sum() * float("inf"))
+    with pytest.raises(loop.TrainingError, match=r"3 steps in a row.*max_skips = 2"):
+        go(task, settings, run)
+
+
+def test_two_processes_on_one_run_are_refused(tmp_path):
+    settings, run = toy.toy_run(tmp_path / "busy")
+    with run.locked(), pytest.raises(CheckpointError, match="another process is training"):
+        go(toy.ToyTask(), settings, Run.open(run.folder))
+    assert go(toy.ToyTask(), settings, Run.open(run.folder)).finished
+
+
+def test_no_room_is_found_before_anything_is_written(tmp_path, monkeypatch):
+    import quintic.engine.checkpoint as module
+
+    settings, run = toy.toy_run(tmp_path / "full")
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match=r"0 MiB free.*make room and resume"):
+        go(toy.ToyTask(), settings, run)
+    assert list(run.checkpoints.iterdir()) == []
+
+
+def test_a_run_can_be_cut_at_a_step(tmp_path, whole):
+    settings, run = toy.toy_run(tmp_path / "cut")
+    outcome = loop.train(toy.ToyTask(), settings, run, Console(file=io.StringIO()), quiet_peak=True, stop_at=7)
+    assert (outcome.finished, outcome.step, outcome.recorded) == (False, 7, 7)
+    go(toy.ToyTask(), settings, Run.open(run.folder))
+    same(run, whole)
 
 
 ADAPTIVE = ("optim.clip=adaptive", "optim.clip_norm=inf", "optim.clip_quantile=0.5", "optim.clip_window=10")

@@ -1,9 +1,10 @@
 """Checkpoints that are whole or absent, and that know when they are damaged.
 
-``checkpoints/step-N/`` holds ``model.safetensors`` (weights and balancer), ``training.safetensors`` (optimizer
-and random generator), ``state.json`` (numbers) and ``manifest.json`` (format version, size and SHA-256 of each
-file). It is built as ``step-N.tmp``, flushed and renamed. Which one is newest or best is read off the folders
-and the metrics, never off a pointer file. Nothing is pickled.
+``checkpoints/step-N/`` holds ``model.safetensors`` (weights and balancer), ``average.safetensors`` (averaged
+weights, if the run keeps them), ``training.safetensors`` (optimizer and random generator), ``state.json`` (numbers)
+and ``manifest.json`` (format version, size and SHA-256 of each file). It is built as ``step-N.tmp``, flushed and
+renamed. Which one is newest or best is read off the folders and the metrics, never off a pointer file. Nothing is
+pickled.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "FORMAT",
     "TrainState",
     "list_checkpoints",
+    "load_average",
     "load_model",
     "load_training",
     "prune_checkpoints",
@@ -53,6 +55,10 @@ class TrainState:
     """Steps whose gradient was clipped."""
     seconds: float = 0.0
     """Time spent in training steps."""
+    skipped_in_a_row: int = 0
+    """Last steps that were left out because their loss or gradient was not finite."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Of the last steps, by which a spike is told."""
     clipping: dict[str, Any] = field(default_factory=dict)
     """State of the gradient clipping (its memory of norms)."""
     row: dict[str, Any] = field(default_factory=dict)
@@ -69,20 +75,39 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, device: torch.device
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    device: torch.device,
+    average: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write ``folder/step-N`` and return it; one that is there already (a rerun after a crash) is replaced."""
+    """Write ``folder/step-N`` and return it; one that is there already (a rerun after a crash) is replaced.
+
+    Args:
+        folder: The ``checkpoints`` folder of a run.
+        model: Its weights and buffers.
+        optimizer: Its state.
+        state: Numbers of the run.
+        device: Whose random generator is saved beside the CPU's.
+        average: Averaged weights, if there are any.
+
+    Raises:
+        CheckpointError: The disk has not enough room; nothing was written or removed.
+    """
     target = folder / f"step-{state.step}"
     tensors, scalars = _flatten_optimizer(model, optimizer)
     tensors["rng.cpu"] = torch.get_rng_state()
     if device.type == "cuda":
         tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    parts = {"model": weights, "training": tensors, **({"average": dict(average)} if average else {})}
+    _check_room(folder, sum(tensor.nbytes for part in parts.values() for tensor in part.values()))
     if target.exists():
         shutil.rmtree(target)
     with atomic_folder(target) as temporary:
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, temporary / "model.safetensors")
-        save_file(tensors, temporary / "training.safetensors")
+        for name, part in parts.items():
+            save_file(part, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps({**asdict(state), "optimizer": scalars}), encoding="utf-8")
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -148,8 +173,13 @@ def usable_checkpoint(folder: Path, warn: Callable[[str], None], first: int | No
     return None
 
 
-def load_model(path: Path, model: nn.Module) -> None:
+def load_model(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
     """Load the weights of a verified checkpoint into a model of the same shape.
+
+    Args:
+        path: The checkpoint.
+        model: Changed in place.
+        averaged: Take the averaged weights where the run kept them: for use, not for training on.
 
     Raises:
         CheckpointError: The weights are of another model; the message names the first tensor that differs.
@@ -158,6 +188,8 @@ def load_model(path: Path, model: nn.Module) -> None:
         weights = load_file(path / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+    if averaged and (path / "average.safetensors").exists():
+        weights |= load_file(path / "average.safetensors")
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         here = tuple(own[name].shape) if name in own else "nothing"
@@ -179,12 +211,27 @@ def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     return TrainState(**numbers)
 
 
+def load_average(path: Path) -> dict[str, Tensor]:
+    """Averaged weights of a verified checkpoint; empty if the run keeps none."""
+    file = path / "average.safetensors"
+    return load_file(file) if file.exists() else {}
+
+
 def prune_checkpoints(folder: Path, keep_last: int, best: int | None) -> None:
     """Delete all but the newest ``keep_last`` checkpoints and the best one, and leftovers of killed saves."""
     found = list_checkpoints(folder)
     for step in sorted(found)[:-keep_last]:
         if step != best:
             shutil.rmtree(found[step])
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < 1.01 * needed + 2**20:
+        raise CheckpointError(
+            f"the disk of {folder} has {free / 2**20:,.0f} MiB free and the checkpoint needs "
+            f"{needed / 2**20:,.0f} MiB; make room and resume: the checkpoints before this one are intact"
+        )
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -57,6 +57,12 @@ class EngineConfig:
     """Newest checkpoints kept, at least 1; the best validated one is kept besides."""
     load_every: int = 10
     """Steps between records of the load of every expert."""
+    ema_decay: float = 0.0
+    """Decay of the averaged weights that are validated, sampled and used; 0 keeps and uses the last ones."""
+    on_nonfinite: str = "stop"
+    """What a loss or gradient that is not finite does: stop, or skip the step and record its examples."""
+    max_skips: int = 5
+    """Steps skipped in a row after which the run stops all the same."""
     diagnose_every: int = 100
     """Steps between diagnoses of the optimizer's step (spectra, predicted loss change); 0 is never."""
 
@@ -64,9 +70,14 @@ class EngineConfig:
         for name, least in (
             ("steps", 0), ("max_epochs", 0), ("batch_size", 1), ("micro_batch_size", 0), ("eval_every", 0),
             ("checkpoint_every", 0), ("sample_every", 0), ("keep_last", 1), ("load_every", 1), ("diagnose_every", 0),
+            ("ema_decay", 0), ("max_skips", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"engine.{name} must be at least {least}, found {getattr(self, name)}")
+        if self.ema_decay >= 1:
+            raise ConfigError(f"engine.ema_decay must be below 1, found {self.ema_decay}")
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ConfigError(f"unknown engine.on_nonfinite {self.on_nonfinite!r}; expected stop or skip")
         if self.steps == 0 and self.max_epochs == 0:
             raise ConfigError("engine.steps and engine.max_epochs are both 0: set one, e.g. engine.steps=1000")
 

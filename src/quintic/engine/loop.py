@@ -20,8 +20,10 @@ from torch import nn
 from quintic.core import QuinticError
 from quintic.core.machine import autocast, describe, matmul_peak, peak_memory_bytes, pick_device, pick_dtype
 from quintic.data.order import Order
+from quintic.engine.averaging import WeightAverage
 from quintic.engine.checkpoint import (
     TrainState,
+    load_average,
     load_model,
     load_training,
     prune_checkpoints,
@@ -33,6 +35,7 @@ from quintic.engine.metrics import MetricsFile
 from quintic.engine.progress import Display
 from quintic.engine.run import Run
 from quintic.engine.signals import stop_requests
+from quintic.engine.spikes import SPIKE, remember, spike_score
 from quintic.engine.task import Task
 from quintic.optim import GradientClipping, OptimConfig, build_optimizer, diagnose, lr_factor, snapshot
 
@@ -61,7 +64,15 @@ class Outcome:
     """Bytes, where the system tells."""
 
 
-def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_peak: bool = False) -> Outcome:
+def train(
+    task: Task,
+    settings: Settings,
+    run: Run,
+    console: Console,
+    *,
+    quiet_peak: bool = False,
+    stop_at: int | None = None,
+) -> Outcome:
     """Train from the newest checkpoint of a run, or from the start if it has none.
 
     Args:
@@ -70,11 +81,19 @@ def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_p
         run: An existing run folder, :meth:`quintic.engine.run.Run.create` or ``open``.
         console: Where progress goes.
         quiet_peak: Skip the measurement of the matrix-product peak (MFU is then null).
+        stop_at: Save and stop after this step, as a signal would make it.
 
     Raises:
         TrainingError: Loss or gradient is not finite; the weights of the last checkpoint are intact.
-        CheckpointError: Every checkpoint is damaged or does not fit.
+        CheckpointError: Every checkpoint is damaged or does not fit, or another process trains this run.
     """
+    with run.locked():
+        return _train(task, settings, run, console, quiet_peak, stop_at)
+
+
+def _train(
+    task: Task, settings: Settings, run: Run, console: Console, quiet_peak: bool, stop_at: int | None
+) -> Outcome:
     engine: EngineConfig = settings["engine"]
     optim: OptimConfig = settings["optim"]
     device = pick_device(engine.device)
@@ -96,10 +115,12 @@ def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_p
         if dtype == torch.float64:
             model.double()
         optimizer = build_optimizer(model, optim)
+        average = WeightAverage(model, engine.ema_decay)
         state = TrainState()
         if checkpoint := usable_checkpoint(run.checkpoints, display.note):
             load_model(checkpoint, model)
             state = load_training(checkpoint, model, optimizer, device)
+            average.load_state_dict(load_average(checkpoint))
             display.note(f"continuing from step {state.step}")
         order = Order(task.num_examples, engine.seed, task.fingerprint)
         metrics = MetricsFile(run.metrics_file, keep_through=state.step)
@@ -112,10 +133,11 @@ def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_p
         parts = _Parts(task, model, optimizer, clipping, order, engine, optim, dtype, flops, peak)
         sample = ""
         saved = state.step
+        last_step = engine.steps if stop_at is None else min(stop_at, engine.steps)
 
         def save() -> None:
             nonlocal saved
-            save_checkpoint(run.checkpoints, model, optimizer, state, device)
+            save_checkpoint(run.checkpoints, model, optimizer, state, device, average.state_dict())
             saved = state.step
 
         with stop_requests(display.note) as should_stop, display.live(state.step):
@@ -124,23 +146,32 @@ def train(task: Task, settings: Settings, run: Run, console: Console, *, quiet_p
                 if state.step > metrics.last_step:
                     due = _due(state.step, engine)
                     if due.evaluate:
-                        with autocast(device, dtype):
+                        with average.applied(), autocast(device, dtype):
                             values = task.evaluate(model, "validation", should_stop)
                         if values is None:
                             break
                         state.row |= values
                     if due.sample:
                         path = run.samples / f"step-{state.step:06d}"
-                        with autocast(device, dtype):
+                        with average.applied(), autocast(device, dtype):
                             sample = task.sample(model, path, engine.seed, should_stop)
                     metrics.append(state.row)
                     display.step(state.row)
                     if saved == state.step:
                         prune_checkpoints(run.checkpoints, engine.keep_last, run.best_step())
-                if state.step >= engine.steps or should_stop():
+                if state.step >= last_step or should_stop():
                     break
 
                 _take_step(parts, state)
+                if not state.skipped_in_a_row:
+                    average.update(state.step - 1)
+                elif state.skipped_in_a_row > engine.max_skips:
+                    raise TrainingError(
+                        f"{state.skipped_in_a_row} steps in a row were not finite (engine.max_skips = "
+                        f"{engine.max_skips}); the last checkpoint is intact. Lower optim.lr or lengthen the warm-up"
+                    )
+                if (state.row.get("spike") or 0.0) > SPIKE:
+                    display.note(f"step {state.step}: the loss is {state.row['spike']:.0f} sigma above the last steps'")
                 # Save first: whatever follows may fail.
                 if _due(state.step, engine).save or should_stop():
                     save()
@@ -198,16 +229,19 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
     before_optimizer = time.perf_counter()
     clip = clipping(model)
     norm = float(clip.norm)
-    if not (math.isfinite(total) and math.isfinite(norm)):
+    finite = math.isfinite(total) and math.isfinite(norm)
+    if not finite and engine.on_nonfinite == "stop":
         raise TrainingError(
             f"step {state.step + 1}: loss {total / count:.4g}, gradient norm {norm:.4g} - not finite; nothing was "
-            "updated. The last checkpoint is intact; start a new run with a lower optim.lr or a longer warm-up"
+            "updated. The last checkpoint is intact; start a new run with a lower optim.lr or a longer warm-up, "
+            "or leave such steps out with engine.on_nonfinite=skip"
         )
     lr = optim.lr * lr_factor(state.step, engine.steps, optim)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    before = snapshot(optimizer) if _every(engine.diagnose_every, state.step + 1) else None
-    optimizer.step()
+    before = snapshot(optimizer) if finite and _every(engine.diagnose_every, state.step + 1) else None
+    if finite:
+        optimizer.step()
     stats = task.after_step(model)
     ended = time.perf_counter()
     if before is not None:
@@ -215,6 +249,14 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
         found = diagnose(model, optimizer, before, clip_scale=1.0 if optim.clip == "spectral" else float(clip.scale))
         stats |= {**found.metrics, "layer_share": found.layers}
 
+    if finite:
+        state.skipped_in_a_row = 0
+        if (spike := spike_score(state.recent_losses, total / count)) is not None:
+            stats["spike"] = spike
+        state.recent_losses = remember(state.recent_losses, total / count)
+    else:
+        state.skipped_in_a_row += 1
+        stats["skipped_examples"] = examples.tolist()
     state.step += 1
     state.counted += count
     state.clipped += int(clip.clipped)

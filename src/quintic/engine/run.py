@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from quintic.core import CheckpointError
 from quintic.core.files import atomic_write
@@ -76,6 +79,25 @@ class Run:
             what = "does not exist" if not folder.exists() else "holds no run (no config.toml)"
             raise CheckpointError(f"{folder} {what}; give the folder that quintic train printed, e.g. runs/laptop")
         return cls(folder)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder; the system frees the lock if this one is killed.
+
+        Raises:
+            CheckpointError: Another process has it.
+        """
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise CheckpointError(
+                f"another process is training in {self.folder}; wait for it, stop it, or choose another --out"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def header(self) -> dict[str, Any]:
         """Top-level keys of ``config.toml``: task, size, data paths, fingerprint.
