@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 import quintic
-from quintic.cli import doctor, evaluate, generate, race, report, resume, roles, train
+from quintic.cli import doctor, evaluate, generate, race, report, resume, roles, train, verify_resume
 from quintic.core import QuinticError, UserError
 
 __all__ = ["app", "main"]
@@ -32,6 +32,7 @@ for _verb in (
     evaluate.evaluate,
     race.race,
     report.report,
+    verify_resume.verify_resume,
     roles.roles,
     doctor.doctor,
 ):
