@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from quintic.lm import LanguageModel as LanguageModel
     from quintic.lm import LMConfig as LMConfig
     from quintic.lm import generate as generate
+    from quintic.lm import load_deepseek as load_deepseek
+    from quintic.lm import save_deepseek as save_deepseek
     from quintic.moe import MoE as MoE
     from quintic.moe import balance_step as balance_step
     from quintic.optim import Muon as Muon
@@ -34,8 +36,10 @@ _HOMES = {
     "balance_step": "moe",
     "clip_grad_norm_": "optim",
     "generate": "lm",
+    "load_deepseek": "lm",
     "msign": "linalg",
     "roles": "optim",
+    "save_deepseek": "lm",
 }
 
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -1,0 +1,124 @@
+"""Folders of the DeepSeek-V3 architecture: transformers loads ours, we load theirs, and what differs is named."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quintic.core import CheckpointError, ConfigError
+from quintic.data.tokenizer import Tokenizer
+from quintic.lm import LanguageModel, LMConfig, generate
+from quintic.lm.deepseek import load_deepseek, save_deepseek
+
+transformers = pytest.importorskip("transformers")
+
+TINY = replace(LMConfig(), vocab_size=264, route_scale=1.7, num_shared=2)
+IDS = torch.randint(0, 257, (2, 30), generator=torch.Generator().manual_seed(0))
+
+
+def lively(config, seed=0):
+    """A model whose logits are not nearly uniform and whose selection bias matters."""
+    model = LanguageModel(config, seed=seed).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+        for block in model.blocks[config.num_dense_layers :]:
+            block.ffn.router.bias.copy_(torch.linspace(-0.3, 0.3, config.num_experts))
+    return model
+
+
+@pytest.mark.parametrize("q_rank", [0, 24])
+@pytest.mark.parametrize("shard_bytes", [10**9, 100_000])
+def test_transformers_loads_our_folder(tmp_path, q_rank, shard_bytes):
+    model = lively(replace(TINY, q_rank=q_rank))
+    save_deepseek(model, tmp_path / "hf", Tokenizer.bytes(), shard_bytes=shard_bytes)
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (shard_bytes < 10**9)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (model(IDS) - theirs(IDS).logits).abs().max() < 1e-4
+        prompt = IDS[:1, :10]
+        text = theirs.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert list(generate(model, prompt[0].tolist(), max_tokens=30, temperature=0)) == text[0, 10:].tolist()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("Whale é")["input_ids"] == Tokenizer.bytes().encode("Whale é")
+    assert tokenizer.eos_token_id == Tokenizer.bytes().separator_id == theirs.generation_config.eos_token_id
+
+
+def test_we_load_what_transformers_saved(tmp_path):
+    c = TINY
+    save_deepseek(lively(c), tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="200KB")
+    model = load_deepseek(tmp_path / "theirs").eval()
+    assert replace(model.config, balance_rate=c.balance_rate) == c
+    with torch.no_grad():
+        assert torch.equal(model(IDS), lively(c)(IDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_round_trip_is_exact(tmp_path, dtype):
+    model = lively(TINY)
+    if dtype == torch.float64:
+        model.double()
+    save_deepseek(model, tmp_path / "hf")
+    again = load_deepseek(tmp_path / "hf", dtype=dtype)
+    assert again.embedding.weight.dtype == dtype and again.rotation.is_complex()
+    if dtype != torch.bfloat16:
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, again.state_dict()[name]), name
+    assert again.blocks[1].ffn.router.bias.dtype == torch.float32
+
+
+def test_moonlight_s_own_configuration_is_understood(tmp_path):
+    """Keys as in the folder published with the model; the weights are those of a small one."""
+    save_deepseek(lively(TINY), tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"], config["rope_interleave"]
+    config |= {
+        "rope_theta": 50000.0,
+        "rope_scaling": None,
+        "auto_map": {"AutoConfig": "x.Y"},
+        "seq_aux": True,
+        "ep_size": 1,
+    }
+    path.write_text(json.dumps(config))
+    assert load_deepseek(tmp_path / "hf", context=16).config.rope_theta == 50000.0
+
+
+def edited(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"attention_bias": True}, ConfigError, "attention_bias = True"),
+        ({"n_group": 8}, ConfigError, "n_group = 8"),
+        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, ConfigError, "'yarn'"),
+        ({"hidden_size": 32}, CheckpointError, r"model.embed_tokens.weight is \(264, 64\)"),
+        ({"n_routed_experts": 9}, CheckpointError, r"gate.weight is \(8, 64\)"),
+        ({"num_hidden_layers": 4}, CheckpointError, r"no tensor model.layers.3.input_layernorm.weight"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, change, error, words):
+    save_deepseek(lively(TINY), tmp_path / "hf")
+    edited(tmp_path / "hf", **change)
+    with pytest.raises(error, match=words):
+        load_deepseek(tmp_path / "hf")
+
+
+def test_damage_is_an_error_and_nothing_is_overwritten(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no readable config\.json"):
+        load_deepseek(tmp_path)
+    save_deepseek(lively(TINY), tmp_path / "hf")
+    weights = tmp_path / "hf" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_deepseek(tmp_path / "hf")
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+        load_deepseek(tmp_path / "hf")
+    with pytest.raises(FileExistsError):
+        save_deepseek(lively(TINY), tmp_path / "hf")
