@@ -58,7 +58,7 @@ def copy(run, tmp_path):
 
 def test_the_run_folder_holds_what_it_should(run):
     files = {"config.toml", "run.json", "machine.json", "metrics.jsonl", "tokenizer.json", "report.html"}
-    assert {path.name for path in run.iterdir()} == files | {"checkpoints", "samples"}
+    assert {path.name for path in run.iterdir()} == files | {"checkpoints", "samples", ".lock"}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 15))
     wanted = {"step", "loss", "bits_per_byte", "lr", "grad_norm", "clip_fraction", "tokens_per_second", "tokens",

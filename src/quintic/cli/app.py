@@ -15,7 +15,19 @@ from rich.console import Console
 from rich.text import Text
 
 import quintic
-from quintic.cli import doctor, evaluate, generate, race, report, resume, roles, train, verify_resume
+from quintic.cli import (
+    doctor,
+    evaluate,
+    export,
+    generate,
+    import_model,
+    race,
+    report,
+    resume,
+    roles,
+    train,
+    verify_resume,
+)
 from quintic.core import QuinticError, UserError
 
 __all__ = ["app", "main"]
@@ -30,6 +42,7 @@ for _verb in (
     resume.resume,
     generate.generate,
     evaluate.evaluate,
+    export.export,
     race.race,
     report.report,
     verify_resume.verify_resume,
@@ -37,6 +50,7 @@ for _verb in (
     doctor.doctor,
 ):
     app.command(_verb)
+app.command(import_model.import_model, name="import")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

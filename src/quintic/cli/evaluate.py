@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quintic.cli.printing import say
-
 __all__ = ["evaluate"]
 
 
@@ -35,9 +33,7 @@ def evaluate(
     dtype
         auto, float32, bfloat16 or float64; the run's own if left out.
     """
-    from quintic.cli.wiring import evaluate_run
+    from quintic.cli.wiring import kind_of, load_run_model
 
-    values, what = evaluate_run(run, list(data), split, checkpoint, device, dtype)
-    loss = next(value for name, value in values.items() if name.endswith("_loss"))
-    bits = next(value for name, value in values.items() if name.endswith("_bits_per_byte"))
-    say(f"{what}: loss {loss:.4f} nats a token, {bits:.4f} bits per byte")
+    loaded = load_run_model(run, checkpoint, device, dtype)
+    kind_of(loaded.header["task"]).evaluate(loaded, run, list(data), split)

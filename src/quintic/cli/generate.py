@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 __all__ = ["generate"]
@@ -47,15 +46,8 @@ def generate(
     dtype
         auto, float32, bfloat16 or float64; the run's own if left out.
     """
-    from quintic.cli.wiring import load_run_model
-    from quintic.lm.task import generate_text
+    from quintic.cli.wiring import kind_of, load_run_model
 
-    model, tokenizer, precision = load_run_model(run, checkpoint, device, dtype)
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
+    loaded = load_run_model(run, checkpoint, device, dtype)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
-    with precision:
-        for piece in generate_text(model, tokenizer, prompt, **sampling):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    sys.stdout.write("\n")
+    kind_of(loaded.header["task"]).generate(loaded, run, prompt=prompt, **sampling)

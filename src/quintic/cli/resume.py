@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from quintic.cli.printing import say
-from quintic.core import DataError
+from quintic.core import CheckpointError, DataError
 
 __all__ = ["resume"]
 
@@ -30,6 +30,10 @@ def resume(run: Path, /, *, device: str | None = None) -> None:
     folder, settings, header = open_run(run)
     rows = read_metrics(folder.metrics_file)
     steps = settings["engine"].steps
+    if header.get("size") == "imported":
+        raise CheckpointError(
+            f"{run} was imported, not trained; train it further with: quintic train TEXT --from {run}"
+        )
     if rows and rows[-1]["step"] >= steps and steps in list_checkpoints(folder.checkpoints):
         say(f"{run} is finished: all {steps} steps are done; nothing to resume")
         return

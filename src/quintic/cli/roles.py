@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quintic.cli.printing import say
-from quintic.cli.wiring import build_settings, split_arguments
+from quintic.cli.wiring import build_settings, kind_of, split_arguments
 from quintic.core import ConfigError
 
 __all__ = ["roles"]
@@ -28,9 +28,8 @@ def roles(*arguments: str, task: str = "lm", size: str = "laptop") -> None:
 
     import torch
 
-    from quintic.lm import LanguageModel
     from quintic.optim import roles as table_of
 
     with torch.device("meta"):
-        model = LanguageModel(settings["lm"], seed=None)
+        model = kind_of(task).build(task, settings)
     say(str(table_of(model, scale=settings["optim"].scale)))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quintic.cli.printing import say
-from quintic.cli.wiring import TASKS, build_settings, build_task, section_types, split_arguments
+from quintic.cli.wiring import build_settings, build_task, kind_of, section_types, split_arguments
 
 if TYPE_CHECKING:
     from quintic.engine import Run, Settings, Task
@@ -24,6 +24,7 @@ def train(
     task: str = "lm",
     size: str = "laptop",
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    start: Annotated[Path | None, Parameter(name="--from")] = None,
     device: str | None = None,
     dtype: str | None = None,
     seed: int | None = None,
@@ -44,6 +45,9 @@ def train(
         Preset that fills every setting: tiny, laptop, small.
     out
         Run folder to create; it must not hold a run yet. Default: runs/NAME.
+    start
+        Start from the weights (and take shape and tokenizer) of this run or exported folder; a lower learning rate
+        than from scratch, such as optim.lr=0.002, keeps what was learned.
     device
         auto, cpu, cuda, cuda:1 or mps.
     dtype
@@ -60,24 +64,26 @@ def train(
             overrides.append(f"engine.{name}={value}")
     resolved = build_settings(task, size, overrides)
     if settings:
-        _list_settings(console, resolved)
+        _list_settings(console, task, resolved)
         return
 
+    from quintic.cli.origin import open_origin
     from quintic.core.machine import pick_device, pick_dtype
     from quintic.engine import Run
+    from quintic.engine.checkpoint import check_fit
 
-    if Path(tokenizer := resolved["data"].tokenizer).is_file():
-        # Absolute, so that a resume finds it from any folder.
-        resolved = resolved.derive("data.tokenizer", str(Path(tokenizer).absolute()), "given")
     engine = resolved["engine"]
     chosen = pick_dtype(engine.dtype, pick_device(engine.device))
     if engine.dtype == "auto":
         # Written down, so that a resume computes in the same precision.
         name = str(chosen).removeprefix("torch.")
         resolved = resolved.derive("engine.dtype", name, f"fastest safe one on {pick_device(engine.device).type} here")
-    folder = _free_folder(paths, size) if out is None else out
+    folder = _free_folder(_title(task, paths), size) if out is None else out
     Run.refuse_existing(folder)
-    with console.status("reading text") as status:
+    origin = None if start is None else open_origin(start, task)
+    if origin is not None:
+        resolved = origin.settings(task, resolved)
+    with console.status(kind_of(task).READING) as status:
         made, resolved, warnings = build_task(task, paths, resolved, status.update)
     for warning in warnings:
         say(f"warning: {warning}", console=console, style="yellow")
@@ -91,9 +97,12 @@ def train(
         "size": size,
         "paths": [str(path.absolute()) for path in paths],
         "fingerprint": made.fingerprint,
+        **({} if start is None else {"from": str(start.absolute())}),
     }
-    run = Run.create(folder, resolved, header)
-    run.record(task=task, size=size, title=_title(paths), seed=engine.seed, **facts)
+    if origin is not None:
+        check_fit(origin.weights, kind_of(task).build(task, resolved), str(start))
+    run = Run.create(folder, resolved, header, None if origin is None else origin.weights)
+    run.record(task=task, size=size, title=_title(task, paths), seed=engine.seed, **facts)
     say(f"run folder: {folder}", console=console)
     run_training(console, made, resolved, run)
 
@@ -127,19 +136,20 @@ def _final_words(row: dict[str, Any]) -> str:
     return f"validation loss {row['val_loss']:.4f} nats{bits}"
 
 
-def _free_folder(paths: list[Path], size: str) -> Path:
+def _free_folder(title: str, size: str) -> Path:
     """runs/NAME-SIZE, or with a number behind if that is taken."""
-    base = Path("runs") / f"{_title(paths).lower().replace(' ', '-')}-{size}"
+    base = Path("runs") / f"{title.lower().replace(' ', '-')}-{size}"
     folder, number = base, 2
     while folder.exists():
         folder, number = base.with_name(f"{base.name}-{number}"), number + 1
     return folder
 
 
-def _title(paths: list[Path]) -> str:
+def _title(task: str, paths: list[Path]) -> str:
+    """What the data is called."""
     if not paths:
-        return "Moby Dick"
-    return paths[0].absolute().name.split(".")[0] or "text"
+        return kind_of(task).EMBEDDED
+    return paths[0].absolute().name.split(".")[0] or "data"
 
 
 def _print_optimizer(console: Console, task: Task, settings: Settings) -> None:
@@ -169,10 +179,10 @@ def _print_settings(console: Console, settings: Settings) -> None:
         console.print(f"  {section}: " + ", ".join(words), markup=False, highlight=False)
 
 
-def _list_settings(console: Console, settings: Settings) -> None:
+def _list_settings(console: Console, task: str, settings: Settings) -> None:
     from quintic.engine.config import field_help
 
-    for section, kind in section_types(TASKS[0]).items():
+    for section, kind in section_types(task).items():
         table = Table("setting", "value", "meaning", title=section, title_justify="left", box=None, pad_edge=False)
         helps = field_help(kind)
         for field in dataclasses.fields(kind):

@@ -1,6 +1,7 @@
 """Which task a name stands for, and how its settings, data and model come together.
 
-The command line is the only place that knows the engine *and* the things to be trained.
+The command line is the only place that knows the engine *and* the things to be trained. What depends on the task
+is in one module per kind of task, with the same functions in each; what does not is here.
 """
 
 from __future__ import annotations
@@ -9,36 +10,50 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
 from quintic.assets import preset_names, preset_text
 from quintic.cli.printing import say
-from quintic.core import CheckpointError, ConfigError, DataError, suggest
+from quintic.core import CheckpointError, ConfigError, suggest
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
-    from quintic.data.tokenizer import Tokenizer
     from quintic.engine import Run, Settings, Task
-    from quintic.lm import LanguageModel
 
 __all__ = [
-    "TASKS",
+    "KINDS",
+    "LoadedModel",
     "build_settings",
     "build_task",
-    "evaluate_run",
+    "kind_of",
     "load_run_model",
     "open_run",
+    "pick_checkpoint",
     "section_types",
     "split_arguments",
 ]
 
-TASKS = ("lm",)
+KINDS = {"lm": "quintic.cli.language"}
+"""Task: the module with its ``sections``, ``prepare``, ``build``, ``generate`` and ``evaluate``."""
 
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+=")
+
+
+def kind_of(task: str) -> Any:
+    """The module of a task.
+
+    Raises:
+        ConfigError: No task has that name.
+    """
+    if task not in KINDS:
+        raise ConfigError(f"unknown task {task!r}{suggest(task, KINDS)}")
+    return import_module(KINDS[task])
 
 
 def split_arguments(arguments: Iterable[str]) -> tuple[list[Path], list[str]]:
@@ -65,14 +80,11 @@ def section_types(task: str) -> dict[str, type]:
     Raises:
         ConfigError: No task has that name.
     """
-    if task not in TASKS:
-        raise ConfigError(f"unknown task {task!r}{suggest(task, TASKS)}")
-    from quintic.data import DataConfig
+    kind = kind_of(task)
     from quintic.engine import EngineConfig
-    from quintic.lm import LMConfig
     from quintic.optim import OptimConfig
 
-    return {"lm": LMConfig, "data": DataConfig, "optim": OptimConfig, "engine": EngineConfig}
+    return {**kind.sections(task), "optim": OptimConfig, "engine": EngineConfig}
 
 
 def build_settings(task: str, size: str, overrides: Sequence[str]) -> Settings:
@@ -96,31 +108,17 @@ def build_task(
 
     Args:
         task: Its name.
-        paths: Files and folders; none means the embedded corpus.
+        paths: Files and folders; none means the embedded data.
         settings: From :func:`build_settings` or a run's own.
         progress: Told in words what is going on.
 
     Returns:
         The task, the settings with derived values, and warnings about the data.
     """
-    from quintic.data import prepare
-    from quintic.lm.task import LanguageModelTask, derived_fields
-
-    data = prepare(list(paths) or None, settings["data"], progress)
-    given = settings.sources["lm.vocab_size"] == "given"
-    if given and settings["lm"].vocab_size < data.tokenizer.vocab_size:
-        raise ConfigError(
-            f"lm.vocab_size = {settings['lm'].vocab_size} is below the tokenizer's {data.tokenizer.vocab_size} tokens; "
-            f"leave it out, or train a smaller tokenizer with data.vocab_size={settings['lm'].vocab_size}"
-        )
+    made, settings, warnings = kind_of(task).prepare(task, paths, settings, progress)
     if settings.sources["engine.steps"] != "config.toml":  # a run's own settings are resolved already
-        for name, (value, why) in derived_fields(settings["lm"], data.tokenizer).items():
-            if not (name == "vocab_size" and given):
-                settings = settings.derive(f"lm.{name}", value, why)
-    made = LanguageModelTask(settings["lm"], data, cross_documents=settings["data"].cross_documents)
-    if settings.sources["engine.steps"] != "config.toml":
         settings = _derive_steps(settings, made.num_examples)
-    return made, settings, data.warnings
+    return made, settings, warnings
 
 
 def _derive_steps(settings: Settings, num_examples: int) -> Settings:
@@ -150,10 +148,18 @@ def open_run(folder: Path) -> tuple[Run, Settings, dict[str, Any]]:
     return run, settings, header
 
 
-def load_run_model(
-    folder: Path, checkpoint: str, device: str, dtype: str | None
-) -> tuple[LanguageModel, Tokenizer, torch.autocast]:
-    """The model of a run with the weights of a checkpoint, its tokenizer, and the precision to run it in.
+class LoadedModel(NamedTuple):
+    """A model of a run, ready to be used."""
+
+    model: nn.Module
+    settings: Settings
+    header: dict[str, Any]
+    precision: torch.autocast
+    """To run it in."""
+
+
+def load_run_model(folder: Path, checkpoint: str, device: str, dtype: str | None) -> LoadedModel:
+    """The model of a run with the weights of a checkpoint, averaged ones where the run keeps them.
 
     Args:
         folder: Run folder.
@@ -167,60 +173,47 @@ def load_run_model(
     import torch
 
     from quintic.core.machine import autocast, pick_device, pick_dtype
-    from quintic.data.tokenizer import Tokenizer
-    from quintic.engine.checkpoint import list_checkpoints, load_model, usable_checkpoint, verify_checkpoint
-    from quintic.lm import LanguageModel
+    from quintic.engine.checkpoint import load_model, load_weights
 
-    run, settings, _ = open_run(folder)
-    saved = list_checkpoints(run.checkpoints)
-    if checkpoint in ("best", "last"):
-        path = usable_checkpoint(run.checkpoints, _warn, run.best_step() if checkpoint == "best" else None)
-        if path is None:
-            raise CheckpointError(f"{folder} has no checkpoint yet; train further with: quintic resume {folder}")
-    elif checkpoint.isdigit() and int(checkpoint) in saved:
-        path = saved[int(checkpoint)]
-        verify_checkpoint(path)
-    else:
-        steps = ", ".join(map(str, saved)) or "none"
-        raise CheckpointError(f"no checkpoint {checkpoint!r}; expected best, last or one of the saved steps: {steps}")
+    run, settings, header = open_run(folder)
+    path = pick_checkpoint(run, checkpoint)
     where = pick_device(device)
-    model = LanguageModel(settings["lm"], seed=None).to(where)
+    model: nn.Module = kind_of(header["task"]).build(header["task"], settings).to(where)
     precision = pick_dtype(dtype or settings["engine"].dtype, where)
     if precision == torch.float64:
         model.double()
-    load_model(path, model)
-    return model.eval(), Tokenizer.load(folder / "tokenizer.json"), autocast(where, precision)
-
-
-def evaluate_run(
-    folder: Path, paths: Sequence[Path], split: str, checkpoint: str, device: str, dtype: str | None
-) -> tuple[dict[str, float], str]:
-    """Losses of a run on a split of its own data or on other text, and what was evaluated, in words."""
-    from dataclasses import replace
-
-    from quintic.data import prepare
-    from quintic.lm.task import LanguageModelTask
-
-    if split not in ("test", "validation"):
-        raise ConfigError(f"unknown split {split!r}{suggest(split, ['test', 'validation'])}")
-    model, _, precision = load_run_model(folder, checkpoint, device, dtype)
-    _, settings, header = open_run(folder)
-    if paths:
-        whole = replace(
-            settings["data"], tokenizer=str(folder / "tokenizer.json"), validation_fraction=0.0, test_fraction=1.0
-        )
-        data, what = prepare(list(paths), whole), ", ".join(map(str, paths))
-        split = "test"
+    if path is None:
+        load_weights([run.initial], model)
     else:
-        data = prepare([Path(path) for path in header["paths"]] or None, settings["data"])
-        what = f"{split} split of {folder}"
-    task = LanguageModelTask(settings["lm"], data, cross_documents=settings["data"].cross_documents)
-    if not paths and task.fingerprint != header["fingerprint"]:
-        raise DataError(f"the data of {folder} has changed since it was trained; name the text to evaluate on instead")
-    with precision:
-        values = task.evaluate(model, split)
-    assert values is not None
-    return values, what
+        load_model(path, model, averaged=True)
+    return LoadedModel(model.eval(), settings, header, autocast(where, precision))
+
+
+def pick_checkpoint(run: Run, wanted: str) -> Path | None:
+    """The checkpoint that was asked for; None if there is none but weights to start from.
+
+    Args:
+        run: The run.
+        wanted: ``best``, ``last`` or a step number.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+    """
+    from quintic.engine.checkpoint import list_checkpoints, usable_checkpoint, verify_checkpoint
+
+    saved = list_checkpoints(run.checkpoints)
+    if wanted in ("best", "last"):
+        path = usable_checkpoint(run.checkpoints, _warn, run.best_step() if wanted == "best" else None)
+        if path is None and not run.initial.exists():
+            raise CheckpointError(
+                f"{run.folder} has no checkpoint yet; train further with: quintic resume {run.folder}"
+            )
+        return path
+    if wanted.isdigit() and int(wanted) in saved:
+        verify_checkpoint(saved[int(wanted)])
+        return saved[int(wanted)]
+    steps = ", ".join(map(str, saved)) or "none"
+    raise CheckpointError(f"no checkpoint {wanted!r}; expected best, last or one of the saved steps: {steps}")
 
 
 def _warn(text: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,12 @@ from quintic.core.files import atomic_folder, sha256_file
 __all__ = [
     "FORMAT",
     "TrainState",
+    "check_fit",
     "list_checkpoints",
     "load_average",
     "load_model",
     "load_training",
+    "load_weights",
     "prune_checkpoints",
     "save_checkpoint",
     "usable_checkpoint",
@@ -184,19 +186,40 @@ def load_model(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
     Raises:
         CheckpointError: The weights are of another model; the message names the first tensor that differs.
     """
-    try:
-        weights = load_file(path / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from error
+    files = [path / "model.safetensors"]
     if averaged and (path / "average.safetensors").exists():
-        weights |= load_file(path / "average.safetensors")
+        files.append(path / "average.safetensors")
+    load_weights(files, model)
+
+
+def load_weights(files: Sequence[Path], model: nn.Module) -> None:
+    """Load weight files into a model; where two hold the same tensor, the later one counts.
+
+    Raises:
+        CheckpointError: A file cannot be read, or is of another model; the message names the first tensor that differs.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+    check_fit(weights, model, str(files[0]))
+    model.load_state_dict(weights)
+
+
+def check_fit(weights: Mapping[str, Tensor], model: nn.Module, origin: str) -> None:
+    """Make sure that weights are of a model's names and shapes.
+
+    Raises:
+        CheckpointError: They are not; the message names the origin and the first tensor that differs.
+    """
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         here = tuple(own[name].shape) if name in own else "nothing"
         there = tuple(weights[name].shape) if name in weights else "nothing"
         if here != there:
-            raise CheckpointError(f"{path} does not fit the model: {name} is {there} there and {here} here")
-    model.load_state_dict(weights)
+            raise CheckpointError(f"{origin} does not fit the model: {name} is {there} there and {here} here")
 
 
 def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> TrainState:

@@ -26,6 +26,7 @@ from quintic.engine.checkpoint import (
     load_average,
     load_model,
     load_training,
+    load_weights,
     prune_checkpoints,
     save_checkpoint,
     usable_checkpoint,
@@ -122,6 +123,9 @@ def _train(
             state = load_training(checkpoint, model, optimizer, device)
             average.load_state_dict(load_average(checkpoint))
             display.note(f"continuing from step {state.step}")
+        elif run.initial.exists():
+            load_weights([run.initial], model)
+            average = WeightAverage(model, engine.ema_decay)
         order = Order(task.num_examples, engine.seed, task.fingerprint)
         metrics = MetricsFile(run.metrics_file, keep_through=state.step)
         if metrics.last_step == state.step:

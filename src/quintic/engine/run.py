@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors.torch import save_file
+from torch import Tensor
 
 from quintic.core import CheckpointError
 from quintic.core.files import atomic_write
@@ -35,6 +37,8 @@ class Run:
         self.metrics_file = folder / "metrics.jsonl"
         self.checkpoints = folder / "checkpoints"
         self.samples = folder / "samples"
+        self.initial = folder / "initial.safetensors"
+        """Weights to start from, if not the seed's."""
 
     @classmethod
     def refuse_existing(cls, folder: Path) -> None:
@@ -56,8 +60,16 @@ class Run:
             raise CheckpointError(f"no permission to write in {ancestor}; choose another --out")
 
     @classmethod
-    def create(cls, folder: Path, settings: Settings, header: Mapping[str, Any]) -> Run:
+    def create(
+        cls, folder: Path, settings: Settings, header: Mapping[str, Any], initial: Mapping[str, Tensor] | None = None
+    ) -> Run:
         """Make the folder and write the resolved configuration.
+
+        Args:
+            folder: The run folder.
+            settings: All of them.
+            header: Top-level keys of ``config.toml``.
+            initial: Weights to start from instead of the seed's.
 
         Raises:
             CheckpointError: The folder is in use or cannot be written.
@@ -65,6 +77,8 @@ class Run:
         cls.refuse_existing(folder)
         run = cls(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if initial is not None:  # before the configuration, which makes the folder a run
+            save_file({name: tensor.contiguous() for name, tensor in initial.items()}, run.initial)
         atomic_write(run.config_file, settings.to_toml(header))
         return run
 

@@ -1,0 +1,39 @@
+"""``quintic export``: a trained language model as a folder that Hugging Face tools load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quintic.cli.printing import say
+from quintic.core import CheckpointError
+
+__all__ = ["export"]
+
+
+def export(run: Path, folder: Path, /, *, checkpoint: str = "best") -> None:
+    """Write a DeepSeek-V3 folder: config.json, safetensors with a tensor per expert, the tokenizer.
+
+    In Python: transformers.AutoModelForCausalLM.from_pretrained(FOLDER).
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    folder
+        Folder to create; it must not exist.
+    checkpoint
+        best (lowest validation loss), last, or a step number.
+    """
+    from quintic.cli.wiring import load_run_model
+    from quintic.data.tokenizer import Tokenizer
+    from quintic.lm import LanguageModel, save_deepseek
+
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already; choose a folder that does not")
+    loaded = load_run_model(run, checkpoint, "cpu", "float32")
+    if not isinstance(loaded.model, LanguageModel):
+        raise CheckpointError(f"{run} is a run of task {loaded.header['task']}; only language models can be exported")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    save_deepseek(loaded.model, folder, Tokenizer.load(run / "tokenizer.json"))
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    say(f"{folder}: DeepSeek-V3 for transformers, {size / 2**20:,.1f} MiB")

@@ -1,0 +1,108 @@
+"""How language models are wired: sections, text, model, generation, evaluation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quintic.cli.printing import say
+from quintic.core import ConfigError, DataError, suggest
+
+if TYPE_CHECKING:
+    from quintic.cli.wiring import LoadedModel
+    from quintic.engine import Settings
+    from quintic.lm import LanguageModel
+    from quintic.lm.task import LanguageModelTask
+
+__all__ = ["EMBEDDED", "READING", "build", "evaluate", "generate", "prepare", "sections"]
+
+EMBEDDED = "Moby Dick"
+"""Title of the data that comes with the package."""
+READING = "reading text"
+
+
+def sections(task: str) -> dict[str, type]:
+    """The task's own sections."""
+    from quintic.data import DataConfig
+    from quintic.lm import LMConfig
+
+    return {task: LMConfig, "data": DataConfig}
+
+
+def prepare(
+    task: str, paths: Sequence[Path], settings: Settings, progress: Callable[[str], None]
+) -> tuple[LanguageModelTask, Settings, list[str]]:
+    """Text to tokens, the sizes that follow from it, and the task; see :func:`quintic.cli.wiring.build_task`."""
+    from quintic.data import prepare as prepare_text
+    from quintic.lm.task import LanguageModelTask, derived_fields
+
+    if Path(tokenizer := settings["data"].tokenizer).is_file() and not Path(tokenizer).is_absolute():
+        # Absolute, so that a resume finds it from any folder.
+        settings = settings.derive("data.tokenizer", str(Path(tokenizer).absolute()), "given")
+    data = prepare_text(list(paths) or None, settings["data"], progress)
+    source = settings.sources["lm.vocab_size"]
+    given = source == "given" or source.startswith("from ")
+    if given and settings["lm"].vocab_size < data.tokenizer.vocab_size:
+        raise ConfigError(
+            f"lm.vocab_size = {settings['lm'].vocab_size} is below the tokenizer's {data.tokenizer.vocab_size} tokens; "
+            f"leave it out, or train a smaller tokenizer with data.vocab_size={settings['lm'].vocab_size}"
+        )
+    if source != "config.toml":  # a run's own settings are resolved already
+        for name, (value, why) in derived_fields(settings["lm"], data.tokenizer).items():
+            if not (name == "vocab_size" and given):
+                settings = settings.derive(f"lm.{name}", value, why)
+    made = LanguageModelTask(settings["lm"], data, cross_documents=settings["data"].cross_documents)
+    return made, settings, data.warnings
+
+
+def build(task: str, settings: Settings) -> LanguageModel:
+    """The model, uninitialised."""
+    from quintic.lm import LanguageModel
+
+    return LanguageModel(settings[task], seed=None)
+
+
+def generate(loaded: LoadedModel, folder: Path, *, prompt: str, **sampling: Any) -> None:
+    """Text to standard output as it is made."""
+    from quintic.data.tokenizer import Tokenizer
+    from quintic.lm.task import generate_text
+
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    sys.stdout.write(prompt)
+    sys.stdout.flush()
+    with loaded.precision:
+        for piece in generate_text(loaded.model, tokenizer, prompt, **sampling):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str) -> None:
+    """Print loss and bits per byte on a split of the run's own data, or on other text."""
+    from quintic.data import prepare as prepare_text
+    from quintic.lm.task import LanguageModelTask
+
+    if split not in ("test", "validation"):
+        raise ConfigError(f"unknown split {split!r}{suggest(split, ['test', 'validation'])}")
+    settings, header = loaded.settings, loaded.header
+    if paths:
+        whole = replace(
+            settings["data"], tokenizer=str(folder / "tokenizer.json"), validation_fraction=0.0, test_fraction=1.0
+        )
+        data, what = prepare_text(list(paths), whole), ", ".join(map(str, paths))
+        split = "test"
+    else:
+        data = prepare_text([Path(path) for path in header["paths"]] or None, settings["data"])
+        what = f"{split} split of {folder}"
+    task = LanguageModelTask(settings["lm"], data, cross_documents=settings["data"].cross_documents)
+    if not paths and task.fingerprint != header["fingerprint"]:
+        raise DataError(f"the data of {folder} has changed since it was trained; name the text to evaluate on instead")
+    with loaded.precision:
+        values = task.evaluate(loaded.model, split)
+    assert values is not None
+    loss = next(value for name, value in values.items() if name.endswith("_loss"))
+    bits = next(value for name, value in values.items() if name.endswith("_bits_per_byte"))
+    say(f"{what}: loss {loss:.4f} nats a token, {bits:.4f} bits per byte")

@@ -1,0 +1,112 @@
+"""Models that come from elsewhere and go elsewhere: export, import, train --from, verify-resume."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quintic.cli.app import main
+from quintic.engine.checkpoint import list_checkpoints
+from quintic.engine.metrics import read_metrics
+
+SMALL = ["--size", "tiny", "engine.eval_every=4", "optim.lr=0.01"]
+TEXT = "the whale swam under the ship and the captain looked at the sea.\n" * 60
+
+
+def quintic(*arguments):
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(book, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    assert quintic("train", book, *SMALL, "engine.steps=12", "lm.num_experts=6", "--out", folder) == 0
+    return folder
+
+
+def last_weights(run):
+    return load_file(list(list_checkpoints(run / "checkpoints").values())[-1] / "model.safetensors")
+
+
+def test_the_exported_folder_speaks_as_the_run_does(run, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    assert quintic("export", run, tmp_path / "hf") == 0
+    assert "DeepSeek-V3 for transformers" in capsys.readouterr().out
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("the wha")["input_ids"]]])
+    whole = torch.ones_like(ids)  # else transformers takes the separator before the text for padding
+    made = model.generate(
+        ids, attention_mask=whole, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert quintic("generate", run, "--prompt", "the wha", "--temperature", "0", "--max-tokens", "40") == 0
+    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(made[0, 1:])
+    assert quintic("export", run, tmp_path / "hf") == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_an_imported_folder_generates_evaluates_and_trains_on(run, book, tmp_path, capsys):
+    assert quintic("export", run, tmp_path / "hf") == 0
+    assert quintic("import", tmp_path / "hf", "--out", tmp_path / "imported") == 0
+    capsys.readouterr()
+    texts, losses = [], []
+    for folder in (run, tmp_path / "imported"):
+        assert quintic("generate", folder, "--prompt", "the ", "--max-tokens", "30") == 0
+        texts.append(capsys.readouterr().out)
+        assert quintic("evaluate", folder, book) == 0
+        losses.append(capsys.readouterr().out.partition("loss ")[2])
+    assert texts[0] == texts[1] and losses[0] == losses[1]
+    assert quintic("resume", tmp_path / "imported") == 2
+    assert "was imported, not trained" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["run", "hf"])
+def test_training_from_another_model_starts_where_it_ended(run, book, tmp_path, kind, capsys):
+    origin = run
+    if kind == "hf":
+        assert quintic("export", run, tmp_path / "hf") == 0
+        origin = tmp_path / "hf"
+    new = tmp_path / "new"
+    assert quintic("train", book, *SMALL, "engine.steps=4", "--from", origin, "--out", new) == 0
+    config = (new / "config.toml").read_text()
+    assert f"num_experts = 6  # from {origin}" in config and "tokenizer.json" in config
+    first, before = read_metrics(new / "metrics.jsonl")[0], read_metrics(run / "metrics.jsonl")
+    assert first["loss"] == pytest.approx(before[-1]["loss"], abs=0.3) and before[0]["loss"] > first["loss"] + 1.0
+    start = load_file(new / "initial.safetensors")
+    assert all(torch.equal(tensor, start[name]) for name, tensor in last_weights(run).items())
+    # Killed before its first checkpoint, it starts from the same weights again.
+    for path in (new / "checkpoints").iterdir():
+        path.rename(tmp_path / path.name)
+    assert quintic("resume", new) == 0
+    assert read_metrics(new / "metrics.jsonl")[0]["loss"] == first["loss"]
+    whole = load_file(next(tmp_path.glob("step-4")) / "model.safetensors")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in last_weights(new).items())
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_written(run, book, tmp_path, capsys):
+    out = tmp_path / "new"
+    assert quintic("train", book, *SMALL, "--from", run, "lm.d_ff=96", "--out", out) == 2
+    assert "blocks.0.ffn.down is (64, 128) there and (64, 96) here" in " ".join(capsys.readouterr().err.split())
+    assert quintic("train", book, *SMALL, "--from", tmp_path, "--out", out) == 2
+    assert "neither a run" in capsys.readouterr().err
+    assert quintic("import", tmp_path, "--out", out) == 2
+    assert not out.exists()
+
+
+def test_verify_resume(run, capsys):
+    before = sorted(path.name for path in run.iterdir())
+    assert quintic("verify-resume", run) == 0
+    assert "exact: 6 steps equal 3 steps" in capsys.readouterr().out
+    assert sorted(path.name for path in run.iterdir()) == before
+    assert quintic("verify-resume", run, "--cut", "9") == 2
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
