@@ -1,8 +1,11 @@
-"""``quintic generate``: text from a trained run."""
+"""``quintic generate``: text or images from a trained run."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 __all__ = ["generate"]
 
@@ -11,17 +14,23 @@ def generate(
     run: Path,
     /,
     *,
-    prompt: str = "",
-    max_tokens: int = 200,
-    temperature: float = 0.7,
-    top_k: int = 0,
-    top_p: float = 0.9,
+    prompt: str | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    n: int | None = None,
+    steps: int | None = None,
+    sampler: str | None = None,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     seed: int = 0,
     checkpoint: str = "best",
     device: str = "auto",
     dtype: str | None = None,
 ) -> None:
-    """Continue a prompt with a run's model; the text goes to standard output as it is made.
+    """Text from a language model, to standard output as it is made; a grid of images from an image model.
+
+    Examples: quintic generate runs/book --prompt "Call me" - quintic generate runs/shapes --n 64
 
     Parameters
     ----------
@@ -30,15 +39,23 @@ def generate(
     prompt
         Text to continue; without one the model starts a document of its own.
     max_tokens
-        Tokens to make at most; fewer if the model ends the document.
+        Tokens to make at most, 200 if left out; fewer if the model ends the document.
     temperature
-        0 always takes the likeliest token; 1 samples from the model's own distribution.
+        0 always takes the likeliest token; 1 samples from the model's own distribution; 0.7 if left out.
     top_k
-        Keep the k likeliest tokens only; 0 keeps all.
+        Keep the k likeliest tokens only; 0, as if left out, keeps all.
     top_p
-        Keep the smallest likeliest set with at least this probability.
+        Keep the smallest likeliest set with at least this probability; 0.9 if left out.
+    n
+        How many images; 36 if left out.
+    steps
+        Calls of the network per image of a diffusion model; more is finer and slower.
+    sampler
+        Of a diffusion model: ddim (smooth, good with few steps) or ancestral.
+    out
+        PNG file of the images; their pixels go into an .npy file beside it. Default: in the run's samples.
     seed
-        The same seed gives the same text.
+        The same seed gives the same text or images.
     checkpoint
         best (lowest validation loss), last, or a step number.
     device
@@ -48,6 +65,10 @@ def generate(
     """
     from quintic.cli.wiring import kind_of, load_run_model
 
+    given = {
+        "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+        "n": n, "steps": steps, "sampler": sampler, "out": out,
+    }  # fmt: skip
+    options = {name: value for name, value in given.items() if value is not None}
     loaded = load_run_model(run, checkpoint, device, dtype)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
-    kind_of(loaded.header["task"]).generate(loaded, run, prompt=prompt, **sampling)
+    kind_of(loaded.header["task"]).generate(loaded, run, {"seed": seed, **options})

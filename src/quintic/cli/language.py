@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from quintic.lm import LanguageModel
     from quintic.lm.task import LanguageModelTask
 
-__all__ = ["EMBEDDED", "READING", "build", "evaluate", "generate", "prepare", "sections"]
+__all__ = ["EMBEDDED", "NEXT", "READING", "UNIT", "build", "evaluate", "generate", "prepare", "sections"]
 
 EMBEDDED = "Moby Dick"
 """Title of the data that comes with the package."""
 READING = "reading text"
+UNIT = " nats"
+"""Of the loss."""
+NEXT = 'quintic generate {run} --prompt "..."'
+"""What one would do with a finished run."""
 
 
 def sections(task: str) -> dict[str, type]:
@@ -65,16 +69,21 @@ def build(task: str, settings: Settings) -> LanguageModel:
     return LanguageModel(settings[task], seed=None)
 
 
-def generate(loaded: LoadedModel, folder: Path, *, prompt: str, **sampling: Any) -> None:
+def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None:
     """Text to standard output as it is made."""
+    from quintic.cli.wiring import refuse
     from quintic.data.tokenizer import Tokenizer
     from quintic.lm.task import generate_text
 
+    defaults = {"max_tokens": 200, "temperature": 0.7, "top_k": 0, "top_p": 0.9}
+    sampling = {name: options.pop(name, value) for name, value in defaults.items()}
+    prompt, seed = options.pop("prompt", ""), options.pop("seed")
+    refuse(options, "lm")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     sys.stdout.write(prompt)
     sys.stdout.flush()
     with loaded.precision:
-        for piece in generate_text(loaded.model, tokenizer, prompt, **sampling):
+        for piece in generate_text(loaded.model, tokenizer, prompt, seed=seed, **sampling):
             sys.stdout.write(piece)
             sys.stdout.flush()
     sys.stdout.write("\n")

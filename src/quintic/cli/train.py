@@ -30,17 +30,17 @@ def train(
     seed: int | None = None,
     settings: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Train a model on text; without a path, on the embedded corpus (Moby Dick).
+    """Train a model on text or images; without a path, on the embedded corpus (Moby Dick) or drawn shapes.
 
     Examples: quintic train my_notes/ --size laptop - quintic train book.txt optim.lr=0.01 lm.num_experts=32
 
     Parameters
     ----------
     arguments
-        Files and folders (.txt, .md, .jsonl, each also .gz; folders are searched), and settings as
+        Files and folders (.txt, .md, .jsonl, each also .gz; pictures; folders are searched), and settings as
         section.field=value. See --settings for all of them.
     task
-        What to train: lm.
+        What to train: lm (text), ddpm (images).
     size
         Preset that fills every setting: tiny, laptop, small.
     out
@@ -112,13 +112,14 @@ def run_training(console: Console, task: Task, settings: Settings, run: Run) -> 
     from quintic.engine.loop import train as train_loop
     from quintic.report import write_report
 
+    kind = kind_of(task.name)
     outcome = train_loop(task, settings, run, console)
     report = write_report(run.folder) if outcome.recorded else None
 
     if outcome.sample:
         say(f"\nsample:\n{outcome.sample}\n", console=console)
     if outcome.finished:
-        say(f"finished {outcome.step} steps: {_final_words(outcome.row)}", console=console)
+        say(f"finished {outcome.step} steps: {_final_words(outcome.row, kind.UNIT)}", console=console)
     else:
         say(f"stopped at step {outcome.step}; continue with: quintic resume {run.folder}", console=console)
     if outcome.peak_memory is not None:
@@ -126,14 +127,14 @@ def run_training(console: Console, task: Task, settings: Settings, run: Run) -> 
     if report is not None:
         say(f"report: {report}", console=console)
     if outcome.finished:
-        say(f'next: quintic generate {run.folder} --prompt "..."', console=console)
+        say(f"next: {kind.NEXT.format(run=run.folder)}", console=console)
 
 
-def _final_words(row: dict[str, Any]) -> str:
+def _final_words(row: dict[str, Any], unit: str) -> str:
     if "val_loss" not in row:  # no validation split was asked for
-        return f"training loss {row['loss']:.4f} nats"
+        return f"training loss {row['loss']:.4f}{unit}"
     bits = f", {row['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in row else ""
-    return f"validation loss {row['val_loss']:.4f} nats{bits}"
+    return f"validation loss {row['val_loss']:.4f}{unit}{bits}"
 
 
 def _free_folder(title: str, size: str) -> Path:

@@ -35,12 +35,13 @@ __all__ = [
     "load_run_model",
     "open_run",
     "pick_checkpoint",
+    "refuse",
     "section_types",
     "split_arguments",
 ]
 
-KINDS = {"lm": "quintic.cli.language"}
-"""Task: the module with its ``sections``, ``prepare``, ``build``, ``generate`` and ``evaluate``."""
+KINDS = {"lm": "quintic.cli.language", "ddpm": "quintic.cli.images"}
+"""Task: the module with its ``sections``, ``prepare``, ``build``, ``generate`` and ``evaluate``, and its words."""
 
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+=")
 
@@ -187,6 +188,16 @@ def load_run_model(folder: Path, checkpoint: str, device: str, dtype: str | None
     else:
         load_model(path, model, averaged=True)
     return LoadedModel(model.eval(), settings, header, autocast(where, precision))
+
+
+def refuse(options: dict[str, Any], task: str) -> None:
+    """Refuse options that a verb takes and a task has no use for.
+
+    Raises:
+        ConfigError: There are any.
+    """
+    for name in options:
+        raise ConfigError(f"--{name.replace('_', '-')} has no meaning for a run of task {task}")
 
 
 def pick_checkpoint(run: Run, wanted: str) -> Path | None:

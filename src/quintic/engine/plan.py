@@ -1,0 +1,194 @@
+"""What a training run would need, before it is started: parameters, bytes per rank, communication, hours.
+
+Everything follows from the shapes and declared roles of a model on the meta device; nothing is allocated. Ranks form a
+mesh of R replicas of S shards (R S = N). A rank holds 1/S of weights, gradients and optimizer state, and gathers one
+block at a time. Per step a rank sends, with P parameters (in elements):
+
+    gather of the weights, forward and backward      2 (S-1)/S P   in the compute dtype, once per micro-batch
+    sum of the gradients over the shards               (S-1)/S P   in float32, once per micro-batch
+    sum of the gradients over the replicas      2 (R-1)/R P / S    in float32
+    Muon: matrices whole for their msign               (S-1)/S P2  in float32, P2 without expert stacks, which are
+                                                                   sharded by expert and stay where they are
+
+so Muon adds at most the share P2 / (3 P) to the volume of AdamW. Activations are an estimate, tested to a quarter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from quintic.core import ConfigError
+from quintic.core.roles import Role, declared_roles
+from quintic.optim import roles as route
+
+__all__ = ["Plan", "make_plan"]
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Needs of a run; bytes are per rank, communication is per rank and step."""
+
+    ranks: int
+    shards: int
+    parameters: dict[str, int]
+    """total, active per token, and both without embedding and head."""
+    bytes_per_rank: dict[str, int]
+    """weights, gradients, optimizer, gathered block, activations, logits."""
+    sent_per_step: dict[str, int]
+    """weights, gradients, muon."""
+    tokens_per_step: int
+    micro_batch: int
+    """Examples of one forward pass on one rank."""
+    flops_per_token: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes per rank, all together."""
+        return sum(self.bytes_per_rank.values())
+
+    @property
+    def muon_overhead(self) -> float:
+        """Bytes that Muon sends beyond AdamW, as a share of AdamW's."""
+        return self.sent_per_step["muon"] / max(1, self.sent_per_step["weights"] + self.sent_per_step["gradients"])
+
+    def hours(self, tokens: float, flops_per_second: float, mfu: float) -> float:
+        """Time to train on an amount of tokens.
+
+        Args:
+            tokens: How many.
+            flops_per_second: Peak of one rank's matrix products.
+            mfu: Share of it that is reached, in (0, 1].
+        """
+        return tokens * self.flops_per_token / (self.ranks * flops_per_second * mfu) / 3600
+
+    def advice(self, memory_bytes: float) -> list[str]:
+        """What to change if a rank has less memory than this needs; empty if it fits."""
+        if self.total_bytes <= memory_bytes:
+            return []
+        b = self.bytes_per_rank
+        fixed = b["weights"] + b["gradients"] + b["optimizer"]
+        found = [f"{self.total_bytes / _GIB:.1f} GiB do not fit in {memory_bytes / _GIB:.1f} GiB per rank:"]
+        passing = b["activations"] + b["logits"] > 0.3 * self.total_bytes
+        if passing and self.micro_batch > 1:
+            found.append("halve engine.micro_batch_size: activations and logits shrink with it")
+        if fixed > 0.5 * memory_bytes:
+            need = -(-fixed * self.shards // int(0.5 * memory_bytes))
+            found.append(f"shard over {need} ranks: weights, gradients and optimizer state then take half of a rank")
+        if passing and self.micro_batch == 1:
+            found.append("use a shorter lm.context: the activations of one example are most of it")
+        if len(found) == 1:
+            found.append("use fewer layers or a smaller width")
+        return found
+
+
+def make_plan(
+    model: nn.Module,
+    *,
+    ranks: int,
+    shards: int,
+    examples_per_step: int,
+    micro_batch: int,
+    tokens_per_example: int,
+    flops_per_token: float,
+    active: int,
+    activation_numbers_per_token: float,
+    vocab_size: int,
+    compute_bytes: int,
+    optimizer: str = "muon",
+) -> Plan:
+    """Work out the needs of a run.
+
+    Args:
+        model: On the meta device, roles declared.
+        ranks: N.
+        shards: S, a divisor of N.
+        examples_per_step: Examples of one optimizer step, over all ranks.
+        micro_batch: Examples of one forward pass on one rank.
+        tokens_per_example: Length of an example.
+        flops_per_token: Forward and backward.
+        active: Parameters at work on a token.
+        activation_numbers_per_token: Kept for the backward pass, in numbers of the compute dtype.
+        vocab_size: Width of the logits.
+        compute_bytes: Bytes of a number in matrix products: 2 for bfloat16.
+        optimizer: muon or adamw.
+
+    Raises:
+        ConfigError: The ranks do not form such a mesh, or the batch does not divide among them.
+    """
+    if ranks < 1 or shards < 1 or ranks % shards:
+        raise ConfigError(f"{ranks} ranks do not divide into groups of {shards} shards; choose a divisor of {ranks}")
+    if examples_per_step % ranks:
+        raise ConfigError(
+            f"engine.batch_size = {examples_per_step} does not divide among {ranks} ranks; "
+            f"use a multiple, such as {-(-examples_per_step // ranks) * ranks}"
+        )
+    micro_batch = min(micro_batch or examples_per_step, examples_per_step // ranks)
+    micro_batches = -(-examples_per_step // (ranks * micro_batch))
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    total = sum(sizes.values())
+    found = declared_roles(model)
+    tables = sum(n for name, n in sizes.items() if found[name].role in (Role.EMBEDDING, Role.HEAD))
+    under_muon = {row.name for row in route(model) if row.algorithm == "muon"} if optimizer == "muon" else set()
+    muon = sum(sizes[name] for name in under_muon)
+    gathered_by_muon = sum(sizes[name] for name in under_muon if found[name].role is not Role.EXPERT_STACK)
+    largest = max(_block_sizes(model), default=total)
+    replicas = ranks // shards
+    tokens = micro_batch * tokens_per_example
+    share = (shards - 1) / shards
+    return Plan(
+        ranks,
+        shards,
+        {
+            "total": total,
+            "active": active,
+            "total without embedding and head": total - tables,
+            "active without embedding and head": active - tables,
+        },
+        {
+            "weights": 4 * total // shards,
+            "gradients": 4 * total // shards,
+            "optimizer": 4 * (muon + 2 * (total - muon)) // shards,
+            # A block's weights in the compute dtype, twice because the next is fetched, and its gradients.
+            "gathered block": (2 * compute_bytes + 4) * largest if shards > 1 else 0,
+            "activations": int(tokens * activation_numbers_per_token * compute_bytes),
+            "logits": tokens * vocab_size * (2 * 4 + compute_bytes),
+        },
+        {
+            "weights": int(2 * share * total * compute_bytes * micro_batches),
+            "gradients": int(share * total * 4 * micro_batches + 2 * (replicas - 1) / replicas * total / shards * 4),
+            "muon": int(share * gathered_by_muon * 4),
+        },
+        examples_per_step * tokens_per_example,
+        micro_batch,
+        flops_per_token,
+    )
+
+
+def _block_sizes(model: nn.Module) -> list[int]:
+    """Parameters of every member of every module list: what is gathered together."""
+    return [
+        sum(p.numel() for p in block.parameters())
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        for block in module
+    ]
+
+
+def as_rows(plan: Plan) -> list[tuple[str, str]]:
+    """A plan in words: (what, how much)."""
+    rows: list[tuple[str, Any]] = [
+        ("parameters " + name, f"{count / 1e6:,.1f} M" if count < 1e9 else f"{count / 1e9:.2f} B")
+        for name, count in plan.parameters.items()
+    ]
+    rows += [(f"{name}, GiB a rank", f"{size / _GIB:,.2f}") for name, size in plan.bytes_per_rank.items()]
+    rows.append(("together, GiB a rank", f"{plan.total_bytes / _GIB:,.2f}"))
+    rows += [(f"{name} sent, GiB a step and rank", f"{size / _GIB:,.2f}") for name, size in plan.sent_per_step.items()]
+    rows.append(("Muon beyond AdamW's communication", f"{plan.muon_overhead:.1%}"))
+    rows.append(("tokens a step", f"{plan.tokens_per_step:,}"))
+    rows.append(("FLOPs a token", f"{plan.flops_per_token:.3g}"))
+    return rows
