@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from quintic.core import CheckpointError
+from quintic.core.files import sha256_file
 from quintic.core.roles import Normal, Role, declare
 from quintic.engine import checkpoint as ck
 from quintic.optim import Muon
-
-CPU = torch.device("cpu")
 
 
 def trained(seed=0, steps=3):
@@ -30,7 +30,7 @@ def trained(seed=0, steps=3):
 def folder(tmp_path):
     model, optimizer = trained()
     for step in (5, 10, 100):
-        ck.save_checkpoint(tmp_path, model, optimizer, ck.TrainState(step=step, row={"step": step, "x": 0.1}), CPU)
+        ck.save_checkpoint(tmp_path, model, optimizer, ck.TrainState(step=step, row={"step": step, "x": 0.1}))
     return tmp_path
 
 
@@ -38,7 +38,7 @@ def test_round_trip_is_exact(folder):
     model, optimizer = trained()
     other, empty = trained(seed=1, steps=0)
     ck.load_model(folder / "step-100", other)
-    state = ck.load_training(folder / "step-100", other, empty, CPU)
+    state = ck.load_training(folder / "step-100", other, empty)
     assert state == ck.TrainState(step=100, row={"step": 100, "x": 0.1})
     x = torch.randn(4, 6)
     for pair in ((model, optimizer), (other, empty)):
@@ -105,3 +105,19 @@ def test_pruning_keeps_the_newest_and_the_best(folder):
 def test_nothing_is_pickled(folder):
     names = {path.name for path in (folder / "step-5").iterdir()}
     assert names == {"model.safetensors", "training.safetensors", "state.json", "manifest.json"}
+
+
+def test_format_1_is_read(folder):
+    """It had random generators among the training state."""
+    path = folder / "step-100"
+    tensors = load_file(path / "training.safetensors")
+    save_file({**tensors, "rng.cpu": torch.get_rng_state()}, path / "training.safetensors")
+    manifest = json.loads((path / "manifest.json").read_text())
+    file = path / "training.safetensors"
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    ck.verify_checkpoint(path)
+    other, empty = trained(seed=1, steps=0)
+    ck.load_model(path, other)
+    assert ck.load_training(path, other, empty).step == 100
+    assert len(empty.state_dict()["state"]) == len(list(other.parameters()))

@@ -24,7 +24,9 @@ def resume(run: Path, /, *, device: str | None = None) -> None:
     """
     from quintic.cli.train import run_training
     from quintic.cli.wiring import build_task, open_run
+    from quintic.core.machine import pick_device
     from quintic.engine.checkpoint import list_checkpoints
+    from quintic.engine.mesh import join_ranks
     from quintic.engine.metrics import read_metrics
 
     folder, settings, header = open_run(run)
@@ -37,13 +39,16 @@ def resume(run: Path, /, *, device: str | None = None) -> None:
     if rows and rows[-1]["step"] >= steps and steps in list_checkpoints(folder.checkpoints):
         say(f"{run} is finished: all {steps} steps are done; nothing to resume")
         return
-    task, settings, _ = build_task(header["task"], [Path(path) for path in header["paths"]], settings)
-    if task.fingerprint != header["fingerprint"]:
-        source = ", ".join(header["paths"]) or "the embedded corpus"
-        raise DataError(
-            f"the data of {run} has changed since it was started, so a resume would not continue the same run; "
-            f"put the text back as it was ({source}), or start a new run with quintic train"
-        )
     if device is not None:
         settings = settings.derive("engine.device", device, "given")
-    run_training(Console(), task, settings, folder)
+    engine = settings["engine"]
+    with join_ranks(pick_device(engine.device), engine.shards) as ranks:
+        with ranks.main_first():
+            task, settings, _ = build_task(header["task"], [Path(path) for path in header["paths"]], settings)
+        if task.fingerprint != header["fingerprint"]:
+            source = ", ".join(header["paths"]) or "the embedded corpus"
+            raise DataError(
+                f"the data of {run} has changed since it was started, so a resume would not continue the same run; "
+                f"put the text back as it was ({source}), or start a new run with quintic train"
+            )
+        run_training(Console(quiet=not ranks.is_main), task, settings, folder, ranks)

@@ -15,6 +15,7 @@ from quintic.cli.wiring import build_settings, build_task, kind_of, section_type
 
 if TYPE_CHECKING:
     from quintic.engine import Run, Settings, Task
+    from quintic.engine.mesh import Ranks
 
 __all__ = ["run_training", "train"]
 
@@ -57,41 +58,54 @@ def train(
     settings
         List every setting with its meaning and its value for this size, and exit.
     """
-    console = Console()
     paths, overrides = split_arguments(arguments)
     for name, value in (("device", device), ("dtype", dtype), ("seed", seed)):
         if value is not None:
             overrides.append(f"engine.{name}={value}")
     resolved = build_settings(task, size, overrides)
     if settings:
-        _list_settings(console, task, resolved)
+        _list_settings(Console(), task, resolved)
         return
 
-    from quintic.cli.origin import open_origin
     from quintic.core.machine import pick_device, pick_dtype
-    from quintic.engine import Run
-    from quintic.engine.checkpoint import check_fit
+    from quintic.engine.mesh import join_ranks
 
     engine = resolved["engine"]
-    chosen = pick_dtype(engine.dtype, pick_device(engine.device))
+    where = pick_device(engine.device)
+    chosen = pick_dtype(engine.dtype, where)
     if engine.dtype == "auto":
         # Written down, so that a resume computes in the same precision.
         name = str(chosen).removeprefix("torch.")
-        resolved = resolved.derive("engine.dtype", name, f"fastest safe one on {pick_device(engine.device).type} here")
+        resolved = resolved.derive("engine.dtype", name, f"fastest safe one on {where.type} here")
     folder = _free_folder(_title(task, paths), size) if out is None else out
+    with join_ranks(where, engine.shards) as ranks:
+        _new_run(task, size, paths, resolved, folder, start, ranks)
+
+
+def _new_run(
+    task: str, size: str, paths: list[Path], settings: Settings, folder: Path, start: Path | None, ranks: Ranks
+) -> None:
+    """Prepare data and folder, say what will happen, and train."""
+    from quintic.cli.origin import open_origin
+    from quintic.engine import Run
+    from quintic.engine.checkpoint import check_fit
+
+    console = Console(quiet=not ranks.is_main)
     Run.refuse_existing(folder)
     origin = None if start is None else open_origin(start, task)
     if origin is not None:
-        resolved = origin.settings(task, resolved)
-    with console.status(kind_of(task).READING) as status:
-        made, resolved, warnings = build_task(task, paths, resolved, status.update)
+        settings = origin.settings(task, settings)
+    with ranks.main_first(), console.status(kind_of(task).READING) as status:
+        made, settings, warnings = build_task(task, paths, settings, status.update)
     for warning in warnings:
         say(f"warning: {warning}", console=console, style="yellow")
     lines, facts = made.describe()
     for line in lines:
         say(f"  {line}", console=console)
-    _print_optimizer(console, made, resolved)
-    _print_settings(console, resolved)
+    if ranks.world > 1:
+        say(f"  {ranks.world} ranks, {settings['engine'].shards or ranks.world} shards", console=console)
+    _print_optimizer(console, made, settings)
+    _print_settings(console, settings)
     header = {
         "task": task,
         "size": size,
@@ -100,21 +114,24 @@ def train(
         **({} if start is None else {"from": str(start.absolute())}),
     }
     if origin is not None:
-        check_fit(origin.weights, kind_of(task).build(task, resolved), str(start))
-    run = Run.create(folder, resolved, header, None if origin is None else origin.weights)
-    run.record(task=task, size=size, title=_title(task, paths), seed=engine.seed, **facts)
+        check_fit(origin.weights, kind_of(task).build(task, settings), str(start))
+    ranks.wait()  # all have seen that the folder is free
+    if ranks.is_main:
+        run = Run.create(folder, settings, header, None if origin is None else origin.weights)
+        run.record(task=task, size=size, title=_title(task, paths), seed=settings["engine"].seed, **facts)
+    ranks.wait()
     say(f"run folder: {folder}", console=console)
-    run_training(console, made, resolved, run)
+    run_training(console, made, settings, Run(folder), ranks)
 
 
-def run_training(console: Console, task: Task, settings: Settings, run: Run) -> None:
+def run_training(console: Console, task: Task, settings: Settings, run: Run, ranks: Ranks) -> None:
     """Train, write the report and say how it ended."""
     from quintic.engine.loop import train as train_loop
     from quintic.report import write_report
 
     kind = kind_of(task.name)
-    outcome = train_loop(task, settings, run, console)
-    report = write_report(run.folder) if outcome.recorded else None
+    outcome = train_loop(task, settings, run, console, ranks=ranks)
+    report = write_report(run.folder) if outcome.recorded and ranks.is_main else None
 
     if outcome.sample:
         say(f"\nsample:\n{outcome.sample}\n", console=console)

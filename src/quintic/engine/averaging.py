@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quintic.core import CheckpointError
+from quintic.engine.shard import copy_whole_
 
 __all__ = ["WeightAverage"]
 
@@ -82,7 +83,7 @@ class WeightAverage:
                 "engine.ema_decay cannot be switched on or off within a run"
             )
         for name, average in self._average.items():
-            average.copy_(state[name])
+            copy_whole_(average, state[name])
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:

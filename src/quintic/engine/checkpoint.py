@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent, and that know when they are damaged.
 
 ``checkpoints/step-N/`` holds ``model.safetensors`` (weights and balancer), ``average.safetensors`` (averaged
-weights, if the run keeps them), ``training.safetensors`` (optimizer and random generator), ``state.json`` (numbers)
+weights, if the run keeps them), ``training.safetensors`` (state of the optimizer), ``state.json`` (numbers)
 and ``manifest.json`` (format version, size and SHA-256 of each file). It is built as ``step-N.tmp``, flushed and
 renamed. Which one is newest or best is read off the folders and the metrics, never off a pointer file. Nothing is
 pickled.
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 import quintic
 from quintic.core import CheckpointError
 from quintic.core.files import atomic_folder, sha256_file
+from quintic.engine.mesh import ALONE, Ranks
+from quintic.engine.shard import shard_like, whole
 
 __all__ = [
     "FORMAT",
@@ -41,7 +43,9 @@ __all__ = [
     "verify_checkpoint",
 ]
 
-FORMAT = 1
+FORMAT = 2
+"""Of what is written. Format 1 held the state of the random generators too, which no step depends on any more."""
+_READABLE = (1, 2)
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -81,8 +85,8 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
-    device: torch.device,
     average: Mapping[str, Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write ``folder/step-N`` and return it; one that is there already (a rerun after a crash) is replaced.
 
@@ -91,19 +95,20 @@ def save_checkpoint(
         model: Its weights and buffers.
         optimizer: Its state.
         state: Numbers of the run.
-        device: Whose random generator is saved beside the CPU's.
         average: Averaged weights, if there are any.
+        ranks: All of them call this; divided tensors are put together and the main rank writes.
 
     Raises:
         CheckpointError: The disk has not enough room; nothing was written or removed.
     """
     target = folder / f"step-{state.step}"
     tensors, scalars = _flatten_optimizer(model, optimizer)
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if device.type == "cuda":
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    parts = {"model": weights, "training": tensors, **({"average": dict(average)} if average else {})}
+    parts = {"model": model.state_dict(), "training": tensors, **({"average": average} if average else {})}
+    # What a checkpoint holds does not depend on the number of ranks, so any other number can resume it.
+    parts = {part: {name: whole(t).contiguous() for name, t in held.items()} for part, held in parts.items()}
+    if not ranks.is_main:
+        ranks.wait()
+        return target
     _check_room(folder, sum(tensor.nbytes for part in parts.values() for tensor in part.values()))
     if target.exists():
         shutil.rmtree(target)
@@ -117,6 +122,7 @@ def save_checkpoint(
         }
         manifest = {"format": FORMAT, "quintic": quintic.__version__, "torch": torch.__version__, "files": files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    ranks.wait()
     return target
 
 
@@ -132,9 +138,9 @@ def verify_checkpoint(path: Path) -> None:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: no readable manifest.json") from error
-    if version != FORMAT:
+    if version not in _READABLE:
         raise CheckpointError(
-            f"checkpoint {path} has format {version}, this version of Quintic reads format {FORMAT}; "
+            f"checkpoint {path} has format {version}, this version of Quintic reads formats up to {FORMAT}; "
             f"it was written by Quintic {manifest.get('quintic', '?')}"
         )
     for name, (size, digest) in expected.items():
@@ -222,14 +228,11 @@ def check_fit(weights: Mapping[str, Tensor], model: nn.Module, origin: str) -> N
             raise CheckpointError(f"{origin} does not fit the model: {name} is {there} there and {here} here")
 
 
-def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> TrainState:
-    """Load optimizer and random generator of a verified checkpoint, and return its numbers."""
+def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Load the optimizer's state of a verified checkpoint, and return its numbers."""
     tensors = load_file(path / "training.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("rng.")}  # format 1
     numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    cuda_state = tensors.pop("rng.cuda", None)
-    if cuda_state is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(cuda_state, device)
     _unflatten_optimizer(model, optimizer, tensors, numbers.pop("optimizer"))
     return TrainState(**numbers)
 
@@ -271,7 +274,7 @@ def _flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
         for key, value in entries.items():
             name = f"optimizer.{names[index]}:{key}"
             if isinstance(value, Tensor):
-                tensors[name] = value.contiguous()
+                tensors[name] = value
             else:
                 scalars[name] = value
     return tensors, scalars
@@ -281,8 +284,11 @@ def _unflatten_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]
 ) -> None:
     numbers = {name: index for index, name in enumerate(_parameter_names(model, optimizer))}
+    parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Any]] = {}
     for full, value in {**tensors, **scalars}.items():
         name, key = full.removeprefix("optimizer.").rsplit(":", 1)
+        if isinstance(value, Tensor):
+            value = shard_like(value, parameters[name])
         state.setdefault(numbers[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -40,7 +40,9 @@ class EngineConfig:
     batch_size: int = 16
     """Examples per optimizer step, over all ranks."""
     micro_batch_size: int = 0
-    """Examples per forward pass; 0 takes the whole batch. Smaller saves memory and gives the same step."""
+    """Examples per forward pass of one rank; 0 takes all it has. Smaller saves memory and gives the same step."""
+    shards: int = 0
+    """Ranks of a torchrun job that hold one copy of weights and optimizer state together; 0 is all of them."""
     seed: int = 0
     """Initial weights, data order and samples are pure functions of it."""
     device: str = "auto"
@@ -68,9 +70,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("steps", 0), ("max_epochs", 0), ("batch_size", 1), ("micro_batch_size", 0), ("eval_every", 0),
-            ("checkpoint_every", 0), ("sample_every", 0), ("keep_last", 1), ("load_every", 1), ("diagnose_every", 0),
-            ("ema_decay", 0), ("max_skips", 0),
+            ("steps", 0), ("max_epochs", 0), ("batch_size", 1), ("micro_batch_size", 0), ("shards", 0),
+            ("eval_every", 0), ("checkpoint_every", 0), ("sample_every", 0), ("keep_last", 1), ("load_every", 1),
+            ("diagnose_every", 0), ("ema_decay", 0), ("max_skips", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"engine.{name} must be at least {least}, found {getattr(self, name)}")

@@ -1,23 +1,28 @@
 """The training loop, for every task. Read it top to bottom: it is the story of a run.
 
-config -> data -> task and model -> (loss, stats) -> optimizer -> metrics -> checkpoint. A step is a pure
-function of the state before it: the examples of step s are positions s B to (s + 1) B of an order fixed by
-(data, seed), so a checkpoint needs to remember only s. Order of events after a step: save, then validate, then
+config -> data -> task and model -> (loss, stats) -> optimizer -> metrics -> checkpoint. A step is a pure function of
+the state before it: the examples of step s are positions s B to (s + 1) B of an order fixed by (data, seed), and so is
+the noise it draws, so a checkpoint needs to remember only s. Order of events after a step: save, then validate, then
 sample, then write the step's metrics; a crash in any of them loses nothing that was learned.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from quintic.core import QuinticError
+from quintic.core import ConfigError, QuinticError
+from quintic.core.counter_rng import Stream
 from quintic.core.machine import autocast, describe, matmul_peak, peak_memory_bytes, pick_device, pick_dtype
 from quintic.data.order import Order
 from quintic.engine.averaging import WeightAverage
@@ -32,9 +37,11 @@ from quintic.engine.checkpoint import (
     usable_checkpoint,
 )
 from quintic.engine.config import EngineConfig, Settings
+from quintic.engine.mesh import ALONE, Ranks
 from quintic.engine.metrics import MetricsFile
 from quintic.engine.progress import Display
 from quintic.engine.run import Run
+from quintic.engine.shard import divide_
 from quintic.engine.signals import stop_requests
 from quintic.engine.spikes import SPIKE, remember, spike_score
 from quintic.engine.task import Task
@@ -73,6 +80,7 @@ def train(
     *,
     quiet_peak: bool = False,
     stop_at: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Train from the newest checkpoint of a run, or from the start if it has none.
 
@@ -83,68 +91,88 @@ def train(
         console: Where progress goes.
         quiet_peak: Skip the measurement of the matrix-product peak (MFU is then null).
         stop_at: Save and stop after this step, as a signal would make it.
+        ranks: The processes that train together; all of them call this with the same arguments.
 
     Raises:
         TrainingError: Loss or gradient is not finite; the weights of the last checkpoint are intact.
         CheckpointError: Every checkpoint is damaged or does not fit, or another process trains this run.
+        ConfigError: The batch does not divide among the ranks.
     """
-    with run.locked():
-        return _train(task, settings, run, console, quiet_peak, stop_at)
+    if settings["engine"].batch_size % ranks.world:
+        raise ConfigError(
+            f"engine.batch_size = {settings['engine'].batch_size} does not divide among {ranks.world} ranks; "
+            f"use a multiple of {ranks.world}"
+        )
+    with run.locked() if ranks.is_main else contextlib.nullcontext():
+        return _train(task, settings, run, console, quiet_peak, stop_at, ranks)
 
 
 def _train(
-    task: Task, settings: Settings, run: Run, console: Console, quiet_peak: bool, stop_at: int | None
+    task: Task,
+    settings: Settings,
+    run: Run,
+    console: Console,
+    quiet_peak: bool,
+    stop_at: int | None,
+    ranks: Ranks,
 ) -> Outcome:
     engine: EngineConfig = settings["engine"]
     optim: OptimConfig = settings["optim"]
     device = pick_device(engine.device)
     dtype = pick_dtype(engine.dtype, device)
-    peak = None if quiet_peak else matmul_peak(device, dtype)
-    facts = describe(device, dtype)
+    peak = None if quiet_peak or not ranks.is_main else matmul_peak(device, dtype)
+    facts = describe(device, dtype) | ({"ranks": ranks.world} if ranks.world > 1 else {})
     if peak is not None:
         facts["matmul_gflops"] = round(peak / 1e9, 1)
-    run.record_machine(facts)
-    run.record(status="running")
-    run.checkpoints.mkdir(exist_ok=True)
-    run.samples.mkdir(exist_ok=True)
-    task.save_with(run.folder)
+    if ranks.is_main:
+        run.record_machine(facts)
+        run.record(status="running")
+        run.checkpoints.mkdir(exist_ok=True)
+        run.samples.mkdir(exist_ok=True)
+        task.save_with(run.folder)
+    ranks.wait()
     display = Display(console, engine.steps)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(engine.seed)
         model = task.build(engine.seed).to(device)
         if dtype == torch.float64:
             model.double()
-        optimizer = build_optimizer(model, optim)
-        average = WeightAverage(model, engine.ema_decay)
         state = TrainState()
-        if checkpoint := usable_checkpoint(run.checkpoints, display.note):
+        checkpoint = usable_checkpoint(run.checkpoints, display.note)
+        if checkpoint is not None:
             load_model(checkpoint, model)
-            state = load_training(checkpoint, model, optimizer, device)
-            average.load_state_dict(load_average(checkpoint))
-            display.note(f"continuing from step {state.step}")
         elif run.initial.exists():
             load_weights([run.initial], model)
-            average = WeightAverage(model, engine.ema_decay)
+        divide_(model, ranks)
+        optimizer = build_optimizer(model, optim)
+        average = WeightAverage(model, engine.ema_decay)
+        if checkpoint is not None:
+            state = load_training(checkpoint, model, optimizer)
+            average.load_state_dict(load_average(checkpoint))
+            display.note(f"continuing from step {state.step}")
         order = Order(task.num_examples, engine.seed, task.fingerprint)
-        metrics = MetricsFile(run.metrics_file, keep_through=state.step)
+        metrics = MetricsFile(run.metrics_file, keep_through=state.step, write=ranks.is_main)
         if metrics.last_step == state.step:
             state.row = metrics.last_row  # complete, with its validation
         clipping = optim.make_clipping()
         if state.clipping:
             clipping.load_state_dict(state.clipping)
         flops = task.flops_per_example(model) * engine.batch_size
-        parts = _Parts(task, model, optimizer, clipping, order, engine, optim, dtype, flops, peak)
+        parts = _Parts(task, model, optimizer, clipping, order, engine, optim, dtype, flops, peak, ranks)
         sample = ""
         saved = state.step
         last_step = engine.steps if stop_at is None else min(stop_at, engine.steps)
 
         def save() -> None:
             nonlocal saved
-            save_checkpoint(run.checkpoints, model, optimizer, state, device, average.state_dict())
+            save_checkpoint(run.checkpoints, model, optimizer, state, average.state_dict(), ranks)
             saved = state.step
 
-        with stop_requests(display.note) as should_stop, display.live(state.step):
+        with stop_requests(display.note) as asked_here, display.live(state.step):
+
+            def should_stop() -> bool:
+                return ranks.any(asked_here())  # all stop at the same place
+
             while True:
                 # Finish the last step taken: what it owes is validation, a sample and its line of metrics.
                 if state.step > metrics.last_step:
@@ -156,12 +184,11 @@ def _train(
                             break
                         state.row |= values
                     if due.sample:
-                        path = run.samples / f"step-{state.step:06d}"
-                        with average.applied(), autocast(device, dtype):
-                            sample = task.sample(model, path, engine.seed, should_stop)
+                        with _samples_folder(run, ranks) as folder, average.applied(), autocast(device, dtype):
+                            sample = task.sample(model, folder / f"step-{state.step:06d}", engine.seed, should_stop)
                     metrics.append(state.row)
                     display.step(state.row)
-                    if saved == state.step:
+                    if saved == state.step and ranks.is_main:
                         prune_checkpoints(run.checkpoints, engine.keep_last, run.best_step())
                 if state.step >= last_step or should_stop():
                     break
@@ -177,7 +204,7 @@ def _train(
                 if (state.row.get("spike") or 0.0) > SPIKE:
                     display.note(f"step {state.step}: the loss is {state.row['spike']:.0f} sigma above the last steps'")
                 # Save first: whatever follows may fail.
-                if _due(state.step, engine).save or should_stop():
+                if should_stop() or _due(state.step, engine).save:
                     save()
             if saved != state.step:
                 save()
@@ -185,8 +212,9 @@ def _train(
 
     finished = state.step >= engine.steps and metrics.last_step == state.step
     memory = peak_memory_bytes(device)
-    run.record_machine(facts | {"peak_memory_mb": None if memory is None else round(memory / 2**20)})
-    run.record(status="finished" if finished else "stopped", steps=state.step)
+    if ranks.is_main:
+        run.record_machine(facts | {"peak_memory_mb": None if memory is None else round(memory / 2**20)})
+        run.record(status="finished" if finished else "stopped", steps=state.step)
     return Outcome(finished, state.step, metrics.last_step, state.row, sample, memory)
 
 
@@ -205,27 +233,32 @@ class _Parts(NamedTuple):
     """Of one step."""
     peak: float | None
     """FLOP/s of the matrix product here, if measured."""
+    ranks: Ranks
 
 
 def _take_step(parts: _Parts, state: TrainState) -> None:
     """Advance model, optimizer and state by one step, and fill ``state.row`` with its metrics."""
-    task, model, optimizer, clipping, order, engine, optim, dtype, flops, peak = parts
+    task, model, optimizer, clipping, order, engine, optim, dtype, flops, peak, ranks = parts
     started = time.perf_counter()
     device = next(model.parameters()).device
     examples = order.examples(state.step * engine.batch_size, engine.batch_size)
+    # Dropout and noise are a function of the step, so that no generator needs saving; ranks draw their own.
+    torch.manual_seed(int(Stream(engine.seed, "step", state.step, ranks.rank).words(0, 1)[0]) >> 1)
     model.train()
     optimizer.zero_grad(set_to_none=True)
     total, count = 0.0, 0
-    size = engine.micro_batch_size or engine.batch_size
-    for start in range(0, engine.batch_size, size):
-        batch = task.batch(examples[start : start + size])
+    own = examples[ranks.rank :: ranks.world]
+    size = engine.micro_batch_size or len(own)
+    for start in range(0, len(own), size):
+        batch = task.batch(own[start : start + size])
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(device, dtype):
             loss = task.loss(model, batch)
         loss.total.backward()
         total += float(loss.total.detach())
         count += loss.count
-    # Sums over elements were differentiated: one division makes the mean, however the batch was cut.
+    total, count = ranks.sum(total, count)
+    # Sums over elements were differentiated: one division makes the mean, however the batch was cut and shared out.
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(1.0 / count)
@@ -243,7 +276,8 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
     lr = optim.lr * lr_factor(state.step, engine.steps, optim)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    before = snapshot(optimizer) if finite and _every(engine.diagnose_every, state.step + 1) else None
+    diagnosed = finite and ranks.world == 1 and _every(engine.diagnose_every, state.step + 1)
+    before = snapshot(optimizer) if diagnosed else None
     if finite:
         optimizer.step()
     stats = task.after_step(model)
@@ -262,7 +296,7 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
         state.skipped_in_a_row += 1
         stats["skipped_examples"] = examples.tolist()
     state.step += 1
-    state.counted += count
+    state.counted += int(count)
     state.clipped += int(clip.clipped)
     state.clipping = clipping.state_dict()
     state.seconds += ended - started
@@ -280,9 +314,19 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
         "seconds": state.seconds,
         "tokens_per_second": count / (ended - started),
         "optimizer_share": (ended - before_optimizer) / (ended - started),
-        "mfu": flops / (ended - started) / peak if peak else None,
+        "mfu": flops / (ended - started) / (peak * ranks.world) if peak else None,
         **stats,
     }
+
+
+@contextlib.contextmanager
+def _samples_folder(run: Run, ranks: Ranks) -> Iterator[Path]:
+    """Where a sample goes: every rank makes it, since all must be at work, and that of the main one is kept."""
+    if ranks.is_main:
+        yield run.samples
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
 
 
 @dataclass(frozen=True)

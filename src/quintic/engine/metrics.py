@@ -49,17 +49,20 @@ class MetricsFile:
     Args:
         path: The file; created if absent.
         keep_through: Rows of later steps are dropped first.
+        write: False only follows the steps: of several ranks one writes.
     """
 
-    def __init__(self, path: Path, *, keep_through: int) -> None:
+    def __init__(self, path: Path, *, keep_through: int, write: bool = True) -> None:
         self.last_row: Row = {}
         kept = []
         for row in iter_metrics(path):
             if row["step"] <= keep_through:
                 kept.append(_line(row))
                 self.last_row = row
-        atomic_write(path, "".join(kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = None
+        if write:
+            atomic_write(path, "".join(kept))
+            self._file = path.open("a", encoding="utf-8")
 
     @property
     def last_step(self) -> int:
@@ -69,13 +72,15 @@ class MetricsFile:
     def append(self, row: Row) -> None:
         """Write one row and hand it to the system."""
         assert row["step"] == self.last_step + 1, f"step {row['step']} after {self.last_step}"
-        self._file.write(_line(row))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()
         self.last_row = row
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def _line(row: Row) -> str:

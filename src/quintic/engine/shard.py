@@ -1,0 +1,65 @@
+"""Weights, gradients and optimizer state divided among ranks: torch's own ``fully_shard`` by declared roles.
+
+Every member of a module list (a block) is gathered on its own while it is at work, the rest of the model once. An
+expert stack is divided by expert when there are enough, so that an optimizer of matrices finds whole matrices on every
+rank; any other tensor by its first axis. Models know nothing of this.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from quintic.core.roles import Role, declared_roles
+from quintic.engine.mesh import Ranks
+
+__all__ = ["copy_whole_", "divide_", "local", "shard_like", "whole"]
+
+
+def divide_(model: nn.Module, ranks: Ranks) -> None:
+    """Divide a model's parameters among the ranks, in place; nothing for one process.
+
+    Gradients are summed over ranks, not averaged: the loop divides by the number of elements that all ranks counted.
+
+    Args:
+        model: Equal on all ranks, roles declared.
+        ranks: The mesh.
+    """
+    if ranks.mesh is None:
+        return
+    shards = ranks.mesh["shard"].size()
+    stacks = {id(p) for name, p in model.named_parameters() if declared_roles(model)[name].role is Role.EXPERT_STACK}
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(1) if id(parameter) in stacks and parameter.shape[0] < shards else Shard(0)
+
+    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    for module in (*blocks, model):
+        fully_shard(module, mesh=ranks.mesh, shard_placement_fn=placement)
+        module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a divided tensor, on every rank; all ranks must ask together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """A whole tensor, equal on all ranks, divided as another one is."""
+    if not isinstance(pattern, DTensor) or tensor.shape != pattern.shape:
+        return tensor
+    tensor = tensor.to(pattern.device_mesh.device_type)
+    return distribute_tensor(tensor, pattern.device_mesh, pattern.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def copy_whole_(target: Tensor, source: Tensor) -> None:
+    """Write a whole tensor into a divided one."""
+    local(target).copy_(local(shard_like(source, target)))
