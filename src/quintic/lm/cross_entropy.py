@@ -1,0 +1,90 @@
+"""Cross-entropy of a linear head without its logits in memory.
+
+With logits z = x W' and p = softmax(z), the loss of a token with target y is log sum exp z - z_y and its gradient in z
+is p - e_y. So a chunk of tokens needs its logits once: loss, gradient in x and gradient in W are formed on the spot and
+the logits are dropped. For a vocabulary of 160,000 and 8,192 tokens that is 60 MB at a time instead of 5 GB, and the
+number of products is the same. The total is a sum, so that its incoming gradient is one number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["linear_cross_entropy"]
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Logits in memory at a time."""
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore: int = -1) -> Tensor:
+    """Sum over tokens of the cross-entropy of softmax(x W') against targets, in nats.
+
+    Args:
+        x: (..., width).
+        weight: (vocabulary, width) of the head.
+        targets: (...) int64; ``ignore`` counts nothing.
+        ignore: The mark of tokens that are not predicted.
+
+    Returns:
+        0-d, float32 or wider; once differentiable in ``x`` and ``weight``. Under autocast products run in its dtype.
+
+    Example:
+        >>> x, w = torch.zeros(3, 4), torch.zeros(5, 4)
+        >>> float(linear_cross_entropy(x, w, torch.tensor([0, 4, -1])) / torch.log(torch.tensor(5.0)))
+        2.0
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    total: Tensor = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), ignore, dtype)  # type: ignore[assignment]
+    return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, ignore: int, dtype: torch.dtype | None
+    ) -> Tensor:
+        fast = dtype or x_nd.dtype
+        w = weight_vd.to(fast)
+        wide = torch.promote_types(x_nd.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=x_nd.device)
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x_nd) if needs_x else None
+        grad_w = torch.zeros_like(weight_vd, dtype=wide) if needs_w else None
+        size = max(1, _CHUNK_ELEMENTS // weight_vd.shape[0])
+        for start in range(0, len(x_nd), size):
+            rows = slice(start, start + size)
+            x, targets = x_nd[rows].to(fast), targets_n[rows]
+            counted = targets != ignore
+            places = torch.where(counted, targets, 0).unsqueeze(1)
+            logits = (x @ w.t()).to(wide)
+            log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
+            total += ((log_sum - logits.gather(1, places)).squeeze(1) * counted).sum()
+            if not (needs_x or needs_w):
+                continue
+            grad = logits.sub_(log_sum).exp_()
+            grad.scatter_add_(1, places, torch.full_like(log_sum, -1.0))
+            grad = grad.mul_(counted.unsqueeze(1)).to(fast)
+            if grad_x is not None:
+                grad_x[rows] = grad @ w
+            if grad_w is not None:
+                # bfloat16 products are added up in float32.
+                grad_w = grad_w.addmm_(grad.t(), x) if fast == wide else grad_w.add_(grad.t() @ x)
+        ctx.save_for_backward(grad_x, grad_w)
+        ctx.weight_dtype = weight_vd.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_x, grad_w = ctx.saved_tensors
+        return (
+            None if grad_x is None else grad_x * grad.to(grad_x.dtype),
+            None if grad_w is None else (grad_w * grad).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )

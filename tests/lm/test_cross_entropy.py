@@ -1,0 +1,78 @@
+"""The chunked cross-entropy against torch's own, in value, gradients and memory."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from quintic.lm import cross_entropy as module
+from quintic.lm.cross_entropy import linear_cross_entropy
+
+
+@given(
+    tokens=st.integers(1, 40), width=st.integers(1, 9), vocabulary=st.integers(2, 30), chunk=st.integers(1, 200),
+    seed=st.integers(0, 99), ignored=st.floats(0, 1),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_value_and_gradients_are_torch_s(tokens, width, vocabulary, chunk, seed, ignored):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, dtype=torch.float64, generator=g).mul_(3).requires_grad_()
+    w = torch.randn(vocabulary, width, dtype=torch.float64, generator=g).requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,), generator=g)
+    targets[torch.rand(tokens, generator=g) < ignored] = -1
+    expected = F.cross_entropy(x @ w.t(), targets, ignore_index=-1, reduction="sum")
+    expected_grads = torch.autograd.grad(2.5 * expected, (x, w))
+    before = module._CHUNK_ELEMENTS
+    module._CHUNK_ELEMENTS = chunk
+    try:
+        found = linear_cross_entropy(x, w, targets)
+        grads = torch.autograd.grad(2.5 * found, (x, w))
+        for one, other in zip((found, *grads), (expected, *expected_grads), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+        with torch.no_grad():
+            assert linear_cross_entropy(x, w, targets) == found
+    finally:
+        module._CHUNK_ELEMENTS = before
+
+
+def test_huge_logits_do_not_overflow():
+    x, w = torch.full((1, 1), 1e4), torch.tensor([[1.0], [-1.0]])
+    assert linear_cross_entropy(x, w, torch.tensor([0])) == 0.0
+    assert linear_cross_entropy(x, w, torch.tensor([1])) == 2e4
+
+
+def test_autocast_and_frozen_weights():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 50, 16, generator=g, requires_grad=True)
+    w = torch.randn(40, 16, generator=g)
+    targets = torch.randint(0, 40, (2, 50), generator=g)
+    exact = linear_cross_entropy(x, w, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = linear_cross_entropy(x, w, targets)
+    assert rough.dtype == torch.float32 and rough != exact
+    assert rough.item() == pytest.approx(exact.item(), rel=1e-2)
+    rough.backward()
+    assert x.grad.dtype == torch.float32 and torch.allclose(x.grad, torch.autograd.grad(exact, x)[0], atol=0.05)
+
+
+def test_no_tensor_is_as_large_as_all_logits():
+    """Largest storage that autograd or the forward pass makes, watched by torch's dispatcher."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    tokens, vocabulary = 4096, 8192
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.untyped_storage().nbytes())
+            return out
+
+    x, w = torch.randn(tokens, 8, requires_grad=True), torch.randn(vocabulary, 8, requires_grad=True)
+    with Watch():
+        linear_cross_entropy(x, w, torch.zeros(tokens, dtype=torch.int64)).backward()
+    assert largest <= 4 * module._CHUNK_ELEMENTS < 4 * tokens * vocabulary / 7
