@@ -13,15 +13,8 @@ from quintic.core import ConfigError
 from quintic.core.roles import Normal, Role, declare
 from quintic.optim import Muon
 from quintic.optim.clip import clip_grad_norm_
-from quintic.optim.diagnostics import (
-    diagnose,
-    layer_shares,
-    sign_cosine,
-    signal_to_noise,
-    singular_values,
-    snapshot,
-    svd_entropy,
-)
+from quintic.optim.diagnostics import diagnose, snapshot
+from quintic.optim.measures import layer_shares, sign_cosine, signal_to_noise, singular_values, svd_entropy
 
 
 def randn(*shape, seed=0, dtype=torch.float32):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from quintic.core import ConfigError
-from quintic.optim import Muon, OptimConfig, convert_lr, lr_factor, scale_factor
+from quintic.optim import Muon, OptimConfig, convert_lr, lr_factor, momentum_at, scale_factor
 from quintic.optim.lr import SCALES
 
 
@@ -112,3 +112,29 @@ def test_converted_settings_give_the_same_weights(source, target, shape):
 def test_conversion_refuses_empty_shapes():
     with pytest.raises(ConfigError, match="empty side"):
         convert_lr(1e-3, 0.1, "moonlight", "none", (0, 3))
+
+
+def test_momentum_rises_linearly_and_stays():
+    config = OptimConfig(momentum=0.95, momentum_start=0.85, momentum_warmup_fraction=0.1)
+    values = [momentum_at(step, 100, config) for step in range(100)]
+    assert values[:3] == pytest.approx([0.85, 0.86, 0.87])
+    assert values[9] == pytest.approx(0.94)
+    assert values[10:] == [0.95] * 90
+    assert {momentum_at(step, 100, OptimConfig()) for step in range(100)} == {0.95}
+
+
+def test_a_changing_momentum_keeps_an_average_of_the_gradients():
+    """In the sum form a change of mu would rescale history; a pure function of the step also resumes by itself."""
+    config = OptimConfig(momentum=0.9, momentum_start=0.5, momentum_warmup_fraction=0.5)
+    p = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
+    optimizer = Muon([p], lr=0.1)
+    weights = []
+    for step in range(8):
+        mu = momentum_at(step, 8, config)
+        for group in optimizer.param_groups:
+            group["momentum"] = mu
+        p.grad = torch.full_like(p, float(step))
+        weights = [w * mu for w in weights] + [1 - mu]
+        optimizer.step()
+    expected = sum(w * step for step, w in enumerate(weights))
+    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], torch.full_like(p, expected))

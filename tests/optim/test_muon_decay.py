@@ -56,7 +56,7 @@ def test_stacks_and_row_blocks_equal_separate_matrices(monkeypatch, cap):
     stack, blocks, plain = parameters((5, 8, 6), (16, 6), (8, 6), dtype=torch.float64)
     everything = [stack, blocks, plain]
     singles = [nn.Parameter(part.clone()) for part in [*stack.detach(), *blocks.detach().chunk(2), plain.detach()]]
-    a = spectral([{"params": [stack, plain]}, {"params": [blocks], "row_blocks": 2}])
+    a = spectral([{"params": [stack, plain]}, {"params": [blocks], "split": {"blocks": 2}}])
     b = spectral(singles)
     if cap is not None:
         monkeypatch.setattr(matrices_module, "_STACK_BYTES", cap)
@@ -112,7 +112,7 @@ def test_states_of_another_shape_are_refused_and_older_ones_load():
     state = copy.deepcopy(older.state_dict())
     del state["param_groups"][0]["decay"], state["param_groups"][0]["decay_rank"]
     b.load_state_dict(state)
-    assert b.param_groups[0]["decay"] == "frobenius"
+    assert b.param_groups[0]["decay"] == "spectral"  # a setting younger than the state keeps its value
 
 
 def test_a_changed_rank_starts_new_vectors():

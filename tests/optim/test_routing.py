@@ -65,8 +65,8 @@ def test_row_blocks_are_matrices_of_their_own(scale):
         b.step()
     torch.testing.assert_close(model.gate_up.detach(), torch.cat([p.detach() for p in separate[:2]]))
     torch.testing.assert_close(model.fused.detach(), torch.cat([p.detach() for p in separate[2:]], 1))
-    with pytest.raises(ConfigError, match="do not split into 3"):
-        Muon([{"params": [nn.Parameter(torch.zeros(4, 4))], "row_blocks": 3}])
+    with pytest.raises(ConfigError, match="do not split into"):
+        Muon([{"params": [nn.Parameter(torch.zeros(4, 4))], "split": {"blocks": 3}}])
 
 
 def test_a_declared_role_must_fit_the_shape():
@@ -225,4 +225,5 @@ def test_table_and_optimizer_agree():
     optimizer = Muon(model)
     for row in optimizer.roles:
         (group,) = [g for g in optimizer.param_groups if row.name in g["param_names"]]
-        assert (group["algorithm"], group["layout"], group["row_blocks"]) == (row.algorithm, row.layout, row.row_blocks)
+        for name in ("algorithm", "layout", "split", "orientation"):
+            assert group[name] == getattr(row, name)

@@ -19,5 +19,7 @@ class Loss:
     """Sum over the counted elements, with a graph; the loop divides by the global count."""
     count: int
     """Counted elements: tokens that are predicted, or pixels."""
+    regularizer: Tensor | None = None
+    """Added to ``total`` for the gradient and not reported; a sum over the counted elements too."""
     stats: dict[str, float] = field(default_factory=dict)
     """More numbers to log, already averaged."""

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Constant", "Init", "Normal", "ParameterRole", "Role", "declare", "declared_roles"]
+__all__ = ["Constant", "Init", "Normal", "ParameterRole", "Role", "Split", "declare", "declared_roles"]
 
 _ATTRIBUTE = "_quintic_roles"
 
@@ -56,18 +56,44 @@ class Constant:
 Init = Normal | Constant
 
 
+class Split(TypedDict, total=False):
+    """Which matrices a fused one consists of; plain data. An optimizer of matrices updates each by itself.
+
+    The table of :mod:`quintic.optim.split` has the usual layouts.
+    """
+
+    axis: str
+    """``rows`` (outputs, the default) or ``columns`` (inputs): what is cut."""
+    groups: int
+    """Number of interleaved groups, each of which holds all the parts; 1 by default."""
+    sizes: tuple[int, ...]
+    """Rows (columns) of each part within a group; one part by default."""
+    blocks: int | tuple[int, ...]
+    """Number of equal matrices in each part, over all groups: a number for all parts, or one for each; 1 by default."""
+
+
 @dataclass(frozen=True)
 class ParameterRole:
     """What one parameter is and how it starts."""
 
     role: Role
     init: Init
-    row_blocks: int = 1
-    """How many matrices of equal height are stacked along the rows, e.g. 2 for a fused gate and up
-    projection. An optimizer of matrices treats each block as a matrix of its own."""
+    split: Split | None = None
+    """Which matrices it consists of; ``None`` is one."""
+    orientation: str = "out_in"
+    """How a matrix is stored: ``out_in`` as torch's Linear, or ``in_out`` for ``x @ W``."""
 
 
-def declare(module: nn.Module, name: str, role: Role, init: Init, *, row_blocks: int = 1) -> None:
+def declare(
+    module: nn.Module,
+    name: str,
+    role: Role,
+    init: Init,
+    *,
+    row_blocks: int = 1,
+    split: Split | None = None,
+    orientation: str = "out_in",
+) -> None:
     """Declare the role of ``module.name``, a parameter the module has just created.
 
     Args:
@@ -75,12 +101,17 @@ def declare(module: nn.Module, name: str, role: Role, init: Init, *, row_blocks:
         name: The attribute's name, without dots.
         role: What it is.
         init: The distribution of its initial values.
-        row_blocks: Number of equal matrices stacked along the last but one axis.
+        row_blocks: Number of equal matrices on top of each other; short for ``split={"blocks": row_blocks}``.
+        split: Which matrices a fused one consists of.
+        orientation: ``out_in``, or ``in_out`` for a matrix that is used as ``x @ W``.
     """
     parameter = module._parameters.get(name)
     assert parameter is not None, f"{type(module).__name__} has no parameter {name!r}"
     assert row_blocks == 1 or parameter.shape[-2] % row_blocks == 0, f"{name}: rows do not split in {row_blocks}"
-    module.__dict__.setdefault(_ATTRIBUTE, {})[name] = ParameterRole(role, init, row_blocks)
+    assert row_blocks == 1 or split is None, f"{name}: row_blocks is short for a split"
+    if row_blocks > 1:
+        split = {"blocks": row_blocks}
+    module.__dict__.setdefault(_ATTRIBUTE, {})[name] = ParameterRole(role, init, split, orientation)
 
 
 def declared_roles(model: nn.Module) -> dict[str, ParameterRole]:

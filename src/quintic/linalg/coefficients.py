@@ -23,10 +23,19 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quintic.core import ConfigError, suggest
 
-__all__ = ["PRESETS", "Coefficients", "Schedule", "polar_express_coefficients", "resolve_schedule"]
+__all__ = [
+    "PRESETS",
+    "Coefficients",
+    "Schedule",
+    "fitted_coefficients",
+    "gaussian_spectrum",
+    "polar_express_coefficients",
+    "resolve_schedule",
+]
 
 Triple: TypeAlias = tuple[float, float, float]
 Schedule: TypeAlias = tuple[Triple, ...]
@@ -54,6 +63,8 @@ PRESETS = ("taylor", "keller", "quintic", "su", "polar-express", "exact")
 """Names that :func:`resolve_schedule` knows."""
 
 _DEFAULT_STEPS = 5
+_FIT_ITERATIONS = 200
+_FIT_STARTS = (_TAYLOR, _KELLER, (2.5, -2.7, 1.2))  # the last for long matrices
 _MARGIN = 0.01  # rounding (above all in bfloat16) can leave a singular value a little above 1
 _CUSHION = 0.02407327424182761  # of the Polar Express authors' code; post 10996 prints it as 0.1
 
@@ -148,6 +159,97 @@ def _value(triple: Triple, x: float) -> float:
 def _scaled(triple: Triple, factor: float) -> Triple:
     a, b, c = triple
     return a * factor, b * factor, c * factor
+
+
+def gaussian_spectrum(rows: int, columns: int) -> NDArray[np.float64]:
+    """Singular values of a large Gaussian matrix over its Frobenius norm: quantiles of the Marchenko-Pastur law.
+
+    Returns:
+        (min(rows, columns),) ascending, of unit length.
+
+    Raises:
+        ConfigError: A side is empty.
+
+    Example:
+        >>> s = gaussian_spectrum(1024, 256)
+        >>> s.shape, round(float(s[-1] / s[0]), 2)  # for ever larger ones (1 + sqrt(1 / 4)) / (1 - sqrt(1 / 4)) = 3
+        ((256,), 2.92)
+    """
+    short, long = sorted((rows, columns))
+    if short < 1:
+        raise ConfigError(f"a {rows} x {columns} matrix has no singular values; expected positive sides")
+    ratio = short / long
+    low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
+    x = low + (high - low) * (1 - np.cos(np.linspace(0, np.pi, 200_001))) / 2  # dense at both ends
+    density = np.sqrt(np.maximum((high - x) * (x - low), 0.0)) / np.maximum(x, 1e-300)
+    cumulated = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) * np.diff(x))])
+    squares = np.interp((np.arange(short) + 0.5) / short, cumulated / cumulated[-1], x)
+    return np.sqrt(squares / squares.sum())
+
+
+def fitted_coefficients(rows: int, columns: int, steps: int = 5) -> Schedule:
+    """One triple, used ``steps`` times, with the least mean square error on Gaussian matrices (post 10592).
+
+    Minimises mean((p(...p(sigma)) - 1)^2) over :func:`gaussian_spectrum`. The best triple depends on shape and steps:
+    the further from square, the easier; Keller's is about that of large square matrices and 5 steps. The post asks for
+    real fixed points x1, x2 in p(x) = x + k x (x^2 - x1^2) (x^2 - x2^2), that is b^2 >= 4 c (a - 1). That binds in its
+    rows of 3 steps; without it, as here, the error is smaller, by half at 2048 x 1024.
+
+    Args:
+        rows: Of the matrices.
+        columns: Likewise; only the shape up to transposition matters.
+        steps: T, from 1 to 100.
+
+    Returns:
+        The triple, ``steps`` times. It may not keep what exceeds 1 by rounding in range, which
+        :func:`resolve_schedule` then refuses.
+
+    Raises:
+        ConfigError: A side is empty, or the number of steps is out of range.
+
+    Example:
+        >>> a, b, c = fitted_coefficients(2048, 1024)[0]  # the post, from random samples: 2.644, -3.128, 1.476
+        >>> round(a, 1), round(b, 1), round(c, 1)
+        (2.6, -3.1, 1.5)
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 100:
+        raise ConfigError(f"steps = {steps!r}; expected a whole number from 1 to 100")
+    sigma = gaussian_spectrum(rows, columns)
+    fits = [_least_squares(start, sigma, steps) for start in _FIT_STARTS]  # there are local minima
+    return (min(fits)[1],) * steps
+
+
+def _least_squares(start: Triple, sigma: NDArray[np.float64], steps: int) -> tuple[float, Triple]:
+    """(mean square error, triple) of the minimum near a start, by Levenberg and Marquardt."""
+    triple: NDArray[np.float64] = np.array(start)
+    damping = 1e-3
+    residual, slopes = _composed(triple, sigma, steps)
+    for _ in range(_FIT_ITERATIONS):
+        normal = slopes.T @ slopes
+        move = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -slopes.T @ residual)
+        with np.errstate(all="ignore"):
+            tried, tried_slopes = _composed(triple + move, sigma, steps)
+        if np.mean(tried**2) < np.mean(residual**2):
+            triple, residual, slopes, damping = triple + move, tried, tried_slopes, damping / 3
+        elif damping < 1e12:
+            damping *= 4
+        else:
+            break
+    a, b, c = triple.tolist()
+    return float(np.mean(residual**2)), (a, b, c)
+
+
+def _composed(
+    triple: NDArray[np.float64], sigma: NDArray[np.float64], steps: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """p(...p(sigma)) - 1 and its derivatives by a, b and c."""
+    a, b, c = triple
+    y, slopes = sigma, np.zeros((len(sigma), 3))
+    for _ in range(steps):
+        inner = a + 3 * b * y**2 + 5 * c * y**4
+        slopes = inner[:, None] * slopes + np.stack([y, y**3, y**5], 1)
+        y = y * (a + b * y**2 + c * y**4)
+    return y - 1, slopes
 
 
 def resolve_schedule(coefficients: Coefficients = "quintic", steps: int | None = None) -> Schedule:

@@ -12,7 +12,7 @@ from quintic.optim.clip_advice import ClipStatistics, advice, clip_statistics
 from quintic.optim.config import OptimConfig, build_optimizer
 from quintic.optim.diagnostics import Diagnosis, diagnose, snapshot
 from quintic.optim.interop import load_foreign_state
-from quintic.optim.lr import convert_lr, lr_factor, scale_factor
+from quintic.optim.lr import convert_lr, lr_factor, momentum_at, scale_factor
 from quintic.optim.muon import Muon
 from quintic.optim.qk_clip import clip_latent_qk_, clip_qk_, max_logits, split_heads
 from quintic.optim.routing import RoleRow, RoleTable, roles
@@ -40,6 +40,7 @@ __all__ = [
     "load_foreign_state",
     "lr_factor",
     "max_logits",
+    "momentum_at",
     "roles",
     "scale_factor",
     "snapshot",

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from quintic.core import CheckpointError, ConfigError, QuinticError, suggest
 from quintic.optim.routing import roles
+from quintic.optim.sharded import local, own_part, sum_over_parts, whole
+from quintic.optim.split import parts_of
 
 __all__ = [
     "CLIPPING",
@@ -100,7 +102,7 @@ def clip_grad_norm_(parameters: Parameters, max_norm: float | Tensor = 1.0, *, n
     scale = torch.where(clipped, threshold / norm, 1.0)
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for _, g in named:
-        by_kind.setdefault((g.device, g.dtype), []).append(g)
+        by_kind.setdefault((g.device, g.dtype), []).append(local(g))
     for (device, dtype), group in by_kind.items():
         # Half precision is multiplied by a float32 number, whose range does not lose a small scale.
         torch._foreach_mul_(group, scale.to(device, dtype if dtype == torch.float64 else torch.float32))
@@ -113,7 +115,7 @@ def clip_grad_spectral_(parameters: Parameters, max_norm: float = 1.0, *, nonfin
     """Scale each gradient matrix in place so that its largest singular value is at most ``max_norm``.
 
     Unlike with the global norm, one exploding matrix leaves the others their size. Given a module, tensors are
-    read as matrices as :func:`quintic.optim.roles` says (stacks per slice, fused projections per block,
+    read as matrices as :func:`quintic.optim.roles` says (stacks per slice, fused projections per part,
     convolutions as (out, in * kernel)). Given tensors, 3-D ones are stacks and those with more axes convolutions.
     Vectors are clipped by their Euclidean norm.
 
@@ -147,27 +149,25 @@ def clip_grad_spectral_(parameters: Parameters, max_norm: float = 1.0, *, nonfin
     norm = global_norm(g for _, g in named)
     finite = norm.isfinite()
     threshold = torch.as_tensor(max_norm, dtype=norm.dtype, device=norm.device)
-    reading = {}
-    if isinstance(parameters, nn.Module):
-        # Parameters that are not under Muon have no layout: what has more than two axes is a convolution.
-        reading = {row.name: (row.layout or ("conv" if len(row.shape) > 2 else "stack"), row.row_blocks)
-                   for row in roles(parameters)}  # fmt: skip
+    module = isinstance(parameters, nn.Module)
+    reading = {row.name: (row.layout, row.split, row.orientation) for row in roles(parameters)} if module else {}
     factors = []
     for name, g in named:
         if not g.numel():
             continue
-        if g.ndim < 2:
-            view, norms = g, _norm(g)
-        else:
-            layout, blocks = reading.get(name, ("stack" if g.ndim <= 3 else "conv", 1))
-            axis = 0 if layout == "conv" else g.ndim - 2
-            view = g.unflatten(axis, (blocks, -1))  # (..., blocks, n, m...)
-            norms = _spectral_norms(view.reshape(math.prod(view.shape[: axis + 1]), view.shape[axis + 1], -1))
-            norms = norms.view(*view.shape[: axis + 1], *[1] * (view.ndim - axis - 1))
-        limit = threshold.to(norms.device, norms.dtype)
-        factor = torch.where(finite.to(norms.device) & (norms > limit), limit / norms, 1.0)
-        view.mul_(factor.to(torch.float64 if g.dtype == torch.float64 else torch.float32))
-        factors.append(factor.flatten().to(norm.device, norm.dtype))
+        layout, split, orientation = reading.get(name, (None, None, "out_in"))
+        # What is not under Muon has no layout: with more than two axes (of bare tensors, three) it is a convolution.
+        layout = layout or ("vector" if g.ndim < 2 else "conv" if g.ndim > (2 if module else 3) else "stack")
+        divided, g = g, whole(local(g), g)
+        for view, matrices, n, m in parts_of(g, layout, split, orientation):
+            norms = _norm(g).reshape(1) if layout == "vector" else _spectral_norms(view.reshape(matrices, n, m))
+            limit = threshold.to(norms.device, norms.dtype)
+            factor = torch.where(finite.to(norms.device) & (norms > limit), limit / norms, 1.0)
+            wide = factor.to(torch.float64 if g.dtype == torch.float64 else torch.float32)
+            view.mul_(wide[:, None, None].expand(matrices, n, m).reshape(view.shape))  # a view, as it only splits axes
+            factors.append(factor.to(norm.device, norm.dtype))
+        if g is not divided:
+            local(divided).copy_(own_part(g, divided))
     _handle_nonfinite(named, finite, nonfinite)
     every = torch.cat(factors) if factors else torch.ones(1, dtype=norm.dtype, device=norm.device)
     scaled = (every < 1).to(norm.dtype).mean()
@@ -295,10 +295,20 @@ class GradientClipping:
 @torch.no_grad()
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """Euclidean norm of all elements of all tensors, 0-d; 0 for none. Exact for any magnitude of the dtype."""
-    norms = [_norm(t) for t in tensors if t.numel()]
-    if not norms:
+    listed = [t for t in tensors if t.numel()]
+    if not listed:
         return torch.zeros((), dtype=torch.float64)
-    return _norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    parts = [t for t in listed if local(t) is not t]
+    total = _together([t for t in listed if local(t) is t], listed[0].device)
+    if not parts:
+        return total
+    divided = _together([local(t) for t in parts], listed[0].device)
+    return torch.sqrt(total.square() + sum_over_parts(divided.square(), parts))
+
+
+def _together(tensors: list[Tensor], device: torch.device) -> Tensor:
+    norms = [_norm(t).to(device) for t in tensors if t.numel()]
+    return _norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64, device=device)
 
 
 def _check(max_norm: float | Tensor, nonfinite: str) -> None:
@@ -330,9 +340,9 @@ def _named_gradients(parameters: Parameters) -> list[tuple[str, Tensor]]:
 def _handle_nonfinite(named: list[tuple[str, Tensor]], finite: Tensor, policy: str) -> None:
     if policy == "zero":
         for _, g in named:
-            g.masked_fill_(~finite.to(g.device), 0.0)
+            local(g).masked_fill_(~finite.to(g.device), 0.0)
     elif policy == "raise" and not finite:
-        bad = [name for name, g in named if g.numel() and not _norm(g).isfinite()]
+        bad = [name for name, g in named if local(g).numel() and not _norm(local(g)).isfinite()]
         where = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise NonFiniteGradientError(
             f"the gradient is not finite: {where or 'all parameters together'}; nothing was clipped. "

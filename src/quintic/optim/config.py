@@ -10,10 +10,12 @@ from torch import nn
 
 from quintic.core import ConfigError, suggest
 from quintic.linalg import resolve_schedule
+from quintic.linalg.schatten import schatten_exponent
 from quintic.optim.clip import CLIPPING, GradientClipping
 from quintic.optim.decay import DECAYS
 from quintic.optim.lr import SCALES
 from quintic.optim.muon import Muon
+from quintic.optim.routing import EMBEDDINGS, VECTORS
 
 __all__ = ["OptimConfig", "build_optimizer"]
 
@@ -22,6 +24,8 @@ _CHOICES = {
     "scale": SCALES,
     "clip": CLIPPING,
     "decay": DECAYS,
+    "vectors": VECTORS,
+    "embeddings": EMBEDDINGS,
     "schedule": ("wsd", "cosine", "constant"),
     "decay_shape": ("1-sqrt", "linear"),
 }
@@ -43,10 +47,22 @@ class OptimConfig:
     """How many of the largest singular values spectral decay shrinks."""
     momentum: float = 0.95
     """Muon's momentum, in [0, 1)."""
+    momentum_start: float = 0.85
+    """Muon's momentum at the first step, if momentum_warmup_fraction is not 0."""
+    momentum_warmup_fraction: float = 0.0
+    """Fraction of the steps over which Muon's momentum rises linearly."""
     nesterov: bool = True
     """Whether Muon looks one step ahead along the momentum."""
     scale: str = "moonlight"
     """Muon's factor for a matrix shape: moonlight, rms, keller, mup or none."""
+    norm: str = "schatten:inf"
+    """Trust region of matrices under Muon: schatten:p, p from 1 to inf (the matrix sign). With others, scale rms."""
+    vectors: str = "adamw"
+    """What updates gains and biases under muon: adamw, sign or l2."""
+    embeddings: str = "adamw"
+    """What updates embeddings and the head under muon: adamw or row-l2."""
+    cap: float = 0.0
+    """A step is scaled down to a predicted loss change of lr * cap, in place of a warm-up; 0 is no cap."""
     coefficients: str = "quintic"
     """Polynomials of the matrix sign: quintic, keller, su, polar-express, taylor or exact."""
     adamw_beta1: float = 0.9
@@ -91,11 +107,11 @@ class OptimConfig:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"optim.{name} = {getattr(self, name)!r}{suggest(getattr(self, name), known)}")
-        for name in ("lr", "weight_decay", "adamw_eps"):
+        for name in ("lr", "weight_decay", "adamw_eps", "cap"):
             self._require(name, 0.0 <= getattr(self, name) < math.inf, "a finite number, 0 or more")
-        for name in ("momentum", "adamw_beta1", "adamw_beta2"):
+        for name in ("momentum", "momentum_start", "adamw_beta1", "adamw_beta2"):
             self._require(name, 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
-        for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction"):
+        for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction", "momentum_warmup_fraction"):
             self._require(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
         self._require("decay_rank", self.decay_rank >= 1, "1 or more")
         self._require("clip_norm", self.clip_norm > 0.0, "a positive number, or inf for no clipping")
@@ -104,14 +120,16 @@ class OptimConfig:
             self._require(
                 "decay_fraction", together <= 1.0, f"at most {1 - self.warmup_fraction:g}, what warm-up leaves"
             )
-        try:
-            resolve_schedule(self.coefficients)
-        except ConfigError as error:
-            raise ConfigError(f"optim.coefficients: {error}") from None
-        try:
-            self.make_clipping()
-        except ConfigError as error:
-            raise ConfigError(f"optim.clip_...: {error}") from None
+        checks = {
+            "coefficients": lambda: resolve_schedule(self.coefficients),
+            "norm": lambda: schatten_exponent(self.norm),
+            "clip_...": self.make_clipping,
+        }
+        for name, check in checks.items():
+            try:
+                check()
+            except ConfigError as error:
+                raise ConfigError(f"optim.{name}: {error}") from None
 
     def make_clipping(self) -> GradientClipping:
         """The clipping that the fields describe."""
@@ -125,6 +143,8 @@ class OptimConfig:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """One optimizer for all parameters of a model, its rate set to the peak; multiply by ``lr_factor`` per step.
 
+    Where the momentum has a warm-up, set it from :func:`quintic.optim.lr.momentum_at` likewise.
+
     ``adamw`` is the same class with every parameter in its AdamW half, so that runs differ in the rule alone.
     """
     params = model if config.name == "muon" else [{"params": list(model.named_parameters()), "algorithm": "adamw"}]
@@ -137,6 +157,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         momentum=config.momentum,
         nesterov=config.nesterov,
         scale=config.scale,
+        norm=config.norm,
+        cap=config.cap or None,
+        vectors=config.vectors,
+        embeddings=config.embeddings,
         coefficients=config.coefficients,
         adamw_betas=(config.adamw_beta1, config.adamw_beta2),
         adamw_eps=config.adamw_eps,

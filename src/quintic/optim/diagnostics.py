@@ -9,10 +9,9 @@ Predicted loss change of a step (post kexue.fm/archives/10657), g the gradient a
 
 If the observed change is far above the predicted one, the step is too long for first-order reasoning.
 
-Other quantities: SVD entropy H = -(1 / log n) sum p log p with p = sigma^2 / sum sigma^2 (Moonlight, arXiv 2502.16982);
-signal to noise |mu|^2 / |sigma|^2 of the gradient from ||m|| / ||g|| (post 11267); orthogonality residual
-||O O' - 1||_F / sqrt(n) of the last update O = u / s, and from the same singular values the number of matrices on
-which Newton-Schulz has really run: implementations exist that silently do not, and the loss still falls.
+Beside the quantities of :mod:`quintic.optim.measures`: orthogonality residual ||O O' - 1||_F / sqrt(n) of the last
+update O = u / s, and from the same singular values the number of matrices on which Newton-Schulz has really run:
+implementations exist that silently do not, and the loss still falls.
 
 Everything is computed in float64 from the weights before and after the step, so it holds for what happened, not
 for what was meant. :func:`diagnose` costs a copy of the parameters and, for each matrix, three eigenvalue problems
@@ -23,8 +22,7 @@ of Muon's own steps, so every 100 steps is cheap.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,138 +31,23 @@ from torch import Tensor, nn
 
 from quintic.core import ConfigError
 from quintic.optim.lr import scale_factor
-from quintic.optim.routing import matrix_shape, roles
+from quintic.optim.measures import (
+    change,
+    layer_shares,
+    sign_cosine,
+    signal_to_noise,
+    singular_values,
+    sums,
+    svd_entropy,
+    wide,
+)
+from quintic.optim.routing import roles
+from quintic.optim.split import parts_of
 
-__all__ = [
-    "Diagnosis",
-    "MatrixRow",
-    "diagnose",
-    "layer_shares",
-    "sign_cosine",
-    "signal_to_noise",
-    "singular_values",
-    "snapshot",
-    "svd_entropy",
-]
+__all__ = ["Diagnosis", "MatrixRow", "diagnose", "snapshot"]
 
-_LAYER = re.compile(r"((?:[^.]+\.)*?\d+)\.")  # up to the first numbered module: blocks.3.attention.q.weight -> blocks.3
-_CHUNK = 2**20  # elements converted to float64 at a time
-
-
-@torch.no_grad()
-def singular_values(matrices: Tensor) -> Tensor:
-    """Singular values of (..., n, m), largest first: (..., min(n, m)) in float64; NaN for what is not finite.
-
-    Square roots of the eigenvalues of the smaller Gram matrix: many times faster than an SVD, and exact to
-    about 1e-8 of the largest value.
-
-    Example:
-        >>> singular_values(torch.tensor([[0.0, 3.0, 0.0], [4.0, 0.0, 0.0]]))
-        tensor([4., 3.], dtype=torch.float64)
-    """
-    x = _wide(matrices)
-    if not x.numel():
-        return x.new_zeros(*x.shape[:-2], min(x.shape[-2:]))
-    peak = x.abs().amax((-2, -1), keepdim=True)
-    finite = peak.isfinite()
-    peak = torch.where(finite & (peak > 0), peak, 1.0)
-    x = x / peak
-    gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
-    eigenvalues = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0))  # which refuses NaN
-    sigma = peak[..., 0] * eigenvalues.flip(-1).clamp_min(0.0).sqrt()
-    return torch.where(finite[..., 0], sigma, math.nan)
-
-
-def svd_entropy(sigma: Tensor) -> Tensor:
-    """H = -(1 / log n) sum p log p with p = sigma^2 / sum sigma^2 over the last axis of n singular values.
-
-    1 if all are equal, 0 for rank one and for no matrix at all (zero, or a single singular value).
-
-    Example:
-        >>> svd_entropy(torch.tensor([[2.0, 2.0], [2.0, 0.0], [0.0, 0.0]])).round(decimals=6)
-        tensor([1., 0., 0.])
-    """
-    n = sigma.shape[-1]
-    if n < 2:
-        return sigma.new_zeros(sigma.shape[:-1])
-    top = sigma.amax(-1, keepdim=True)
-    p = (sigma / torch.where(top > 0, top, 1.0)).square()
-    total = p.sum(-1, keepdim=True)
-    p = p / torch.where(total > 0, total, 1.0)
-    return torch.special.entr(p).sum(-1) / math.log(n)
-
-
-def signal_to_noise(momentum_norm: float, gradient_norm: float, beta: float, steps: int | None = None) -> float:
-    """|mu|^2 / |sigma|^2 of gradients with mean mu and spread sigma, from the norms of m and g (post 11267).
-
-    For m <- beta m + (1 - beta) g, E|m|^2 = a |mu|^2 + b |sigma|^2 with a = (1 - beta^t)^2 and
-    b = (1 - beta) / (1 + beta) (1 - beta^(2 t)), and E|g|^2 = |mu|^2 + |sigma|^2; the two are solved for the ratio.
-
-    Args:
-        momentum_norm: ||m||, average form, without bias correction.
-        gradient_norm: ||g|| of the last gradient that went into m.
-        beta: Decay rate of m, above 0.
-        steps: t, how many gradients m has seen; ``None`` for many.
-
-    Returns:
-        The estimate, noisy for few elements; 0 if m is as small as from pure noise, infinite without noise, NaN if
-        nothing can be told (zero gradient, or ``steps`` below 2).
-
-    Raises:
-        ConfigError: ``beta`` is not in (0, 1).
-
-    Example:
-        Adam's update RMS under pure noise is 0.2294 for beta = 0.9, "about 0.2":
-
-        >>> round(signal_to_noise(0.5, 1.0, 0.9), 4), signal_to_noise(0.2294, 1.0, 0.9) < 1e-4
-        (0.2632, True)
-    """
-    if not 0 < beta < 1:
-        raise ConfigError(f"beta = {beta}; expected a number between 0 and 1: without momentum there is no estimate")
-    t = math.inf if steps is None else steps
-    if not gradient_norm > 0 or t < 2:
-        return math.nan
-    a = (1 - beta**t) ** 2
-    b = (1 - beta) / (1 + beta) * (1 - beta ** (2 * t))
-    ratio = (momentum_norm / gradient_norm) ** 2
-    if ratio >= a:
-        return math.inf
-    return max(0.0, (ratio - b) / (a - ratio))
-
-
-@torch.no_grad()
-def sign_cosine(gradients: Iterable[Tensor]) -> float:
-    """cos(sign g, g) = ||g||_1 / (sqrt(N) ||g||) over all tensors together; N counts the elements that are not 0.
-
-    About 0.8 = sqrt(2 / pi) for Gaussian gradients, less if few elements dominate; NaN if all are 0.
-
-    Example:
-        >>> sign_cosine([torch.tensor([5.0, -5.0]), torch.zeros(7)]), sign_cosine([torch.tensor([3.0, 4.0])])
-        (1.0, 0.98994...)
-    """
-    one, two, count = (sum(column) for column in zip(*map(_sums, gradients), (0.0, 0.0, 0), strict=True))
-    return one / math.sqrt(count * two) if two > 0 else math.nan
-
-
-@torch.no_grad()
-def layer_shares(gradients: Mapping[str, Tensor]) -> dict[str, float]:
-    """Each layer's share of the squared gradient norm; shares add up to 1.
-
-    A layer is what a name says up to its first number, or else the name of the module.
-
-    Example:
-        >>> g = {"embed.weight": torch.tensor([1.0]), "blocks.0.a.weight": torch.tensor([1.0, 1.0]),
-        ...      "blocks.0.b.weight": torch.tensor([1.0])}
-        >>> layer_shares(g)
-        {'embed': 0.25, 'blocks.0': 0.75}
-    """
-    squares: dict[str, float] = {}
-    for name, g in gradients.items():
-        match = _LAYER.match(name)
-        layer = match[1] if match else name.rpartition(".")[0] or name
-        squares[layer] = squares.get(layer, 0.0) + _sums(g)[1]
-    total = sum(squares.values())
-    return {layer: square / total if total else 0.0 for layer, square in squares.items()}
+_SPECTRA = 8  # matrices whose singular values are recorded
+_RANKS = 24  # places in the spectrum at which they are
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
@@ -175,11 +58,12 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class MatrixRow:
-    """One parameter that consists of matrices, and its last update u (W <- W - lr u, without weight decay)."""
+    """Matrices of one shape in one parameter, and their last update u (W <- W - lr u, without weight decay)."""
 
     name: str
+    """Of the parameter; of part i of a fused one ``name[i]``."""
     matrices: int
-    """How many: slices of a stack times blocks of a fused projection."""
+    """How many: slices of a stack times blocks of a part."""
     shape: tuple[int, int]
     """Of each: outputs, inputs."""
     muon: bool
@@ -201,6 +85,10 @@ class MatrixRow:
     """Orthogonality residual of the update, worst of the matrices; NaN if not under Muon."""
     orthogonalized: int
     """On how many of the matrices Newton-Schulz has really run."""
+    weight_spectrum: tuple[float, ...]
+    """Singular values of the weights, largest first, mean over the matrices."""
+    update_spectrum: tuple[float, ...]
+    """Of u; NaN if the rate was 0."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +100,10 @@ class Diagnosis:
     layers: dict[str, float]
     """Share of the squared gradient norm per layer."""
     matrices: tuple[MatrixRow, ...]
+    spectra: dict[str, dict[str, list[int] | list[float | None]]]
+    """For some matrices, evenly chosen: ``shape``, and ``weight`` and ``update``, the singular values at the places
+    ``rank`` (1 is the largest) of the spectrum, about equally far apart on a logarithmic scale. Fit for JSON: what is
+    not finite is None."""
 
 
 @torch.no_grad()
@@ -238,7 +130,8 @@ def diagnose(
         ``metrics``: predicted_change, observed_change (if given), gradient_descent_change, sign_change,
         matrix_predicted_change and matrix_msign_change (over the matrices under Muon), sign_cosine, weight_rms and
         update_rms (over all matrices), spectral_norm (largest), svd_entropy (mean), signal_to_noise,
-        orthogonality_residual (median over parameters), muon_matrices, orthogonalized_matrices.
+        orthogonality_residual (median over parameters), muon_matrices, orthogonalized_matrices; cap_factor with a
+        loss-change cap, by which rates are then multiplied.
 
     Raises:
         ConfigError: The snapshot is of other parameters.
@@ -259,26 +152,35 @@ def diagnose(
     if len(groups) < len(before) or not names.keys() >= groups.keys():
         raise ConfigError("the snapshot is not of this model and optimizer; take it with snapshot(optimizer)")
     gradients = {p: p.grad for p in groups if p.grad is not None}
+    cap = float(getattr(optimizer, "cap_factor", 1.0))
+    rates = {p: cap * float(group["lr"]) for p, group in groups.items()}
     predicted = descent = sign = 0.0
     for p, g in gradients.items():
-        lr = float(groups[p]["lr"])
-        one, two, _ = _sums(g)
-        predicted += _change(p, before[p], g) / clip_scale
-        descent -= lr * two / clip_scale**2
-        sign -= lr * one / clip_scale
+        one, two, _ = sums(g)
+        predicted += change(p, before[p], g) / clip_scale
+        descent -= rates[p] * two / clip_scale**2
+        sign -= rates[p] * one / clip_scale
 
-    reading = {row.name: (row.layout, row.row_blocks) for row in roles(model)}
+    reading = {row.name: (row.layout, row.split, row.orientation) for row in roles(model)}
     rows = []
     for p, g in gradients.items():
-        group = groups[p]
-        layout, blocks = reading[names[p]]
+        group, state = groups[p], optimizer.state.get(p, {})
+        layout, split, orientation = reading[names[p]]
         if group.get("algorithm") == "muon":
-            layout, blocks = group["layout"] or "stack", group["row_blocks"]
-        if layout is not None and p.numel():
-            count, n, m = matrix_shape(tuple(p.shape), layout, blocks)
-            rows.append(
-                _matrix_row(names[p], (count, n, m), p, before[p], g, group, optimizer.state.get(p, {}), clip_scale)
-            )
+            layout, split, orientation = group["layout"] or "stack", group["split"], group["orientation"]
+        if layout not in ("stack", "conv") or not p.numel():
+            continue
+        momentum, beta, steps = _momentum(group, state)
+        tensors = [p, before[p], g] if momentum is None else [p, before[p], g, momentum]
+        views = [parts_of(t, layout, split, orientation) for t in tensors]
+        for i, (new, old, gradient, *rest) in enumerate(zip(*views, strict=True)):
+            ratio = math.nan
+            if rest and 0 < beta < 1:
+                size, noise = (math.sqrt(sums(part.tensor)[1]) for part in (rest[0], gradient))
+                ratio = signal_to_noise(size, noise, beta, steps)
+            name = names[p] if len(views[0]) == 1 else f"{names[p]}[{i}]"
+            W, W_old, G = (wide(part.tensor).reshape(part[1:]) for part in (new, old, gradient))
+            rows.append(_matrix_row(name, W, W_old, G, group, rates[p], clip_scale, ratio))
 
     muon = [row for row in rows if row.muon]
     sizes = [row.matrices * math.prod(row.shape) for row in rows]
@@ -299,60 +201,61 @@ def diagnose(
         "muon_matrices": sum(row.matrices for row in muon),
         "orthogonalized_matrices": sum(row.orthogonalized for row in muon),
     }
+    if getattr(optimizer, "cap", None) is not None:
+        metrics["cap_factor"] = cap
     if observed_change is not None:
         metrics["observed_change"] = observed_change
     shares = layer_shares({names[p]: g for p, g in gradients.items()})
-    return Diagnosis(metrics, shares, tuple(rows))
+    return Diagnosis(metrics, shares, tuple(rows), _spectra(rows))
+
+
+def _momentum(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Tensor | None, float, int | None]:
+    """Average of gradients of a parameter, its decay rate, and how many went into it if few may have."""
+    if "momentum_buffer" in state and "dampening" not in group:  # torch.optim.SGD's buffer is a sum, not an average
+        return state["momentum_buffer"], group.get("momentum", 0.0), None
+    if "exp_avg" in state:
+        return state["exp_avg"], group["adamw_betas" if "adamw_betas" in group else "betas"][0], int(state["step"])
+    return None, 0.0, None
 
 
 def _matrix_row(
     name: str,
-    shape: tuple[int, int, int],
-    p: Tensor,
-    before: Tensor,
-    g: Tensor,
+    new: Tensor,
+    old: Tensor,
+    gradient: Tensor,
     group: Mapping[str, Any],
-    state: Mapping[str, Any],
+    lr: float,
     clip_scale: float,
+    ratio: float,
 ) -> MatrixRow:
-    count, n, m = shape
-    lr = float(group["lr"])
-    old, new, gradient = _wide(before).reshape(shape), _wide(p).reshape(shape), _wide(g).reshape(shape)
+    """The row of (matrices, n, m) weights, in float64, after and before the step."""
+    count, n, m = new.shape
     weights = singular_values(new)
+    updates = torch.full_like(weights, math.nan)
     update_rms = residual = msign_change = math.nan
     orthogonalized = 0
     muon = group.get("algorithm") == "muon"
-    update = torch.zeros_like(old)
     if lr > 0:
         decay = lr * group.get("weight_decay", 0.0)
-        if not torch.equal(old, new):  # if they are equal, the step was skipped and there was no decay either
-            update = (old * (1.0 - decay) - new) / lr
+        # If nothing has moved, the step was skipped and there was no decay either.
+        update = torch.zeros_like(old) if torch.equal(old, new) else (old * (1.0 - decay) - new) / lr
         update_rms = update.square().mean().sqrt().item()
+        updates = singular_values(update)
     if muon:
         factor = scale_factor(group["scale"], n, m)
         msign_change = -lr * factor * singular_values(gradient).sum().item() / clip_scale
         if lr > 0:
-            sigma = singular_values(update)
-            energy = sigma.square()
+            energy = updates.square()
             total = energy.sum(-1, keepdim=True)
             if group["scale"] == "rms":  # its factor depends on the rank: measure it
-                unit = (sigma * energy).sum(-1, keepdim=True) / torch.where(total > 0, total, 1.0)
+                unit = (updates * energy).sum(-1, keepdim=True) / torch.where(total > 0, total, 1.0)
                 factor = torch.where(unit > 0, unit, 1.0)
-            sigma = sigma / factor
+            sigma = updates / factor
             residual = (sigma.square() - 1.0).square().mean(-1).sqrt().max().item()
             # After Newton-Schulz singular values are near 1, or near 0 where the gradient has none. Energy tells:
             # in a plain gradient nearly all of it is in a few values of any size.
             near = torch.where((sigma > 0.5) & (sigma < 1.5), energy, 0.0).sum(-1)
             orthogonalized = int((near > 0.9 * total[..., 0]).sum())
-    momentum, beta, steps = state.get("momentum_buffer"), group.get("momentum", 0.0), None
-    if "dampening" in group:
-        momentum = None  # torch.optim.SGD, whose buffer is a sum and not an average
-    elif momentum is None and "exp_avg" in state:
-        momentum, steps = state["exp_avg"], int(state["step"])
-        beta = (group["adamw_betas"] if "adamw_betas" in group else group["betas"])[0]
-    ratio = math.nan
-    if momentum is not None and 0 < beta < 1:
-        ratio = signal_to_noise(math.sqrt(_sums(momentum)[1]), math.sqrt(_sums(g)[1]), beta, steps)
     return MatrixRow(
         name=name,
         matrices=count,
@@ -363,37 +266,28 @@ def _matrix_row(
         spectral_norm=weights.max().item(),
         svd_entropy=svd_entropy(weights).mean().item(),
         signal_to_noise=ratio,
-        predicted_change=_change(p, before, g) / clip_scale,
+        predicted_change=((new - old) * gradient).sum().item() / clip_scale,
         msign_change=msign_change,
         residual=residual,
         orthogonalized=orthogonalized,
+        weight_spectrum=tuple(weights.mean(0).tolist()),
+        update_spectrum=tuple(updates.mean(0).tolist()),
     )
 
 
-def _wide(t: Tensor) -> Tensor:
-    """In float64, on the CPU for Apple's GPUs, which have none."""
-    return (t.cpu() if t.device.type == "mps" else t).detach().double()
-
-
-def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Corresponding elements of tensors of one shape, a bounded number at a time, in float64."""
-    flat = [t.detach().reshape(-1).split(_CHUNK) for t in tensors]
-    return (tuple(map(_wide, parts)) for parts in zip(*flat, strict=True))
-
-
-def _sums(t: Tensor) -> tuple[float, float, int]:
-    """Sum of magnitudes, sum of squares, number of elements that are not 0."""
-    one, two, count = 0.0, 0.0, 0
-    for (x,) in _chunks(t):
-        one += x.abs().sum().item()
-        two += x.square().sum().item()
-        count += int(x.count_nonzero())
-    return one, two, count
-
-
-def _change(after: Tensor, before: Tensor, g: Tensor) -> float:
-    """(after - before).g"""
-    return sum(((a - b) * c).sum().item() for a, b, c in _chunks(after, before, g))
+def _spectra(rows: Sequence[MatrixRow]) -> dict[str, dict[str, list[int] | list[float | None]]]:
+    last = len(rows) - 1
+    chosen = [rows[i] for i in sorted({round(k * last / (_SPECTRA - 1)) for k in range(_SPECTRA)})] if rows else []
+    found = {}
+    for row in chosen:
+        length = len(row.weight_spectrum)
+        places = sorted({round(length ** (k / (_RANKS - 1))) for k in range(_RANKS)})
+        values = {
+            key: [spectrum[i - 1] if math.isfinite(spectrum[i - 1]) else None for i in places]
+            for key, spectrum in (("weight", row.weight_spectrum), ("update", row.update_spectrum))
+        }
+        found[row.name] = {"shape": list(row.shape), "rank": places, **values}
+    return found
 
 
 def _mean(values: list[float], weights: list[int]) -> float:

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from quintic.core import ConfigError, suggest
 from quintic.linalg import resolve_schedule
 from quintic.linalg.polar import METHODS
+from quintic.linalg.schatten import schatten_exponent
 from quintic.optim.decay import DECAYS
 from quintic.optim.lr import SCALES, convert_lr
 from quintic.optim.routing import RoleTable
+from quintic.optim.split import Part, parts_of
 
-__all__ = ["check_group", "groups_of", "name_of", "warn_about_small_lr"]
+__all__ = ["check_group", "groups_of", "matrices_in", "name_of", "warn_about_small_lr"]
 
 _ALGORITHMS = ("muon", "adamw")
-_LAYOUTS = ("stack", "conv")
 
 
 def warn_about_small_lr(groups: list[dict[str, Any]]) -> None:
@@ -46,13 +47,16 @@ def groups_of(model: nn.Module, table: RoleTable) -> list[dict[str, Any]]:
             stacklevel=4,
         )
     parameters = dict(model.named_parameters())
-    groups: dict[tuple[str, str | None, int], list[tuple[str, nn.Parameter]]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for row in table:
-        groups.setdefault((row.algorithm, row.layout, row.row_blocks), []).append((row.name, parameters[row.name]))
-    return [
-        {"params": params, "algorithm": algorithm, "layout": layout, "row_blocks": blocks}
-        for (algorithm, layout, blocks), params in groups.items()
-    ]
+        how = {"algorithm": row.algorithm, "layout": row.layout, "split": row.split, "orientation": row.orientation}
+        groups.setdefault(str(how), {"params": [], **how})["params"].append((row.name, parameters[row.name]))
+    return list(groups.values())
+
+
+def matrices_in(group: dict[str, Any], t: Tensor) -> list[Part]:
+    """The matrices of a parameter of a group of Muon, or of its gradient or momentum."""
+    return parts_of(t, group["layout"] or "stack", group["split"], group["orientation"])
 
 
 def name_of(group: dict[str, Any], p: Tensor) -> str:
@@ -80,14 +84,11 @@ def check_group(group: dict[str, Any]) -> None:
     for name, known in (("scale", SCALES), ("algorithm", _ALGORITHMS), ("method", METHODS), ("decay", DECAYS)):
         if group[name] not in known:
             raise ConfigError(f"unknown {name} {group[name]!r}{suggest(str(group[name]), known)}")
-    if group["layout"] not in (None, *_LAYOUTS):
-        raise ConfigError(f"unknown layout {group['layout']!r}{suggest(str(group['layout']), _LAYOUTS)}")
     resolve_schedule(group["coefficients"], group["ns_steps"])
-    for name in ("row_blocks", "decay_rank"):
-        value = group[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} = {value!r}; expected a whole number, 1 or more")
-    blocks = group["row_blocks"]
+    schatten_exponent(group["norm"])
+    rank = group["decay_rank"]
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"decay_rank = {rank!r}; expected a whole number, 1 or more")
     if len({id(p) for p in group["params"]}) < len(group["params"]):
         raise ConfigError("a parameter is listed twice in one group; pass each parameter once")
     for p in group["params"]:
@@ -96,13 +97,14 @@ def check_group(group: dict[str, Any]) -> None:
         if group["algorithm"] != "muon":
             continue
         advice = "put it in a group with algorithm='adamw', or pass the whole module, which routes it"
-        if p.ndim < 2:
+        if p.ndim < 2 and group["layout"] not in ("elements", "vector"):
             raise ConfigError(f"{name_of(group, p)} of shape {tuple(p.shape)} is not a matrix; {advice}")
         if p.ndim > 3 and group["layout"] is None:
             raise ConfigError(
                 f"{name_of(group, p)} of shape {tuple(p.shape)} can be read in two ways: say layout='conv' for a "
                 f"convolution (out, in * kernel) or layout='stack' for matrices in the last two axes; or {advice}"
             )
-        rows = p.shape[0 if group["layout"] == "conv" else -2]
-        if rows % blocks:
-            raise ConfigError(f"{name_of(group, p)} has {rows} rows, which do not split into {blocks} row_blocks")
+        try:
+            matrices_in(group, p)
+        except ConfigError as error:
+            raise ConfigError(f"{name_of(group, p)} of shape {tuple(p.shape)}: {error}") from None

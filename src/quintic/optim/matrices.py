@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from quintic.linalg import msign
+from quintic.linalg.schatten import schatten_direction, schatten_exponent
 from quintic.optim.decay import follow_top_space, spectral_decay_
 from quintic.optim.lr import UPDATE_RMS, scale_factor
+from quintic.optim.split import Part
 
 __all__ = ["Piece", "chunks", "pieces_of", "update_matrices"]
 
@@ -26,13 +28,13 @@ _STACK_BYTES = 64 * 2**20  # of one stack; a step needs about four times this
 
 
 class Piece(NamedTuple):
-    """Some matrices of one parameter: the whole, or a range of slices of a large 3-D stack."""
+    """Matrices of one shape within a parameter: a part of it, or a range of slices of a part that is a large stack."""
 
     parameter: Tensor
+    """A view, as are the next two; their elements in order are (matrices, n, m) arrays."""
     gradient: Tensor
     momentum: Tensor
     matrices: int
-    """How many; the parameter's elements in order are a (matrices, n, m) array."""
     n: int
     m: int
     top_space: Tensor | None = None
@@ -44,20 +46,19 @@ class Piece(NamedTuple):
         return self.matrices * self.n * self.m * self.momentum.element_size()
 
 
-def pieces_of(
-    parameter: Tensor, momentum: Tensor, matrices: int, n: int, m: int, top_space: Tensor | None = None
-) -> list[Piece]:
-    """The parameter, cut into ranges of slices if it is a 3-D stack larger than the working memory."""
-    assert parameter.grad is not None
-    whole = Piece(parameter, parameter.grad, momentum, matrices, n, m, top_space)
-    slices = len(parameter)
-    fitting = max(1, _STACK_BYTES * slices // whole.stack_bytes)
-    if parameter.ndim != 3 or slices <= fitting:
+def pieces_of(weights: Part, gradient: Part, momentum: Part, top_space: Tensor | None = None) -> list[Piece]:
+    """A part of a parameter, cut along its first axis if it is a stack larger than the working memory."""
+    whole = Piece(weights.tensor, gradient.tensor, momentum.tensor, *weights[1:], top_space)
+    length = len(weights.tensor) if weights.tensor.ndim else 1
+    fitting = max(1, _STACK_BYTES * length // whole.stack_bytes)
+    if length <= fitting or weights.matrices % length:  # in the second case the first axis is within the matrix
         return [whole]
-    each = matrices // slices
-    tops = [None] * -(-slices // fitting) if top_space is None else top_space.split(fitting * each)
-    parts = zip(parameter.split(fitting), parameter.grad.split(fitting), momentum.split(fitting), tops, strict=True)
-    return [Piece(p, g, b, each * len(p), n, m, top) for p, g, b, top in parts]
+    each = weights.matrices // length
+    tops = [None] * -(-length // fitting) if top_space is None else top_space.split(fitting * each)
+    tensors = (part.tensor.split(fitting) for part in (weights, gradient, momentum))
+    return [
+        Piece(p, g, b, each * len(p), weights.n, weights.m, top) for p, g, b, top in zip(*tensors, tops, strict=True)
+    ]
 
 
 def chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
@@ -77,8 +78,8 @@ def update_matrices(group: dict[str, Any], pieces: list[Piece], bad: Tensor) -> 
     """One step for matrices of one shape with the settings of one group.
 
     Args:
-        group: lr, weight_decay, decay, momentum, nesterov, scale, maximize and msign's settings.
-        pieces: Matrices of equal n, m, device and dtype of momentum.
+        group: lr, weight_decay, momentum, nesterov, scale, maximize, norm and msign's settings.
+        pieces: Matrices of equal n, m, device and dtype of momentum; with or without spectral decay.
         bad: 0-d bool that turns this into no step, without being read.
     """
     parameters = [piece.parameter for piece in pieces]
@@ -104,13 +105,7 @@ def update_matrices(group: dict[str, Any], pieces: list[Piece], bad: Tensor) -> 
     else:
         torch._foreach_copy_(views, momenta)
 
-    update = msign(
-        stack,
-        method=group["method"],
-        steps=group["ns_steps"],
-        coefficients=group["coefficients"],
-        dtype=None if group["ns_dtype"] is None else getattr(torch, group["ns_dtype"]),
-    )
+    update = _direction(group, stack)
     if group["scale"] == "rms":
         norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
         factor = UPDATE_RMS * math.sqrt(n * m) / torch.where(norm > 0, norm, 1.0)
@@ -122,7 +117,7 @@ def update_matrices(group: dict[str, Any], pieces: list[Piece], bad: Tensor) -> 
     targets = [p.to(dtype) for p in parameters]
     if group["weight_decay"]:
         amount = keep * lr * group["weight_decay"]
-        if group["decay"] == "spectral":
+        if pieces[0].top_space is not None:
             torch._foreach_copy_(views, targets)  # the stack is free again
             _decay_top(stack, pieces, amount, bad)
             torch._foreach_copy_(targets, views)
@@ -132,6 +127,21 @@ def update_matrices(group: dict[str, Any], pieces: list[Piece], bad: Tensor) -> 
     for p, target in zip(parameters, targets, strict=True):
         if target is not p:
             p.copy_(target)
+
+
+def _direction(group: dict[str, Any], stack: Tensor) -> Tensor:
+    """Steepest descent in the group's norm for every matrix of a stack."""
+    vectors = 1 in stack.shape[-2:]  # the same in all norms, and exact without an iteration
+    p = schatten_exponent(group["norm"])
+    if p < math.inf and not vectors:
+        return schatten_direction(stack, p)
+    return msign(
+        stack,
+        method="auto" if vectors else group["method"],
+        steps=group["ns_steps"],
+        coefficients=group["coefficients"],
+        dtype=None if group["ns_dtype"] is None else getattr(torch, group["ns_dtype"]),
+    )
 
 
 def _views(stack: Tensor, shaped_like: list[Tensor], counts: list[int]) -> list[Tensor]:

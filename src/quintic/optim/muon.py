@@ -22,23 +22,26 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from quintic.core import CheckpointError, ConfigError, suggest
 from quintic.linalg.coefficients import Coefficients
+from quintic.optim.adamw import new_state, update_with_adamw
+from quintic.optim.cap import cap_step_
 from quintic.optim.decay import start_top_space, top_space_shape
-from quintic.optim.groups import check_group, groups_of, name_of, warn_about_small_lr
+from quintic.optim.groups import check_group, groups_of, matrices_in, name_of, warn_about_small_lr
 from quintic.optim.matrices import Piece, chunks, pieces_of, update_matrices
-from quintic.optim.routing import RoleTable, matrix_shape, roles
+from quintic.optim.routing import RoleTable, roles
+from quintic.optim.sharded import agree_on_any, gather, holds_whole_matrices, local, scatter_
+from quintic.optim.split import Part
 
 __all__ = ["Muon"]
 
 _ADJUST = {"original": "keller", "match_rms_adamw": "moonlight"}  # torch.optim.Muon's names
 _SETTINGS = (
     "lr", "weight_decay", "momentum", "nesterov", "scale", "ns_steps", "coefficients", "method", "ns_dtype", "maximize",
-    "decay", "decay_rank",
+    "decay", "decay_rank", "norm",
 )  # fmt: skip
-_WIDE = (torch.float32, torch.float64)
+_MARKS = ("algorithm", "scale", "adamw_betas")  # settings by which a state is known to be ours
 
 
 class Muon(torch.optim.Optimizer):
@@ -46,8 +49,9 @@ class Muon(torch.optim.Optimizer):
 
     Given a module, every parameter is routed by its role (see :func:`quintic.optim.roles`; the table is in the
     attribute ``roles``). Given tensors or parameter groups, Muon takes all of them: 2-D tensors as matrices, 3-D
-    ones as stacks of matrices. A group may say ``algorithm="adamw"``, or ``layout="conv"`` for convolution kernels,
-    or ``row_blocks=3`` for matrices that are three on top of each other, such as fused projections.
+    ones as stacks of matrices. A group may say ``algorithm="adamw"``, ``layout="conv"`` for convolution kernels,
+    ``orientation="in_out"`` for matrices that are used as ``x @ W``, or ``split={"blocks": 3}`` and the like for fused
+    projections and heads, see :mod:`quintic.optim.split`.
 
     The keywords of ``torch.optim.Muon`` are accepted. Unlike there, the default scale is ``moonlight``
     (``match_rms_adamw``), the default coefficients are ``quintic``, and products run in float32 on CPUs.
@@ -63,6 +67,16 @@ class Muon(torch.optim.Optimizer):
         decay_rank: How many singular values ``spectral`` shrinks.
         scale: Factor for a matrix shape: ``moonlight``, ``rms``, ``keller``, ``mup`` or ``none``, see
             :mod:`quintic.optim.lr`. With the first two Adam's learning rate and weight decay can be reused.
+        norm: Trust region ``schatten:p`` of matrices, p from 1 to ``inf``, see :mod:`quintic.linalg.schatten`. The
+            default is msign, ``schatten:2`` the gradient over its Frobenius norm. All but the default are best
+            combined with ``scale="rms"``: the other factors are those of msign, whose updates are larger.
+        cap: T of the loss-change cap, which replaces a warm-up, see :mod:`quintic.optim.cap`; ``None`` is no cap.
+            Costs a copy of the parameters.
+        vectors: Given a module, what updates gains, biases and whatever else is neither a matrix nor a table:
+            ``adamw``, ``sign`` (of the momentum) or ``l2`` (the momentum over its length).
+        embeddings: Given a module, what updates embeddings and the output head: ``adamw`` or ``row-l2``, each row of
+            the momentum over its length. A row keeps moving until its momentum has vanished, long after its last
+            gradient, since the length does not matter. With neither half AdamW there are no second moments.
         ns_steps: Steps of the polynomial; ``None`` is 5, or the length of a listed schedule.
         coefficients: Preset, triple or triples, see :mod:`quintic.linalg.coefficients`.
         method: How msign is computed, see :func:`quintic.linalg.msign`.
@@ -79,7 +93,8 @@ class Muon(torch.optim.Optimizer):
         ConfigError: A setting is out of range, a parameter under Muon is not a matrix, or (``strict``) ambiguous.
 
     State: ``momentum_buffer`` for Muon; ``step``, ``exp_avg``, ``exp_avg_sq`` for AdamW; float32 for half-precision
-    parameters; ``top_space`` for spectral decay. The momentum has torch.optim.Muon's form.
+    parameters; ``top_space`` for spectral decay (of further parts ``top_space_1`` and so on). The momentum has
+    torch.optim.Muon's form.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 16), nn.Linear(16, 100, bias=False))
@@ -104,6 +119,10 @@ class Muon(torch.optim.Optimizer):
         decay: str = "frobenius",
         decay_rank: int = 1,
         scale: str = "moonlight",
+        norm: str = "schatten:inf",
+        cap: float | None = None,
+        vectors: str = "adamw",
+        embeddings: str = "adamw",
         ns_steps: int | None = None,
         coefficients: Coefficients = "quintic",
         method: str = "auto",
@@ -123,10 +142,14 @@ class Muon(torch.optim.Optimizer):
             if adjust_lr_fn not in _ADJUST:
                 raise ConfigError(f"unknown adjust_lr_fn {adjust_lr_fn!r}{suggest(adjust_lr_fn, _ADJUST)}")
             scale = _ADJUST[adjust_lr_fn]
+        if cap is not None and not cap > 0:
+            raise ConfigError(f"cap = {cap}; expected a positive number, or None for no cap")
         self.roles = None
+        self.cap = cap
         self._skipped: Tensor | None = None
+        self._cap_factor: Tensor | None = None
         if isinstance(params, nn.Module):
-            self.roles = roles(params, scale=scale, strict=strict)
+            self.roles = roles(params, scale=scale, strict=strict, vectors=vectors, embeddings=embeddings)
             params = groups_of(params, self.roles)
         defaults = {
             "lr": lr,
@@ -136,6 +159,7 @@ class Muon(torch.optim.Optimizer):
             "momentum": momentum,
             "nesterov": nesterov,
             "scale": scale,
+            "norm": norm,
             "ns_steps": ns_steps,
             "coefficients": coefficients,
             "method": method,
@@ -145,13 +169,14 @@ class Muon(torch.optim.Optimizer):
             "maximize": maximize,
             "algorithm": "muon",
             "layout": None,
-            "row_blocks": 1,
+            "split": None,
+            "orientation": "out_in",
         }
         super().__init__(params, defaults)
         warn_about_small_lr(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; keywords as for the constructor, and ``algorithm``, ``layout``, ``row_blocks``.
+        """Add parameters; keywords as for the constructor, and ``algorithm``, ``layout``, ``split``, ``orientation``.
 
         Raises:
             ConfigError: A setting is out of range or a parameter under Muon is not a matrix.
@@ -167,6 +192,11 @@ class Muon(torch.optim.Optimizer):
     def skipped_steps(self) -> int:
         """How many steps were left out because a gradient was not finite. Reading it waits for the device."""
         return 0 if self._skipped is None else int(self._skipped)
+
+    @property
+    def cap_factor(self) -> Tensor:
+        """By what the cap multiplied the last step, 0-d; 1 if it was short enough or there is no cap."""
+        return torch.ones(()) if self._cap_factor is None else self._cap_factor
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -192,14 +222,17 @@ class Muon(torch.optim.Optimizer):
         active = [(group, self._active(group)) for group in self.param_groups]
         gradients = [p.grad for _, params in active for p in params if p.grad is not None]
         if gradients:
-            bad = _any_nonfinite(gradients)
+            bad = agree_on_any(_any_nonfinite(gradients), gradients)
             if bad.device.type == "cpu" and bad and not self.skipped_steps:  # elsewhere looking would wait
                 warnings.warn("a gradient is not finite: this step, and any such step, is left out", stacklevel=2)
             self._skipped = bad.long() if self._skipped is None else self._skipped + bad
+            before = [] if self.cap is None else [p.clone() for _, params in active for p in params]
             self._muon([pair for pair in active if pair[0]["algorithm"] == "muon"], bad)
             for group, params in active:
                 if group["algorithm"] == "adamw" and params:
-                    self._adamw(group, params, bad)
+                    update_with_adamw(group, params, [self.state[p] for p in params], bad)
+            if self.cap is not None:
+                self._cap_factor = cap_step_(active, before, self.cap)
         return loss
 
     def _active(self, group: dict[str, Any]) -> list[Tensor]:
@@ -216,70 +249,35 @@ class Muon(torch.optim.Optimizer):
     def _muon(self, active: list[tuple[dict[str, Any], list[Tensor]]], bad: Tensor) -> None:
         """Update matrices, all of one shape and with the same settings at a time."""
         buckets: dict[Any, tuple[dict[str, Any], list[Piece]]] = {}
+        scattered = []
         for group, params in active:
-            # A tensor (the rate) is told by its identity, anything else by its value.
-            settings = tuple(id(v) if isinstance(v, Tensor) else str(v) for v in (group[name] for name in _SETTINGS))
             for p in params:
                 assert p.grad is not None
                 state = self.state[p]
                 if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = _zeros(p)
-                momentum = state["momentum_buffer"]
-                count, n, m = matrix_shape(tuple(p.shape), group["layout"] or "stack", group["row_blocks"])
-                key = (n, m, p.device, momentum.dtype, settings)
-                top = self._top_space(group, p, count, n, m)
-                buckets.setdefault(key, (group, []))[1].extend(pieces_of(p, momentum, count, n, m, top))
+                    state["momentum_buffer"] = new_state(p)
+                tensors = (p.detach(), p.grad, state["momentum_buffer"])
+                settings = group
+                if holds_whole_matrices(p):
+                    tensors = tuple(local(t) for t in tensors)
+                else:
+                    settings, *tensors = gather(group, *tensors, bad)
+                    scattered.append((group, p, tensors[0]))
+                if not tensors[0].numel():
+                    continue  # all of it lies with other processes
+                # A tensor (the rate) is told by its identity, anything else by its value.
+                key = tuple(id(v) if isinstance(v, Tensor) else str(v) for v in (settings[name] for name in _SETTINGS))
+                views = (matrices_in(group, t) for t in tensors)
+                for i, (part, gradient, average) in enumerate(zip(*views, strict=True)):
+                    shape = (part.n, part.m, part.tensor.device, average.tensor.dtype)
+                    top = _top_space(settings, state, i, part)
+                    pieces = buckets.setdefault((*shape, key), (settings, []))[1]
+                    pieces.extend(pieces_of(part, gradient, average, top))
         for group, pieces in buckets.values():
             for chunk in chunks(pieces):
                 update_matrices(group, chunk, bad)
-
-    def _top_space(self, group: dict[str, Any], p: Tensor, count: int, n: int, m: int) -> Tensor | None:
-        """The vectors of spectral weight decay; started when first needed, or when the rank was changed."""
-        if group["decay"] != "spectral" or not group["weight_decay"]:
-            return None
-        state = self.state[p]
-        if "top_space" not in state or state["top_space"].shape != top_space_shape(count, n, m, group["decay_rank"]):
-            weights = p.to(state["momentum_buffer"].dtype).reshape(count, n, m)
-            state["top_space"] = start_top_space(weights, group["decay_rank"])
-        return state["top_space"]
-
-    def _adamw(self, group: dict[str, Any], params: list[Tensor], bad: Tensor) -> None:
-        """torch's own fused AdamW, over float32 copies of what is not float32 or not contiguous."""
-        targets, gradients, first, second, steps = [], [], [], [], []
-        for p in params:
-            assert p.grad is not None
-            dtype = _wide(p.dtype)
-            state = self.state[p]
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = _zeros(p)
-                state["exp_avg_sq"] = _zeros(p)
-            targets.append(p.to(dtype).contiguous())  # p itself if nothing has to change
-            gradients.append(p.grad.to(dtype).contiguous())
-            first.append(state["exp_avg"])
-            second.append(state["exp_avg_sq"])
-            steps.append(state["step"])
-        beta1, beta2 = group["adamw_betas"]
-        adamw(
-            targets,
-            gradients,
-            first,
-            second,
-            [],
-            steps,
-            fused=True,
-            found_inf=bad.float(),
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["adamw_eps"],
-            maximize=group["maximize"],
-        )
-        for p, target in zip(params, targets, strict=True):
-            if target is not p:
-                p.copy_(target)
+        for group, p, result in scattered:
+            scatter_(group, p, result, bad)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state dict; tensors are copied, in the dtype in which they were saved.
@@ -290,15 +288,16 @@ class Muon(torch.optim.Optimizer):
             CheckpointError: It is another optimizer's, or of parameters of other shapes.
             ValueError: Its groups are of other sizes.
         """
-        # States from before there was a choice of decay had this one.
-        groups = [{"decay": "frobenius", "decay_rank": 1, **group} for group in state_dict["param_groups"]]
-        state_dict = {**state_dict, "param_groups": groups}
-        for group in groups:
-            if missing := self.defaults.keys() - group.keys():
+        for group in state_dict["param_groups"]:
+            if missing := [name for name in _MARKS if name not in group]:
                 raise CheckpointError(
-                    f"this is not a state of quintic's Muon: a group has no {', '.join(sorted(missing))}. "
+                    f"this is not a state of quintic's Muon: a group has no {', '.join(missing)}. "
                     "Load states of torch's, Keller's or Moonlight's Muon with quintic.optim.load_foreign_state"
                 )
+        # A setting that is younger than the state keeps its value.
+        pairs = itertools.zip_longest(state_dict["param_groups"], self.param_groups[: len(state_dict["param_groups"])])
+        groups = [{**(own or {}), **group} for group, own in pairs]
+        state_dict = {**state_dict, "param_groups": groups}
         saved = itertools.chain.from_iterable(g["params"] for g in groups)
         own = [(group, p) for group in self.param_groups for p in group["params"]]
         tensors = [
@@ -318,28 +317,38 @@ class Muon(torch.optim.Optimizer):
             self.state[p][name] = value.detach().to(p.device, copy=True).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "roles": self.roles, "_skipped": self._skipped}
+        counts = {"_skipped": self._skipped, "_cap_factor": self._cap_factor}
+        return {**super().__getstate__(), "roles": self.roles, "cap": self.cap, **counts}
+
+
+# It takes the state and not the parameter: compiled by torch 2.13, a look-up by parameter may find another's state.
+def _top_space(group: dict[str, Any], state: dict[str, Tensor], index: int, part: Part) -> Tensor | None:
+    """The vectors of spectral weight decay; started when first needed, or when the rank was changed."""
+    if group["decay"] != "spectral" or not group["weight_decay"] or min(part.n, part.m) == 1:
+        return None  # a row or a column has one singular value, so that all decays are one
+    name, shape = _top_name(index), part[1:]
+    if name not in state or state[name].shape != top_space_shape(*shape, group["decay_rank"]):
+        weights = part.tensor.to(state["momentum_buffer"].dtype).reshape(shape)
+        state[name] = start_top_space(weights, group["decay_rank"])
+    return state[name]
+
+
+def _top_name(index: int) -> str:
+    """Name of the state of spectral decay of one part of a parameter."""
+    return f"top_space_{index}" if index else "top_space"
 
 
 def _state_shape(group: dict[str, Any], p: Tensor, name: str, value: Tensor) -> tuple[int, ...]:
     """The shape that a state of a parameter must have."""
-    if name != "top_space" or value.ndim != 3:
-        return tuple(p.shape)
-    return top_space_shape(
-        *matrix_shape(tuple(p.shape), group["layout"] or "stack", group["row_blocks"]), value.shape[2]
-    )
+    if name.startswith("top_space") and value.ndim == 3:
+        for i, part in enumerate(matrices_in(group, p)):
+            if name == _top_name(i):
+                return top_space_shape(*part[1:], value.shape[2])
+    return tuple(p.shape)
 
 
 def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
     """0-d bool: some element of some gradient is NaN or infinite. One pass, no synchronisation."""
     device = gradients[0].device
-    return ~torch.stack([end.to(device) for g in gradients for end in torch.aminmax(g)]).isfinite().all()
-
-
-def _zeros(p: Tensor) -> Tensor:
-    """New state for a parameter: contiguous, which fused AdamW relies on, and at least float32."""
-    return torch.zeros_like(p, dtype=_wide(p.dtype), memory_format=torch.contiguous_format)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in _WIDE else torch.float32
+    ends = [end.to(device) for g in map(local, gradients) if g.numel() for end in torch.aminmax(g)]
+    return ~torch.stack(ends).isfinite().all() if ends else torch.zeros((), dtype=torch.bool, device=device)

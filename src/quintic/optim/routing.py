@@ -2,7 +2,9 @@
 
 Muon is for matrices that multiply dense vectors (posts kexue.fm/archives/10592, 10739, 11416): linear layers,
 attention projections, experts (each slice of a stack on its own), routers, convolutions as (out, in * kernel).
-AdamW takes embeddings, the output head, gains, biases, and the first convolution.
+AdamW takes embeddings, the output head, gains, biases, and the first convolution. Instead, Muon can take these too, as
+matrices of one row (an embedding is many of them) or of one element: a diagonal matrix has the signs of its elements
+as its matrix sign, and a 1 x d matrix is divided by its length (posts 10592, 11416).
 
 A role declared by the module that created the parameter (:mod:`quintic.core.roles`) decides. For other modules the
 role is inferred from the module's type, from tied weights and, for the output head only, from names.
@@ -14,23 +16,42 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
-from quintic.core import ConfigError
-from quintic.core.roles import ParameterRole, Role, declared_roles
+from quintic.core import ConfigError, suggest
+from quintic.core.roles import ParameterRole, Role, Split, declared_roles
 from quintic.optim.lr import UPDATE_RMS, scale_factor
+from quintic.optim.split import parts_of
 
-__all__ = ["RoleRow", "RoleTable", "matrix_shape", "roles"]
+__all__ = ["EMBEDDINGS", "VECTORS", "RolePart", "RoleRow", "RoleTable", "roles"]
 
 _HEAD_NAMES = {"lm_head", "head", "output", "classifier", "unembed", "unembedding", "embed_out", "to_logits", "score"}
 _EXPERT_NAME = re.compile(r"expert|moe", re.IGNORECASE)
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MUON = (Role.MATRIX, Role.EXPERT_STACK, Role.ROUTER)
+_WITHOUT_ADAM = {"sign": ("elements", "sign of the momentum"), "l2": ("vector", "the momentum over its length")}
+
+VECTORS = ("adamw", *_WITHOUT_ADAM)
+"""What can update gains, biases and the like."""
+EMBEDDINGS = ("adamw", "row-l2")
+"""What can update embeddings and the output head."""
+
+
+class RolePart(NamedTuple):
+    """Matrices of one shape."""
+
+    matrices: int
+    n: int
+    m: int
+    scale: float
+    """The shape factor in front of msign."""
+    update_rms: float
+    """RMS of a full-rank update per unit of learning rate."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +64,13 @@ class RoleRow:
     role: Role
     algorithm: str
     """``muon`` or ``adamw``."""
-    layout: str | None
-    """How a tensor is read as matrices: ``stack`` (the last two axes), ``conv`` (out, everything else) or None."""
-    row_blocks: int
-    """Number of equal matrices on top of each other in one, such as a fused gate and up projection."""
-    scale: float
-    """Multiplier of the learning rate: the shape factor in front of msign; 1 for AdamW."""
-    update_rms: float
-    """RMS of a full-rank update per unit of learning rate. AdamW's is about 0.2 by theory (post 11267)."""
+    parts: tuple[RolePart, ...]
+    """The matrices it consists of, one entry for each part of a split; none under AdamW."""
     why: str
+    layout: str | None = None
+    """How the tensor is read as matrices, see :mod:`quintic.optim.split`; None under AdamW."""
+    split: Split | None = None
+    orientation: str = "out_in"
     ambiguous: bool = False
     """The role was not declared and could not be told from the module."""
 
@@ -59,6 +78,16 @@ class RoleRow:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def scale(self) -> float:
+        """Multiplier of the learning rate: the shape factor in front of msign, largest of the parts; 1 for AdamW."""
+        return max((part.scale for part in self.parts), default=1.0)
+
+    @property
+    def update_rms(self) -> float:
+        """RMS of a full-rank update per unit of rate, largest of the parts. AdamW's is about 0.2 (post 11267)."""
+        return max((part.update_rms for part in self.parts), default=UPDATE_RMS)
 
 
 @dataclass(frozen=True)
@@ -90,15 +119,16 @@ class RoleTable:
         return sum(row.numel for row in self.rows if row.algorithm == algorithm)
 
     def __str__(self) -> str:
-        header = ("parameter", "shape", "role", "algorithm", "lr x", "rms / lr", "why")
+        header = ("parameter", "shape", "role", "algorithm", "matrices", "lr x", "rms / lr", "why")
         cells = [
             (
                 row.name,
                 " x ".join(map(str, row.shape)) or "scalar",
                 row.role.value,
                 row.algorithm,
-                f"{row.scale:.4g}",
-                f"{row.update_rms:.3g}",
+                ", ".join(f"{p.matrices} x ({p.n}, {p.m})" for p in row.parts),
+                _each(f"{part.scale:.4g}" for part in row.parts) or f"{row.scale:.4g}",
+                _each(f"{part.update_rms:.3g}" for part in row.parts) or f"{row.update_rms:.3g}",
                 ("AMBIGUOUS: " if row.ambiguous else "") + row.why,
             )
             for row in self.rows
@@ -114,30 +144,31 @@ class RoleTable:
         return "\n".join(lines)
 
 
-def matrix_shape(shape: tuple[int, ...], layout: str, row_blocks: int = 1) -> tuple[int, int, int]:
-    """(matrices, rows, columns) of a tensor read under a layout.
-
-    Example:
-        >>> matrix_shape((8, 64, 32), "stack"), matrix_shape((16, 3, 3, 3), "conv"), matrix_shape((64, 32), "stack", 2)
-        ((8, 64, 32), (1, 16, 27), (2, 32, 32))
-    """
-    if layout == "conv":
-        count, rows, columns = 1, shape[0], math.prod(shape[1:])
-    else:
-        count, rows, columns = math.prod(shape[:-2]), shape[-2], shape[-1]
-    return count * row_blocks, rows // row_blocks, columns
+def _each(numbers: Iterable[str]) -> str:
+    """The numbers of all parts, or one if they are equal."""
+    found = list(numbers)
+    return found[0] if len(set(found)) == 1 else ", ".join(found)
 
 
-def roles(model: nn.Module, *, scale: str = "moonlight", strict: bool = False) -> RoleTable:
-    """The table of what ``Muon(model, scale=scale)`` does with each parameter.
+def roles(
+    model: nn.Module,
+    *,
+    scale: str = "moonlight",
+    strict: bool = False,
+    vectors: str = "adamw",
+    embeddings: str = "adamw",
+) -> RoleTable:
+    """The table of what ``Muon(model, scale=scale, ...)`` does with each parameter.
 
     Args:
         model: Any module; tied parameters appear once.
         scale: Muon's shape factor, see :mod:`quintic.optim.lr`.
         strict: Refuse to assume anything.
+        vectors: What updates gains, biases and the like: ``adamw``, ``sign`` or ``l2``.
+        embeddings: What updates embeddings and the head: ``adamw`` or ``row-l2``.
 
     Raises:
-        ConfigError: With ``strict``, if a role is ambiguous; always, if the declared role does not fit the shape.
+        ConfigError: A name is unknown, a declared role does not fit the shape, or (``strict``) a role is ambiguous.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 64), nn.Linear(64, 16), nn.Linear(16, 100))
@@ -145,27 +176,43 @@ def roles(model: nn.Module, *, scale: str = "moonlight", strict: bool = False) -
         [('0.weight', 'embedding', 'adamw', 1.0), ('1.weight', 'matrix', 'muon', 1.6),
          ('2.weight', 'matrix', 'muon', 1.6), ('3.weight', 'head', 'adamw', 1.0)]
     """
+    for option, value, known in (("vectors", vectors, VECTORS), ("embeddings", embeddings, EMBEDDINGS)):
+        if value not in known:
+            raise ConfigError(f"unknown {option} {value!r}{suggest(str(value), known)}")
     declared = declared_roles(model)
     inferred = _infer(model, declared)
     rows = []
     for name, parameter in model.named_parameters():
-        shape, blocks = tuple(parameter.shape), 1
+        shape = tuple(parameter.shape)
         if name in declared:
-            role, blocks = declared[name].role, declared[name].row_blocks
-            guess = _Guess(role, f"declared, {blocks} row blocks" if blocks > 1 else "declared", "stack")
+            role, known = declared[name].role, declared[name]
+            guess = _Guess(role, "declared", "stack", split=known.split, orientation=known.orientation)
             expected = 3 if role is Role.EXPERT_STACK else 2
             if role in _MUON and len(shape) != expected:
                 raise ConfigError(f"{name} is declared as {role.value} but has shape {shape}; expected {expected} axes")
         else:
             guess = inferred[name]
-        if guess.role in _MUON and guess.layout is not None:
-            _, n, m = matrix_shape(shape, guess.layout, blocks)
-            factor = scale_factor(scale, n, m) if n * m else 1.0
-            rms = factor / math.sqrt(max(n, m, 1))
-            where = ("muon", guess.layout, blocks, factor, rms)
-        else:
-            where = ("adamw", None, 1, 1.0, UPDATE_RMS)
-        rows.append(RoleRow(name, shape, guess.role, *where, guess.why, guess.ambiguous))
+        layout, why, split, orientation = guess.layout, guess.why, guess.split, guess.orientation
+        if guess.role not in _MUON or layout is None:
+            layout, split, orientation = None, None, "out_in"
+            if guess.role in (Role.EMBEDDING, Role.HEAD) and len(shape) == 2:
+                if embeddings == "row-l2":
+                    layout, why = "rows", f"{why}; each row of the momentum over its length"
+                    orientation = "in_out" if guess.role is Role.EMBEDDING else "out_in"
+            elif vectors != "adamw":
+                layout, how = _WITHOUT_ADAM[vectors]
+                why = f"{why}; {how}"
+        parts: tuple[RolePart, ...] = ()
+        if layout is not None:
+            try:
+                found = parts_of(parameter.detach(), layout, split, orientation)
+            except ConfigError as error:
+                raise ConfigError(f"{name} of shape {shape}: {error}") from None
+            parts = tuple(_part(scale, *part[1:]) for part in found)
+        algorithm = "adamw" if layout is None else "muon"
+        rows.append(
+            RoleRow(name, shape, guess.role, algorithm, parts, why, layout, split, orientation, guess.ambiguous)
+        )
     table = RoleTable(tuple(rows))
     if strict and table.ambiguous:
         listed = "\n".join(f"  {row.name} {row.shape}: {row.why}" for row in table.ambiguous)
@@ -177,11 +224,18 @@ def roles(model: nn.Module, *, scale: str = "moonlight", strict: bool = False) -
     return table
 
 
+def _part(scale: str, matrices: int, n: int, m: int) -> RolePart:
+    factor = scale_factor(scale, n, m) if n * m else 1.0
+    return RolePart(matrices, n, m, factor, factor / math.sqrt(max(n, m, 1)))
+
+
 class _Guess(NamedTuple):
     role: Role
     why: str
     layout: str | None = None
     ambiguous: bool = False
+    split: Split | None = None
+    orientation: str = "out_in"
 
 
 def _infer(model: nn.Module, declared: Mapping[str, ParameterRole]) -> dict[str, _Guess]:
@@ -243,7 +297,10 @@ def _infer_one(path: str, module: nn.Module, local: str, parameter: nn.Parameter
     if isinstance(module, _CONV_TRANSPOSED):
         return _Guess(Role.MATRIX, "transposed convolution: its first axis is the input")
     if isinstance(module, nn.MultiheadAttention) and parameter.ndim == 2:
-        return _Guess(Role.MATRIX, "attention projection", "stack")
+        fused: Split | None = {"blocks": 3} if local == "in_proj_weight" else None
+        return _Guess(Role.MATRIX, "attention projection", "stack", split=fused)
+    if kind == "Conv1D" and parameter.ndim == 2:
+        return _Guess(Role.MATRIX, "Hugging Face's Conv1D, a matrix (in, out)", "stack", orientation="in_out")
     if isinstance(module, nn.RNNBase):
         return _Guess(Role.MATRIX, "recurrent weights, all gates as one matrix", "stack")
     if parameter.ndim == 2 and "Router" in kind:

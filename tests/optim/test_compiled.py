@@ -1,0 +1,60 @@
+"""torch.compile of the step: the same numbers, and nothing is compiled again when the rate changes."""
+
+import torch
+import torch._dynamo
+from torch import nn
+
+from quintic.optim import Muon
+
+
+class CountingBackend:
+    """Runs every graph as it is, and counts how many were compiled."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, module, example_inputs):
+        self.graphs += 1
+        return module.forward
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def train(compiled, options, steps=6):
+    """(parameters, graphs compiled up to each step); rates are set anew before each."""
+    torch._dynamo.reset()
+    matrices = [nn.Parameter(randn(8, 6, seed=i)) for i in range(2)] + [nn.Parameter(randn(3, 8, 6, seed=2))]
+    fused = [nn.Parameter(randn(12, 6, seed=3))]
+    vectors = [nn.Parameter(randn(5, seed=4))], [nn.Parameter(randn(5, seed=5))]
+    groups = [
+        {"params": matrices},
+        {"params": fused, "split": {"sizes": (8, 4)}},
+        {"params": vectors[0], "algorithm": "adamw"},
+        {"params": vectors[1], "algorithm": "adamw"},
+    ]
+    rate = torch.tensor(0.01)
+    optimizer = Muon(groups, lr=rate, **options)
+    backend = CountingBackend()
+    step = torch.compile(optimizer.step, backend=backend) if compiled else optimizer.step
+    graphs = []
+    params = [p for group in groups for p in group["params"]]
+    for t in range(steps):
+        rate.fill_(0.01 * (t + 1))
+        for i, p in enumerate(params):
+            p.grad = randn(*p.shape, seed=100 * t + i)
+        step()
+        graphs.append(backend.graphs)
+    return params, graphs
+
+
+def test_a_tensor_rate_may_change_without_compiling_again():
+    """torch issues 107076 and 163093: a rate that is a Python float is a constant of the compiled code."""
+    options = {"cap": 0.5, "decay": "spectral"}
+    plain, _ = train(False, options)
+    compiled, graphs = train(True, options)
+    assert graphs[0] > 0
+    assert graphs[3:] == [graphs[2]] * 3  # the second and third compile for a state that exists by then
+    for p, q in zip(plain, compiled, strict=True):  # each with its own state, also where shapes are equal
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,88 @@
+"""Matrices of one shape go through one product: the same numbers, in any order, in bounded memory."""
+
+import torch
+from tests.optim.toy import parameters, run, set_grads, snapshot
+
+import quintic.optim.matrices as matrices_module
+from quintic.linalg import msign
+from quintic.optim import Muon
+
+SHAPES = [(8, 6), (3, 8, 6), (6, 6), (8, 6), (2, 6, 6), (6, 8), (5, 20), (1, 7), (7, 1)]
+
+
+def test_batched_equals_looped_for_any_order_and_any_cap(monkeypatch):
+    together = parameters(*SHAPES, dtype=torch.float64)
+    run(together, Muon(together, lr=0.05), 3)
+
+    alone = parameters(*SHAPES, dtype=torch.float64)
+    optimizers = [Muon([p], lr=0.05) for p in alone]
+    backwards = parameters(*SHAPES, dtype=torch.float64)
+    reverse = Muon(backwards[::-1], lr=0.05)
+    capped = parameters(*SHAPES, dtype=torch.float64)
+    small = Muon(capped, lr=0.05)
+    for step in range(3):
+        for params in (alone, backwards, capped):
+            set_grads(params, step + 1)
+        for optimizer in optimizers:
+            optimizer.step()
+        reverse.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(matrices_module, "_STACK_BYTES", 2 * 8 * 6 * 8)  # two matrices at a time: the stack is cut
+            small.step()
+    for a, b, c, d in zip(together, alone, backwards, capped, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(a, c, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(a, d, atol=1e-12, rtol=1e-12)
+
+
+def test_float32_does_not_depend_on_the_order_of_parameters():
+    a, b = parameters((16, 16), (16, 16), (4, 16, 16)), parameters((16, 16), (16, 16), (4, 16, 16))
+    x, y = Muon(a), Muon([b[2], b[0], b[1]])
+    run(a, x, 3)
+    run(b, y, 3)
+    for p, q in zip(a, b, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_same_shapes_share_one_call_of_msign(monkeypatch):
+    calls = []
+
+    def spy(stack, **keywords):
+        calls.append(tuple(stack.shape))
+        return msign(stack, **keywords)
+
+    monkeypatch.setattr(matrices_module, "msign", spy)
+    params = parameters(*SHAPES)
+    set_grads(params, 1)
+    Muon(params).step()
+    assert sorted(calls) == sorted([(5, 8, 6), (3, 6, 6), (1, 6, 8), (1, 5, 20), (1, 1, 7), (1, 7, 1)])
+
+
+def test_extra_memory_is_capped(monkeypatch):
+    """No stack exceeds the cap unless a single matrix does; slices of a large expert stack are taken in turns."""
+    sizes = []
+
+    def spy(stack, **keywords):
+        sizes.append(len(stack))
+        return msign(stack, **keywords)
+
+    monkeypatch.setattr(matrices_module, "msign", spy)
+    monkeypatch.setattr(matrices_module, "_STACK_BYTES", 3 * 8 * 6 * 4 + 1)
+    params = parameters((8, 8, 6), (8, 6), (8, 6), (6, 8, 6))
+    set_grads(params, 1)
+    Muon(params).step()
+    assert max(sizes) == 3
+    assert sum(sizes) == 16
+    sizes.clear()
+    monkeypatch.setattr(matrices_module, "_STACK_BYTES", 1)
+    Muon(params).step()
+    assert sizes == [1] * 16
+
+
+def test_deterministic():
+    results = []
+    for _ in range(2):
+        params = parameters(*SHAPES)
+        run(params, Muon(params), 4)
+        results.append(snapshot(params))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

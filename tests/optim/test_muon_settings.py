@@ -1,0 +1,78 @@
+"""Settings and parameters that are refused at once, and the warning about Adam's rate."""
+
+import warnings
+
+import pytest
+import torch
+from tests.optim.toy import parameters
+from torch import nn
+
+from quintic.core import ConfigError
+from quintic.optim import Muon, convert_lr
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"lr": -1.0}, "lr = -1.0"),
+        ({"lr": float("nan")}, "lr = nan"),
+        ({"lr": torch.ones(2)}, "0-d tensor"),
+        ({"momentum": 1.5}, "momentum = 1.5"),  # torch.optim.Muon accepts it
+        ({"momentum": 1.0}, "momentum = 1.0"),
+        ({"weight_decay": -0.1}, "weight_decay = -0.1"),
+        ({"scale": "moonlit"}, "did you mean 'moonlight'"),
+        ({"method": "grm"}, "did you mean 'gram'"),
+        ({"coefficients": "quntic"}, "did you mean 'quintic'"),
+        ({"ns_coefficients": (1.0, 2.0)}, "triple"),
+        ({"ns_steps": 0}, "from 1 to 100"),
+        ({"adjust_lr_fn": "match_rms"}, "did you mean 'match_rms_adamw'"),
+        ({"adamw_betas": (0.9, 1.0)}, r"adamw_betas\[1\]"),
+        ({"adamw_eps": -1.0}, "adamw_eps"),
+    ],
+)
+def test_wrong_settings_are_refused_at_construction(keywords, message):
+    with pytest.raises(ConfigError, match=message):
+        Muon(parameters((3, 4)), **keywords)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"params": [nn.Parameter(torch.zeros(5))]}, r"\(5,\) is not a matrix.*adamw"),
+        ({"params": [nn.Parameter(torch.zeros(()))]}, "is not a matrix"),
+        ({"params": [("conv", nn.Parameter(torch.zeros(4, 3, 3, 3)))]}, r"'conv' .*layout='conv'"),
+        ({"params": [nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))]}, "real floating-point"),
+        ({"params": [nn.Parameter(torch.zeros(2, 2))], "layout": "convolution"}, "unknown layout"),
+        ({"params": [nn.Parameter(torch.zeros(2, 2))], "algorithm": "adam"}, "did you mean 'adamw'"),
+        ({"params": [nn.Parameter(torch.zeros(2, 2))], "momentum": 2.0}, "momentum"),
+    ],
+)
+def test_what_is_not_a_matrix_is_refused_at_once(group, message):
+    """torch.optim.Muon.add_param_group accepts 1-D parameters and fails at the step."""
+    with pytest.raises(ConfigError, match=message):
+        Muon([dict(group)])
+    first = nn.Parameter(torch.zeros(3, 3))
+    optimizer = Muon([("first", first)] if isinstance(group["params"][0], tuple) else [first])
+    with pytest.raises(ConfigError, match=message):
+        optimizer.add_param_group(dict(group))
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_parameter_listed_twice_is_refused():
+    (p,) = parameters((3, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ConfigError, match="twice"):
+            Muon([p, p])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        Muon([{"params": [p]}, {"params": [p]}])
+
+
+def test_adams_rate_under_a_scale_of_order_one_is_warned_of_once():
+    with pytest.warns(UserWarning, match="looks like Adam's") as caught:
+        Muon([{"params": [p]} for p in parameters((3, 3), (3, 4))], lr=1e-3, scale="keller")
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Muon(parameters((3, 3)), lr=1e-3)
+        Muon(parameters((3, 3)), lr=convert_lr(1e-3, 0.1, "moonlight", "keller", 1024).lr, scale="keller")
