@@ -1,12 +1,16 @@
 """Generation: seeds, greedy, filters, windows longer than the context, stop ids."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from quintic.core import ConfigError, DataError
+from quintic.data.tokenizer import Tokenizer
 from quintic.lm import LanguageModel, LMConfig, generate
-from quintic.lm.decode import sample_token
+from quintic.lm.decode import Sampling, generate_batch, sample_token
+from quintic.lm.task import generate_text
 
 PROMPT = [1, 2, 3]
 
@@ -60,26 +64,77 @@ def test_sampling_follows_the_softmax():
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0])
     uniform = (np.arange(20_000) + 0.5) / 20_000
     for temperature in (0.5, 1.0):
-        counts = np.bincount([sample_token(logits, u, temperature=temperature) for u in uniform[::10]], minlength=4)
+        counts = np.bincount(
+            [sample_token(logits, u, Sampling(temperature=temperature, top_p=1.0)) for u in uniform[::10]], minlength=4
+        )
         expected = torch.softmax(logits / temperature, 0).numpy()
         assert np.abs(counts / counts.sum() - expected).max() < 2e-3
 
 
 def test_filters_keep_the_likeliest():
     logits = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))
-    seen = lambda **kw: {sample_token(logits, u, temperature=1.0, **kw) for u in np.linspace(0.001, 0.999, 99)}  # noqa: E731
+
+    def seen(**filters):
+        rule = Sampling(**{"temperature": 1.0, "top_p": 1.0, **filters})
+        return {sample_token(logits, u, rule) for u in np.linspace(0.001, 0.999, 99)}
+
     assert seen() == {0, 1, 2, 3}
     assert seen(top_k=2) == {1, 3}
     assert seen(top_p=0.65) == {1, 3}
     assert seen(top_p=0.75) == {1, 2, 3}
     assert seen(top_p=1e-9) == {1}
-    assert sample_token(torch.tensor([1.0, 1.0]), 0.99, temperature=0) == 0
+    assert seen(min_p=0.6) == {1, 3} and seen(min_p=0.4) == {1, 2, 3} and seen(min_p=1.0) == {1}
+    assert seen(top_k=3, top_p=0.75) == {1, 3}
+    assert sample_token(torch.tensor([1.0, 1.0]), 0.99, Sampling(temperature=0)) == 0
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    for penalty in (0.5, 1.3, 4.0):
+        for seen in ([3, 3, 7], list(range(40))):
+            theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), logits[None].clone())[
+                0
+            ]
+            rule = Sampling(temperature=0, repetition_penalty=penalty)
+            assert sample_token(logits, 0.5, rule, seen) == int(theirs.argmax())
+    assert torch.equal(logits, torch.randn(50, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_batch_of_prompts_of_any_lengths_says_what_each_would_say_alone(model):
+    double = copy.deepcopy(model).double()
+    prompts = [[1, 2, 3], [9], [5, 4, 3, 2, 1, 0, 7, 8, 9, 10], [9]]
+    seeds = [4, 5, 6, 7]
+    stop = list(generate(double, prompts[1], seed=5, max_tokens=20, temperature=1.0))[7]
+    made = generate_batch(double, prompts, seed=seeds, max_tokens=40, temperature=1.0, stop_ids=[stop])
+    for prompt, seed, row in zip(prompts, seeds, made, strict=True):
+        assert row == list(generate(double, prompt, seed=seed, max_tokens=40, temperature=1.0, stop_ids=[stop]))
+    assert len(made[1]) <= 7 and made[1] != made[3]
+    # Past the context it goes on, from the newer half of every row.
+    assert [len(row) for row in generate_batch(double, prompts, max_tokens=90, temperature=1.0)] == [90] * 4
 
 
 def test_bad_requests(model):
+    with pytest.raises(ConfigError, match="unknown setting 'top_q'"):
+        next(generate(model, PROMPT, top_q=0.5))
+    with pytest.raises(ConfigError, match="min_p"):
+        next(generate(model, PROMPT, min_p=2))
+    with pytest.raises(ConfigError, match="found 2"):
+        generate_batch(model, [PROMPT], seed=[1, 2])
     with pytest.raises(ConfigError, match="top_p"):
         next(generate(model, PROMPT, top_p=0.0))
     with pytest.raises(DataError, match="token ids below 264"):
         next(generate(model, [264]))
     with pytest.raises(DataError):
         next(generate(model, []))
+
+
+def test_stop_strings_end_the_text_before_them(model):
+    tokenizer = Tokenizer.bytes()
+    options = {"max_tokens": 60, "temperature": 1.0, "seed": 3, "stop_at_end": False}
+    whole = "".join(generate_text(model, tokenizer, "a", **options))
+    for start, end in ((5, 8), (20, 21), (30, 36)):
+        stop = whole[start:end]
+        pieces = list(generate_text(model, tokenizer, "a", stop=["not in there", stop, ""], **options))
+        assert "".join(pieces) == whole[: whole.index(stop)]
+    assert "".join(generate_text(model, tokenizer, "a", stop=[whole[-3:] + "x"], **options)) == whole

@@ -95,7 +95,7 @@ def edited(folder, **changes):
     ("change", "error", "words"),
     [
         ({"attention_bias": True}, ConfigError, "attention_bias = True"),
-        ({"n_group": 8}, ConfigError, "n_group = 8"),
+        ({"n_group": 8}, ConfigError, "lm.top_k = 2 exceeds the 1 experts"),
         ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, ConfigError, "'yarn'"),
         ({"hidden_size": 32}, CheckpointError, r"model.embed_tokens.weight is \(264, 64\)"),
         ({"n_routed_experts": 9}, CheckpointError, r"gate.weight is \(8, 64\)"),

@@ -81,10 +81,9 @@ def test_every_parameter_declares_its_role():
     assert roles.keys() == dict(model.named_parameters()).keys()
     kinds = {name: role.role for name, role in roles.items()}
     assert kinds["embedding.weight"] is Role.EMBEDDING and kinds["head.weight"] is Role.HEAD
-    assert (
-        kinds["blocks.1.ffn.experts.gate_up"] is Role.EXPERT_STACK
-        and roles["blocks.1.ffn.experts.gate_up"].row_blocks == 2
-    )
+    assert kinds["blocks.1.ffn.experts.gate_up"] is Role.EXPERT_STACK and roles[
+        "blocks.1.ffn.experts.gate_up"
+    ].split == {"blocks": 2}
     assert kinds["blocks.1.ffn.router.weight"] is Role.ROUTER
     assert kinds["blocks.0.attention.kv_norm.gain"] is Role.VECTOR
     assert kinds["blocks.0.attention.q_down.weight"] is Role.MATRIX

@@ -5,20 +5,41 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from quintic.core import ConfigError
 from quintic.core.initial import initialize_
-from quintic.moe.experts import Experts, SwiGLU, routed_experts
+from quintic.moe import routed
+from quintic.moe.dispatch import choose_kernel, grouped_is_legal
+from quintic.moe.experts import Experts
+from quintic.moe.feedforward import FeedForward, SwiGLU
+from quintic.moe.routed import routed_experts
+
+KERNELS = ("loop", "padded", "grouped")
+ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "relu": F.relu}
 
 
-def slow(x, ids, gates, gate_up, down):
+def slow(x, ids, gates, w_in, down, act=F.silu, normalize=False):
     rows = []
     for n in range(x.shape[0]):
         y = torch.zeros_like(x[n])
         for j, e in enumerate(ids[n].tolist()):
-            gate, up = (gate_up[e] @ x[n]).chunk(2)
-            y = y + gates[n, j] * (down[e] @ (F.silu(gate) * up))
+            h = w_in[e] @ x[n]
+            if len(h) == down.shape[2]:
+                a = act(h)
+            else:
+                gate, up = h.chunk(2)
+                a = act(gate) * up
+            v = down[e] @ a
+            y = y + gates[n, j] * (v / (v.square().mean() + 1e-8).sqrt() if normalize else v)
         rows.append(y)
     return torch.stack(rows) if rows else torch.zeros_like(x)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Force a kernel instead of letting sizes decide."""
+    return lambda kernel: monkeypatch.setattr(routed, "choose_kernel", lambda *a, **k: kernel)
 
 
 def inputs(n, d, f, experts, k, seed=0, dtype=torch.float64):
@@ -43,12 +64,140 @@ def test_values_and_gradients_equal_the_loop(n, d, f, experts, data):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kernel", ["loop", "padded"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ACTS)
+def test_every_form_of_expert_against_the_loop(activation, gated, normalize, kernel, use):
+    use(kernel)
+    x, ids, gates, gate_up, down = inputs(8, 6, 4, 5, 2, seed=3)
+    w_in = gate_up if gated else gate_up[:, :4].detach().contiguous().requires_grad_()
+    tensors = (x, gates, w_in, down)
+    fast = routed_experts(x, ids, gates, w_in, down, activation=activation, normalize=normalize)
+    plain = slow(x, ids, gates, w_in, down, ACTS[activation], normalize)
+    torch.testing.assert_close(fast, plain)
+    weight = torch.randn(8, 6, dtype=torch.float64)
+    found, expected = (torch.autograd.grad((y * weight).sum(), tensors) for y in (fast, plain))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+LOADS = {
+    "balanced": lambda n, e, k: torch.stack([(torch.arange(k) + i * k) % e for i in range(n)]),
+    "one full": lambda n, e, k: torch.stack([torch.arange(k) for _ in range(n)]),
+    "skewed": lambda n, e, k: torch.stack([torch.arange(k) + (i * i % 31 == 0) * (i % (e - k + 1)) for i in range(n)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize(
+    ("n", "d", "f", "e", "k"), [(64, 16, 8, 8, 2), (1, 8, 8, 4, 4), (300, 8, 16, 6, 1), (40, 24, 8, 40, 3)]
+)
+def test_kernels_agree(n, d, f, e, k, load, dtype, use):
+    """Up to rounding: which kernel ran can not be told from values or gradients."""
+    x, _, gates, gate_up, down = inputs(n, d, f, e, k, dtype=torch.float32)
+    tensors = [t.detach().to(dtype).requires_grad_() for t in (x, gates, gate_up, down)]
+    ids, weight, results = LOADS[load](n, e, k), torch.randn(n, d).to(dtype), {}
+    for kernel in KERNELS:
+        use(kernel)
+        y = routed_experts(tensors[0], ids, *tensors[1:])
+        results[kernel] = (y, *torch.autograd.grad((y * weight).sum(), tensors))
+    for kernel in KERNELS[1:]:
+        for a, b in zip(results["loop"], results[kernel], strict=True):
+            assert torch.isfinite(b).all()
+            assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 5e-3) * a.norm() + 1e-12
+
+
+def test_the_choice_is_by_load_and_legality():
+    few, skewed, much = [9, 8, 7, 8], [120, 0, 1, 3], [4000, 4100, 3900, 4000]
+    choose = lambda counts, cpu, legal: choose_kernel(counts, 64, 128, cpu=cpu, legal=legal)  # noqa: E731
+    assert [choose(counts, True, True) for counts in (few, skewed, much)] == ["padded", "grouped", "loop"]
+    assert [choose(counts, True, False) for counts in (few, skewed, much)] == ["padded", "loop", "loop"]
+    assert choose([1, 1] + [0] * 62, True, False) == "loop"  # a decoded token must not read 62 idle experts
+    assert [choose(counts, False, True) for counts in (few, skewed, much)] == ["grouped"] * 3
+    assert [choose(counts, False, False) for counts in (few, skewed, much)] == ["padded", "loop", "padded"]
+    cpu = torch.device("cpu")
+    assert grouped_is_legal(torch.float32, (64, 128), cpu)
+    assert not grouped_is_legal(torch.float64, (64, 128), cpu)
+    assert not grouped_is_legal(torch.bfloat16, (64, 132), cpu)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_work_does_not_grow_with_the_number_of_experts(normalize, use):
+    """Multiply-adds of the products inside, for 4 and for 64 experts; and what the operator tells a FLOP counter."""
+    use("loop")
+    for experts in (4, 64):
+        x, _, gates, gate_up, down = inputs(256, 8, 4, experts, 2, dtype=torch.float32)
+        ids = LOADS["balanced"](256, experts, 2)
+        with torch.no_grad(), FlopCounterMode(display=False) as inside:
+            y, *kept = routed._forward(x, ids, gates, gate_up, down, "silu", normalize)
+            routed._backward(y, x, gates, gate_up, down, *kept, "silu", normalize)
+        with FlopCounterMode(display=False) as outside:
+            routed_experts(x, ids, gates, gate_up, down, normalize=normalize).sum().backward()
+        once = 2 * 256 * 2 * (3 * 4 * 8)
+        assert inside.get_total_flops() == outside.get_total_flops() == 3 * once + normalize * once // 3
+
+
 def test_finite_differences():
     x, ids, gates, gate_up, down = inputs(6, 5, 3, 4, 2)
-    assert torch.autograd.gradcheck(lambda *a: routed_experts(a[0], ids, *a[1:]), (x, gates, gate_up, down))
+    for normalize in (False, True):
+        function = lambda *a, n=normalize: routed_experts(a[0], ids, *a[1:], normalize=n)  # noqa: E731
+        assert torch.autograd.gradcheck(function, (x, gates, gate_up, down))
 
 
-def test_an_expert_without_tokens_gets_an_exact_zero_gradient():
+def test_double_backward_is_refused():
+    x, ids, gates, gate_up, down = inputs(3, 4, 3, 4, 2)
+    (gradient,) = torch.autograd.grad(routed_experts(x, ids, gates, gate_up, down).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_memory_for_the_backward_pass_is_input_and_projection_only():
+    n, d, f, experts, k = 512, 32, 8, 16, 4
+    x, ids, gates, gate_up, down = inputs(n, d, f, experts, k, dtype=torch.float32)
+    given = {t.data_ptr() for t in (x, gates, gate_up, down)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        routed_experts(x, ids, gates, gate_up, down)
+    extra = sum(t.nbytes for t in kept if t.data_ptr() not in given)
+    assert extra <= n * k * (2 * f * 4 + 8) + experts * 8
+
+
+def test_compiles_as_one_graph_and_new_loads_do_not_recompile():
+    layer = Experts(8, 4, 4)
+    initialize_(layer, 0)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, _, gates, *_ = inputs(12, 8, 4, 4, 2, dtype=torch.float32)
+    for load in LOADS.values():
+        ids = load(12, 4, 2)
+        with torch.compiler.set_stance("fail_on_recompile") if load is not LOADS["balanced"] else torch.enable_grad():
+            y = compiled(x, ids, gates)
+        gradients = torch.autograd.grad(y.square().sum(), (x, layer.down))
+        expected = layer(x, ids, gates)
+        torch.testing.assert_close(y, expected)
+        for a, b in zip(gradients, torch.autograd.grad(expected.square().sum(), (x, layer.down)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ACTS)
+def test_dense_network_and_its_gradient(activation, gated):
+    ffn = FeedForward(6, 5, activation=activation, gated=gated).double()
+    initialize_(ffn, 0)
+    x = torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=True)
+    h = x @ ffn.get_parameter(ffn.in_name).t()
+    z, up = h.chunk(2, -1) if gated else (h, 1.0)
+    torch.testing.assert_close(ffn(x), (ACTS[activation](z) * up) @ ffn.down.t())
+    assert torch.autograd.gradcheck(ffn, x)
+    with pytest.raises(ConfigError, match="unknown activation"):
+        FeedForward(4, 4, activation="swish")
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:2])
+def test_an_expert_without_tokens_gets_an_exact_zero_gradient(kernel, use):
+    use(kernel)
     x, _, gates, gate_up, down = inputs(6, 4, 3, 5, 2)
     ids = torch.tensor([[0, 1]] * 6)
     routed_experts(x, ids, gates, gate_up, down).sum().backward()  # also: a gradient of stride 0 comes in

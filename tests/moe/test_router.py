@@ -1,17 +1,22 @@
 """Routing: ties, masks, gates from raw scores, the bias that only selects, the routed scale of published models."""
 
 import copy
+import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
+from quintic.core import ConfigError
 from quintic.core.initial import initialize_
-from quintic.moe.router import Router, routed_scaling_factor
+from quintic.moe.router import Router, argtop, routed_scaling_factor
+from quintic.moe.score import smooth_topk
 
 
-def make(d=16, experts=8, k=3, scale=2.0, seed=0) -> Router:
-    router = Router(d, experts, k, scale=scale)
+def make(d=16, experts=8, k=3, scale=2.0, seed=0, **options) -> Router:
+    router = Router(d, experts, k, scale=scale, **options)
     initialize_(router, seed)
     return router
 
@@ -85,7 +90,142 @@ def test_scores_are_float32_under_autocast():
     assert torch.equal(plain.ids_nk, cast.ids_nk) and torch.equal(plain.gates_nk, cast.gates_nk)
 
 
-@pytest.mark.parametrize(("experts", "k", "published"), [(64, 6, 2.446), (256, 8, 2.83)])
-def test_routed_scale_of_published_models(experts, k, published):
-    """Moonlight's configured 2.446 and the 2.83 that post 10945 computes for DeepSeek-V3's shape."""
-    assert routed_scaling_factor(experts, k) == pytest.approx(published, abs=0.01)
+numbers = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, 1e-38, -1e-38, math.inf, -math.inf]) | st.floats(width=32).filter(
+    lambda value: not math.isnan(value)
+)
+
+
+@given(st.lists(numbers, min_size=1, max_size=12), st.data())
+def test_argtop_is_a_stable_sort_of_any_float(row, data):
+    k = data.draw(st.integers(1, len(row)))
+    expected = sorted(range(len(row)), key=lambda i: (-torch.tensor(row[i]).item(), i))[:k]
+    assert argtop(torch.tensor([row]), k).tolist() == [expected]
+
+
+SCORES = {
+    "softmax": lambda x: x.exp() / x.exp().sum(),
+    "sigmoid": lambda x: 1 / (1 + (-x).exp()),
+    "relu": lambda x: x.clamp(min=0),
+    "smooth_topk": lambda x: smooth_topk(x[None], 3)[0],
+    "own": lambda x: x.square(),
+}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_selects_and_weighs_by_its_formula(score, normalize):
+    router = make(score=torch.square if score == "own" else score, normalize_gates=normalize)
+    x = torch.randn(30, 16, generator=torch.Generator().manual_seed(1))
+    routing = router(x)
+    for n in range(30):
+        rho = SCORES[score](router.weight @ x[n])
+        chosen = sorted(range(8), key=lambda e, s=rho: (-s[e].item(), e))[:3]
+        assert routing.ids_nk[n].tolist() == chosen
+        gates = rho[chosen] / rho[chosen].sum() if normalize else rho[chosen]
+        torch.testing.assert_close(routing.gates_nk[n], 2.0 * gates)
+        torch.testing.assert_close(routing.scores_ne[n], rho)
+
+
+def test_smooth_topk_sums_to_k_orders_like_its_input_and_has_the_right_gradient():
+    x = 5.0 * torch.randn(6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for k in (1, 3, 6):
+        score = smooth_topk(x, k)
+        torch.testing.assert_close(score.sum(1), torch.full((6,), float(k)).double())
+        assert torch.equal(score.argsort(1), x.argsort(1))
+    assert torch.autograd.gradcheck(lambda x: smooth_topk(x, 3), x.requires_grad_())
+
+
+def test_select_with_one_score_and_gate_with_another():
+    router = make(score="softmax", select="sigmoid", normalize_gates=False)
+    router.bias.copy_(torch.linspace(-0.4, 0.4, 8))
+    x = torch.randn(40, 16)
+    routing, logits = router(x), x @ router.weight.t()
+    assert torch.equal(routing.ids_nk, argtop(torch.sigmoid(logits) + router.bias, 3))
+    torch.testing.assert_close(routing.gates_nk, 2.0 * torch.softmax(logits, 1).gather(1, routing.ids_nk))
+    torch.testing.assert_close(routing.scores_ne, torch.sigmoid(logits))
+
+
+def test_tokens_without_a_positive_relu_score_get_nothing():
+    router = make(score="relu")
+    x = -router.weight.detach().sum(0, keepdim=True) * 100
+    with torch.no_grad():
+        router.weight.copy_(router.weight.abs())
+    routing = router(-x.abs())
+    assert routing.gates_nk.eq(0).all() and routing.ids_nk.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(("groups", "kept", "k"), [(4, 2, 3), (2, 1, 2), (8, 3, 3), (4, 4, 5)])
+def test_groups_limit_the_choice(groups, kept, k):
+    """Kept groups have the largest sums of their two best biased scores; nothing else may win, even below zero."""
+    router = make(experts=8, k=k, num_groups=groups, top_groups=kept)
+    router.bias.copy_(torch.linspace(-3.0, -1.0, 8).roll(3))
+    x = torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
+    routing = router(x)
+    for n in range(30):
+        biased = (torch.sigmoid(router.weight @ x[n]) + router.bias).view(groups, -1)
+        best = biased.sort(1, descending=True)[0][:, :2].sum(1)
+        keep = sorted(range(groups), key=lambda g, b=best: (-b[g].item(), g))[:kept]
+        size = 8 // groups
+        allowed = [g * size + i for g in keep for i in range(size)]
+        flat = biased.flatten()
+        assert routing.ids_nk[n].tolist() == sorted(allowed, key=lambda e, s=flat: (-s[e].item(), e))[:k]
+        outside = [e for e in range(8) if e not in allowed]
+        assert routing.biased_ne[n, outside].eq(-math.inf).all()
+
+
+def test_offset_shift_and_kept_choice():
+    router = make(offset=True)
+    x = torch.randn(20, 16)
+    with torch.no_grad():
+        router.offset[5] = 50.0
+    assert router(x).ids_nk[:, 0].eq(5).all()
+    shifted = router(x, shift=lambda scores: torch.full_like(scores, 0.0).index_fill_(1, torch.tensor([2]), 9.0))
+    assert shifted.ids_nk[:, 0].eq(2).all()
+    own = torch.tensor([[7, 1, 3]]).expand(20, 3)
+    kept = router(x, keep=lambda ids: own)
+    assert torch.equal(kept.ids_nk, own) and kept.counts_e.tolist() == [0, 20, 0, 20, 0, 0, 0, 20]
+    torch.testing.assert_close(kept.gates_nk.sum(1), torch.full((20,), 2.0))
+
+
+def test_float64_routes_in_float64_and_bfloat16_in_float32():
+    router = make()
+    x = torch.randn(50, 16)
+    single = router(x)
+    double, half = make().double()(x.double()), make().bfloat16()(x.bfloat16())
+    assert double.gates_nk.dtype == torch.float64 and half.gates_nk.dtype == torch.float32
+    assert torch.equal(double.ids_nk, single.ids_nk)
+    weight = make().weight.bfloat16().float()
+    assert torch.equal(half.ids_nk, argtop(torch.sigmoid(x.bfloat16().float() @ weight.t()), 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "sigmoyd"}, "did you mean 'sigmoid'"),
+        ({"select": "softmin"}, "select = 'softmin' is unknown"),
+        ({"score": "one"}, "cannot select"),
+        ({"k": 1}, "without gradient"),
+        ({"k": 9}, "between 1 and num_experts = 8"),
+        ({"k": 8, "score": "smooth_topk"}, "top_k < num_experts"),
+        ({"num_groups": 3}, "divide num_experts = 8"),
+        ({"num_groups": 4, "top_groups": 5}, "between 1 and num_groups = 4"),
+        ({"num_groups": 4, "top_groups": 1}, "exceeds the 2 experts of 1 groups"),
+        ({"score": lambda logits: logits.sum(1)}, "one score per token and expert"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**options)(torch.randn(4, 16))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "published"),
+    [
+        ({"num_experts": 64, "top_k": 6}, 2.446),
+        ({"num_experts": 256, "top_k": 8}, 2.83),
+        ({"num_experts": 160, "top_k": 6, "num_shared": 2, "score": "softmax", "normalize_gates": False}, 16.0),
+    ],
+)
+def test_routed_scale_of_published_models(arguments, published):
+    """Moonlight's configured 2.446, DeepSeek-V2's 16, and the 2.83 that post 10945 computes for DeepSeek-V3's shape."""
+    assert routed_scaling_factor(**arguments) == pytest.approx(published, rel=0.004)

@@ -8,7 +8,7 @@ from quintic.lm.cache import LatentCache
 from quintic.lm.config import LMConfig
 from quintic.lm.mla import LatentAttention
 from quintic.lm.norm import RMSNorm
-from quintic.moe.experts import SwiGLU
+from quintic.moe.feedforward import SwiGLU
 from quintic.moe.layer import MoE
 
 __all__ = ["Block"]
@@ -33,10 +33,13 @@ class Block(nn.Module):
         self.ffn: SwiGLU | MoE
         if index < c.num_dense_layers:
             self.ffn = SwiGLU(c.d_model, c.d_ff, out_scale=out_scale)
+        elif c.dense:
+            self.ffn = SwiGLU(c.d_model, (c.top_k + c.num_shared) * c.d_expert, out_scale=out_scale)
         else:
             self.ffn = MoE(
-                c.d_model, c.d_expert, c.num_experts, c.top_k, num_shared=c.num_shared,
-                route_scale=c.route_scale, balance=c.make_balance(), out_scale=out_scale,
+                c.d_model, c.d_expert, c.num_experts, c.top_k, num_shared=c.num_shared, route_scale=c.route_scale,
+                normalize_experts=c.normalize_experts or None, **c.routing, balance=c.make_balance(),
+                out_scale=out_scale, initialize=False,
             )  # fmt: skip
 
     def forward(

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from typing import Any
 
 from quintic.assets import preset_text
 from quintic.core import ConfigError, suggest
-from quintic.moe.balance import RULES, Balance, LossFree, NoBalance
+from quintic.moe.auxiliary import AuxLoss, ZLoss
+from quintic.moe.balance import RULES, Balance, Combination, LossFree
+from quintic.moe.layer import NORMS
+from quintic.moe.router import check_routing
 
 __all__ = ["LMConfig"]
 
@@ -64,26 +68,54 @@ class LMConfig:
     """Experts that every token visits."""
     route_scale: float = 0.0
     """Factor of the routed branch; 0 computes the one that matches the shared branch at initialisation."""
+    score: str = "sigmoid"
+    """How the router's logits become scores: softmax, sigmoid, relu or smooth_topk."""
+    select: str = ""
+    """The same for the choice of experts only; empty takes ``score``."""
+    normalize_gates: bool = True
+    """Whether the gates of the chosen experts are divided by their sum."""
+    normalize_experts: str = ""
+    """Whether an expert's output is divided by its norm: l2, rms or empty for neither."""
+    num_groups: int = 1
+    """Equal groups of consecutive experts."""
+    top_groups: int = 1
+    """Groups that a token may use."""
+    dense: bool = False
+    """The baseline of equal active compute: dense feed-forwards of width (top_k + num_shared) * d_expert instead of
+    experts."""
     balance: str = "loss-free"
     """How the expert load is balanced: loss-free (a selection bias) or none."""
     balance_rule: str = "floored-rms"
-    """Step of the selection bias: sign, sgd, relative, rms or floored-rms."""
-    balance_rate: float = 0.01
-    """Size of that step."""
+    """Step of the selection bias: sign, sgd, relative, rms, floored-rms or quantile."""
+    balance_rate: float = 0.0
+    """Size of that step; 0 takes the rule's own."""
+    balance_rest: float = 0.0
+    """Part at the end of the training in which the bias rests."""
+    aux_weight: float = 0.0
+    """Weight of an auxiliary loss of the load, beside the bias or instead of it; 0 for none."""
+    aux_over: str = "batch"
+    """What that loss balances: every batch, every sequence, or the global batch."""
+    z_weight: float = 0.0
+    """Weight of the router's z-loss; 0 for none."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-6
     """Added to the mean square in RMSNorm."""
+    qk_clip: float = 0.0
+    """Attention logits above this make a training step shrink the queries and keys of their head; 0 is never."""
 
     def __post_init__(self) -> None:
         positive = (
             "vocab_size", "context", "d_model", "num_layers", "num_heads", "qk_nope_dim", "qk_rope_dim",
-            "v_dim", "kv_rank", "d_ff", "d_expert", "num_experts", "top_k",
+            "v_dim", "kv_rank", "d_ff", "d_expert", "num_experts", "top_k", "num_groups", "top_groups",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"lm.{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("num_shared", "q_rank", "num_dense_layers", "route_scale", "balance_rate"):
+        for name in (
+            "num_shared", "q_rank", "num_dense_layers", "route_scale", "balance_rate", "balance_rest", "aux_weight",
+            "z_weight", "qk_clip",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"lm.{name} must be at least 0, found {getattr(self, name)}")
         for name in ("qk_nope_dim", "qk_rope_dim", "kv_rank"):
@@ -93,15 +125,24 @@ class LMConfig:
             raise ConfigError(
                 f"lm.num_dense_layers = {self.num_dense_layers} exceeds lm.num_layers = {self.num_layers}"
             )
-        if self.num_dense_layers < self.num_layers and not 2 <= self.top_k <= self.num_experts:
-            raise ConfigError(
-                f"lm.top_k must be between 2 and lm.num_experts = {self.num_experts}, found {self.top_k} "
-                "(one normalised choice would leave the router without gradient)"
-            )
+        if self.has_experts:
+            try:
+                check_routing(self.num_experts, self.top_k, **self.routing)
+            except ConfigError as error:
+                raise ConfigError(f"lm.{error}") from None
+            if self.normalize_experts not in ("", *NORMS):
+                raise ConfigError(
+                    f"lm.normalize_experts must be l2, rms or empty, found {self.normalize_experts!r}"
+                    f"{suggest(self.normalize_experts, NORMS)}"
+                )
         if self.balance not in BALANCES:
             raise ConfigError(f"lm.balance = {self.balance!r} is unknown{suggest(self.balance, BALANCES)}")
         if self.balance_rule not in RULES:
             raise ConfigError(f"lm.balance_rule = {self.balance_rule!r} is unknown{suggest(self.balance_rule, RULES)}")
+        try:
+            self.make_balance()
+        except ConfigError as error:
+            raise ConfigError(f"lm.balance... or lm.aux...: {error}") from None
 
     @classmethod
     def preset(cls, size: str) -> LMConfig:
@@ -112,6 +153,29 @@ class LMConfig:
         """
         return cls(**tomllib.loads(preset_text("lm", size)).get("lm", {}))
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any block has experts."""
+        return not self.dense and self.num_dense_layers < self.num_layers
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """Options that :class:`quintic.moe.MoE` and the routed scale have in common."""
+        return {
+            "score": self.score,
+            "select": self.select or self.score,
+            "normalize_gates": self.normalize_gates,
+            "num_groups": self.num_groups,
+            "top_groups": self.top_groups,
+        }
+
     def make_balance(self) -> Balance:
         """The balancer that the fields describe."""
-        return NoBalance() if self.balance == "none" else LossFree(self.balance_rule, self.balance_rate)
+        parts: list[Balance] = []
+        if self.balance == "loss-free":
+            parts.append(LossFree(self.balance_rule, self.balance_rate or None, rest=self.balance_rest))
+        if self.aux_weight:
+            parts.append(AuxLoss(self.aux_weight, over=self.aux_over))
+        if self.z_weight:
+            parts.append(ZLoss(self.z_weight))
+        return parts[0] if len(parts) == 1 else Combination(tuple(parts))

@@ -1,8 +1,9 @@
-"""Text from a model, one token at a time."""
+"""Text from a model, one token at a time, for one prompt or for several at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,22 +12,50 @@ from quintic.core import ConfigError, DataError
 from quintic.core.counter_rng import Stream
 from quintic.lm.model import LanguageModel
 
-__all__ = ["generate", "sample_token"]
+__all__ = ["Sampling", "generate", "generate_batch", "sample_token"]
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is picked from its logits. The filters apply in the order of the fields.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    repetition_penalty: float = 1.0
+    """Logits of tokens seen before are divided (negative ones multiplied) by it; 1 is none (Keskar et al. 2019)."""
+    temperature: float = 0.7
+    """0 is greedy; 1 samples from the model's own distribution."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 0.9
+    """Keep the smallest set of likeliest tokens with at least this probability."""
+    min_p: float = 0.0
+    """Keep tokens at least this times as likely as the likeliest (Nguyen et al. 2024); 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        for name, holds, expected in (
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+        ):
+            if not holds:
+                raise ConfigError(f"{name} must be {expected}, found {getattr(self, name)}")
+
+
 def generate(
     model: LanguageModel,
     prompt: Sequence[int],
     *,
     max_tokens: int = 100,
-    temperature: float = 0.7,
-    top_k: int = 0,
-    top_p: float = 0.9,
     seed: int = 0,
     num_ids: int | None = None,
     stop_ids: Sequence[int] = (),
     should_stop: Callable[[], bool] = lambda: False,
+    **sampling: float,
 ) -> Iterator[int]:
     """Yield up to ``max_tokens`` token ids that continue a prompt.
 
@@ -34,74 +63,158 @@ def generate(
         model: In any mode; load is not counted because it is set to evaluation while this runs.
         prompt: At least one id. Only the last ``context`` of prompt and text are seen.
         max_tokens: Tokens to make.
-        temperature: 0 is greedy; 1 samples from the model's own distribution.
-        top_k: Keep the k likeliest tokens; 0 keeps all.
-        top_p: Keep the smallest set of likeliest tokens with at least this probability.
         seed: Token i depends on the seed, the text before it and nothing else.
         num_ids: Ids from here on are never made (padding rows of the vocabulary).
         stop_ids: End before yielding one of these.
         should_stop: Polled once a token.
+        **sampling: Fields of :class:`Sampling`.
 
     Raises:
-        ConfigError: A sampling setting is out of range.
+        ConfigError: A sampling setting is unknown or out of range.
         DataError: The prompt is empty or has an id that the vocabulary lacks.
     """
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_tokens < 0:
+    for (token,) in _decode(model, [prompt], [seed], max_tokens, num_ids, stop_ids, should_stop, sampling):
+        assert token is not None
+        yield token
+
+
+def generate_batch(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int = 100,
+    seed: int | Sequence[int] = 0,
+    num_ids: int | None = None,
+    stop_ids: Sequence[int] = (),
+    **sampling: float,
+) -> list[list[int]]:
+    """Continue several prompts of any lengths at once; each gets the text that it would get alone.
+
+    That holds up to rounding, and as long as the longest prompt and its text fit in the context.
+
+    Args:
+        model: As for :func:`generate`.
+        prompts: At least one id each.
+        max_tokens: Tokens to make for each.
+        seed: One for all, or one for each.
+        num_ids: As for :func:`generate`.
+        stop_ids: A row ends before one of these.
+        **sampling: Fields of :class:`Sampling`.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range, or the seeds are not as many as the prompts.
+        DataError: A prompt is empty or has an id that the vocabulary lacks.
+    """
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise ConfigError(f"expected one seed or {len(prompts)}, one for each prompt; found {len(seeds)}")
+    texts: list[list[int]] = [[] for _ in prompts]
+    for tokens in _decode(model, prompts, seeds, max_tokens, num_ids, stop_ids, lambda: False, sampling):
+        for text, token in zip(texts, tokens, strict=True):
+            if token is not None:
+                text.append(token)
+    return texts
+
+
+@torch.inference_mode()
+def _decode(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    max_tokens: int,
+    num_ids: int | None,
+    stop_ids: Sequence[int],
+    should_stop: Callable[[], bool],
+    sampling: dict[str, float],
+) -> Iterator[list[int | None]]:
+    """Yield the next token of every row; None for a row that has ended. Ends when all have."""
+    if unknown := sampling.keys() - Sampling.__dataclass_fields__.keys():
         raise ConfigError(
-            "temperature, top_k and max_tokens must be at least 0 and top_p in (0, 1]; found "
-            f"temperature={temperature}, top_k={top_k}, top_p={top_p}, max_tokens={max_tokens}"
+            f"unknown setting {sorted(unknown)[0]!r}; expected one of: {', '.join(Sampling.__dataclass_fields__)}"
         )
-    size = model.config.vocab_size
-    if not prompt or min(prompt) < 0 or max(prompt) >= size:
-        raise DataError(f"the prompt must be one or more token ids below {size}")
-    context = model.config.context
-    noise = Stream(seed, "generate")
-    text = list(prompt)
+    rule = Sampling(**sampling)  # type: ignore[arg-type]
+    if max_tokens < 0:
+        raise ConfigError(f"max_tokens must be 0 or more, found {max_tokens}")
+    size, context = model.config.vocab_size, model.config.context
+    for prompt in prompts:
+        if not prompt or min(prompt) < 0 or max(prompt) >= size:
+            raise DataError(f"a prompt must be one or more token ids below {size}")
+    noises = [Stream(seed, "generate") for seed in seeds]
+    texts = [list(prompt) for prompt in prompts]
+    ended = [False] * len(texts)
     was_training = model.training
     model.eval()
     try:
-        cache, unseen = model.new_cache(), text[-context:]
+        cache = model.new_cache(len(texts))
+        unseen, documents = _left_padded([text[-context:] for text in texts])
         for step in range(max_tokens):
             if should_stop():
                 return
-            if cache[0].length + len(unseen) > context:
+            if cache[0].length + len(unseen[0]) > context:
                 # The window is full: start again from its newer half.
-                cache, unseen = model.new_cache(), text[-max(1, context // 2) :]
-            logits = model(torch.tensor([unseen], device=model.rotation.device), cache=cache)[0, -1]
-            token = sample_token(
-                logits[:num_ids], float(noise.uniform(step, 1)[0]), temperature=temperature, top_k=top_k, top_p=top_p
-            )
-            if token in stop_ids:
+                cache = model.new_cache(len(texts))
+                unseen, documents = _left_padded([text[-max(1, context // 2) :] for text in texts])
+            device = model.rotation.device
+            marks = None if documents is None else torch.tensor(documents, device=device)
+            logits = model(torch.tensor(unseen, device=device), documents=marks, cache=cache)[:, -1, :num_ids]
+            tokens: list[int | None] = []
+            for row, text in enumerate(texts):
+                uniform = float(noises[row].uniform(step, 1)[0])
+                token = None if ended[row] else sample_token(logits[row], uniform, rule, text)
+                ended[row] = ended[row] or token in stop_ids
+                tokens.append(None if ended[row] else token)
+                text.append(text[-1] if token is None else token)
+            if all(ended):
                 return
-            text.append(token)
-            unseen = [token]
-            yield token
+            unseen = [[text[-1]] for text in texts]
+            if documents is not None:
+                documents = [[*row, 1] for row in documents]
+            yield tokens
     finally:
         model.train(was_training)
 
 
-def sample_token(logits: Tensor, uniform: float, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> int:
+def _left_padded(texts: list[list[int]]) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Rows of one length, and which elements are text (1) and padding (0); None if nothing was padded.
+
+    Padding stands before the text: positions are relative, so a shift of all of them changes nothing.
+    """
+    longest = max(map(len, texts))
+    if all(len(text) == longest for text in texts):
+        return texts, None
+    gaps = [longest - len(text) for text in texts]
+    rows = [[text[0]] * gap + text for text, gap in zip(texts, gaps, strict=True)]
+    return rows, [[0] * gap + [1] * (longest - gap) for gap in gaps]
+
+
+def sample_token(logits: Tensor, uniform: float, rule: Sampling, seen: Sequence[int] = ()) -> int:
     """Pick a token by inverse distribution function over the tokens sorted by probability.
 
     Args:
         logits: (vocabulary,).
         uniform: A number in (0, 1).
-        temperature: 0 picks the likeliest, the lower id of a tie.
-        top_k: Keep the k likeliest; 0 keeps all.
-        top_p: Keep the smallest likeliest set with at least this probability.
+        rule: Temperature and filters; greedy takes the lower id of a tie.
+        seen: Tokens before, for the repetition penalty.
 
     Example:
-        >>> sample_token(torch.tensor([0.0, 2.0, 1.0]), 0.99, temperature=1.0, top_k=2)
+        >>> sample_token(torch.tensor([0.0, 2.0, 1.0]), 0.99, Sampling(temperature=1.0, top_k=2, top_p=1.0))
         2
     """
-    values, ids = torch.sort(logits.cpu().double(), descending=True, stable=True)
-    if temperature == 0:
+    logits = logits.cpu().double()
+    if rule.repetition_penalty != 1.0 and seen:
+        ids = torch.tensor(sorted({token for token in seen if token < len(logits)}))
+        old = logits[ids]
+        logits[ids] = torch.where(old > 0, old / rule.repetition_penalty, old * rule.repetition_penalty)
+    values, ids = torch.sort(logits, descending=True, stable=True)
+    if rule.temperature == 0:
         return int(ids[0])
-    probability = torch.softmax(values / temperature, dim=0)
-    if top_k:
-        probability = probability[:top_k]
+    probability = torch.softmax(values / rule.temperature, dim=0)
+    if rule.top_k:
+        probability = probability[: rule.top_k]
     cumulative = probability.cumsum(0)
-    if top_p < 1.0:
-        kept = int((cumulative < top_p * cumulative[-1]).sum()) + 1
+    if rule.top_p < 1.0:
+        kept = int((cumulative < rule.top_p * cumulative[-1]).sum()) + 1
         cumulative = cumulative[:kept]
+    if rule.min_p > 0.0:
+        cumulative = cumulative[: int((probability[: len(cumulative)] >= rule.min_p * probability[0]).sum())]
     return int(ids[int((cumulative <= uniform * cumulative[-1]).sum().clamp(max=cumulative.numel() - 1))])

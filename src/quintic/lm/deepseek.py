@@ -43,14 +43,14 @@ _SAME = {
     "first_k_dense_replace": "num_dense_layers",
     "max_position_embeddings": "context",
     "rms_norm_eps": "norm_eps",
+    "n_group": "num_groups",
+    "topk_group": "top_groups",
+    "norm_topk_prob": "normalize_gates",
 }
 """Settings there and here that mean the same."""
 
 _FIXED = {
     "model_type": "deepseek_v3",
-    "n_group": 1,
-    "topk_group": 1,
-    "norm_topk_prob": True,
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
     "hidden_act": "silu",
@@ -75,7 +75,15 @@ def save_deepseek(
 
     Raises:
         FileExistsError: The folder exists.
+        ConfigError: The architecture has no place for the model's scores, normalised experts or dense baseline.
     """
+    c = model.config
+    if c.dense or c.normalize_experts or {c.score, c.routing["select"]} != {"sigmoid"}:
+        raise ConfigError(
+            "a DeepSeek-V3 folder holds sigmoid scores and ordinary experts only; this model has "
+            f"score = {c.score!r}, select = {c.select!r}, normalize_experts = {c.normalize_experts!r}, "
+            f"dense = {c.dense}"
+        )
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = total = 0
@@ -169,6 +177,7 @@ def read_config(folder: Path, *, context: int = 0) -> LMConfig:
         raise CheckpointError(f"{path} does not say {missing[0]}; expected the config.json of a DeepSeek-V3 model")
     values: dict[str, Any] = {ours: found[theirs] for theirs, ours in _SAME.items()}
     values["num_shared"] = values["num_shared"] or 0
+    values["num_groups"], values["top_groups"] = values["num_groups"] or 1, values["top_groups"] or 1
     values["q_rank"] = found.get("q_lora_rank") or 0
     values["rope_theta"] = float(rope.get("rope_theta", found.get("rope_theta", 10_000.0)))
     values["context"] = context or values["context"]

@@ -5,6 +5,9 @@ rotated part that the keys of all heads share:
 
     c = norm(x W_a),  [k_nope | v] = c W_b,  k = [k_nope | rope(x W_r)],  q = [q_nope | rope(q_rope)]
 
+With ``qk_clip`` the largest logit of every head is kept while training, for :meth:`LatentAttention.clip_qk_` after the
+optimizer's step (MuonClip, :mod:`quintic.optim.qk_clip`).
+
 Legend: b batch, t time, s time of keys, h heads, r latent, p rotated width.
 """
 
@@ -21,6 +24,7 @@ from quintic.lm.cache import LatentCache
 from quintic.lm.config import LMConfig
 from quintic.lm.norm import RMSNorm
 from quintic.lm.rope import rotate
+from quintic.optim.qk_clip import clip_latent_qk_, max_logits, split_heads
 
 __all__ = ["LatentAttention", "Linear"]
 
@@ -45,6 +49,9 @@ class LatentAttention(nn.Module):
         config: Sizes.
         out_scale: Factor of the initial standard deviation of the output projection.
     """
+
+    largest_logits: Tensor | None = None
+    """(heads,) since the last :meth:`clip_qk_`, over all that was seen in training by this process."""
 
     def __init__(self, config: LMConfig, *, out_scale: float) -> None:
         super().__init__()
@@ -88,6 +95,9 @@ class LatentAttention(nn.Module):
             self.kv_up(latent_btr).view(b, s, c.num_heads, -1).transpose(1, 2).split([c.qk_nope_dim, c.v_dim], dim=-1)
         )
         key = torch.cat([k_nope, rope_key_btp.unsqueeze(1).expand(-1, c.num_heads, -1, -1)], dim=-1)
+        if c.qk_clip and self.training:
+            found = max_logits(query, key, allowed=allowed)
+            self.largest_logits = found if self.largest_logits is None else torch.maximum(self.largest_logits, found)
         # The fused kernels want equal widths; zero columns change nothing.
         pad = key.shape[-1] - c.v_dim
         if pad > 0:
@@ -96,3 +106,18 @@ class LatentAttention(nn.Module):
             query, key, value, attn_mask=allowed, is_causal=allowed is None and t > 1, scale=key.shape[-1] ** -0.5
         )
         return self.out(mixed[..., : c.v_dim].transpose(1, 2).reshape(b, t, -1))
+
+    def clip_qk_(self, largest: Tensor) -> Tensor:
+        """Shrink the queries and keys of heads with logits above ``qk_clip``, and forget the logits.
+
+        Args:
+            largest: (heads,) ``largest_logits``, over all processes.
+
+        Returns:
+            (heads,) the factor on the logits of each head; 1 where nothing was done.
+        """
+        c = self.config
+        self.largest_logits = None
+        q_nope, q_rope = split_heads(self.q.weight, c.num_heads, c.qk_nope_dim, c.qk_rope_dim)
+        k_nope, _ = split_heads(self.kv_up.weight, c.num_heads, c.qk_nope_dim, c.v_dim)
+        return clip_latent_qk_(q_nope, q_rope, k_nope, largest, c.qk_clip)

@@ -14,6 +14,7 @@ from quintic.core.roles import Normal, Role, declare
 from quintic.lm.block import Block
 from quintic.lm.cache import LatentCache
 from quintic.lm.config import LMConfig
+from quintic.lm.cross_entropy import linear_cross_entropy
 from quintic.lm.norm import RMSNorm
 from quintic.lm.rope import rotation_table
 from quintic.moe.layer import MoE
@@ -82,17 +83,20 @@ class LanguageModel(nn.Module):
         documents: Tensor | None = None,
         counted: Tensor | None = None,
         cache: list[LatentCache] | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next token at every position.
+        """Logits of the next token at every position, or the loss against targets.
 
         Args:
             ids: (batch, time) int64, time at most ``config.context`` (with a cache: cached and new together).
-            documents: (batch, time) integers; attention stays within equal numbers. None crosses documents.
+            documents: (batch, time) integers, with a cache (batch, cached + time); attention stays within equal
+                numbers. None crosses documents.
             counted: (batch, time) bool; False positions (padding) do not count as expert load.
             cache: One :class:`LatentCache` per block, from :meth:`new_cache`; extended by these tokens.
+            targets: (batch, time) int64, -1 where nothing is predicted. The logits are then never whole in memory.
 
         Returns:
-            (batch, time, vocabulary).
+            (batch, time, vocabulary); with targets the summed cross-entropy in nats, 0-d.
 
         Raises:
             DataError: The sequence is longer than the context.
@@ -106,11 +110,12 @@ class LanguageModel(nn.Module):
             place = torch.arange(end, device=ids.device)
             allowed = (place[start:, None] >= place[None, :])[None, None]
             if documents is not None:
-                allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+                allowed = allowed & (documents[:, None, start:, None] == documents[:, None, None, :])
         x = self.embedding(ids)
         for index, block in enumerate(self.blocks):
             x = block(x, self.rotation[start:end], allowed, counted, cache[index] if cache else None)
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        return self.head(x) if targets is None else linear_cross_entropy(x, self.head.weight, targets)
 
     def new_cache(self, batch: int = 1) -> list[LatentCache]:
         """Empty caches, one per block, for ``config.context`` tokens."""

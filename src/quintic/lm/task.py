@@ -8,15 +8,15 @@ split over the bytes of the split's text. On a training step the bytes are the t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from quintic.core.files import atomic_write
 from quintic.core.loss import Loss
@@ -24,10 +24,11 @@ from quintic.data.tokenizer import Tokenizer
 from quintic.data.tokens import Split, TokenData, document_ids, num_windows, windows
 from quintic.lm.config import LMConfig
 from quintic.lm.decode import generate
+from quintic.lm.mla import LatentAttention
 from quintic.lm.model import LanguageModel
-from quintic.moe.layer import balance_step
+from quintic.moe.layer import aux_loss, balance_step
 from quintic.moe.router import routed_scaling_factor
-from quintic.moe.stats import sampling_floor
+from quintic.moe.stats import RouteRecorder, sampling_floor
 
 __all__ = ["LanguageModelTask", "derived_fields"]
 
@@ -45,8 +46,8 @@ def derived_fields(config: LMConfig, tokenizer: Tokenizer) -> dict[str, tuple[An
     size = tokenizer.vocab_size
     why = f"tokenizer has {size} tokens, rounded up to a multiple of 8"
     found: dict[str, tuple[Any, str]] = {"vocab_size": (-(-size // 8) * 8, why)}
-    if config.route_scale == 0.0 and config.num_dense_layers < config.num_layers:
-        scale = round(routed_scaling_factor(config.num_experts, config.top_k), 3)
+    if config.route_scale == 0.0 and config.has_experts:
+        scale = round(routed_scaling_factor(config.num_experts, config.top_k, **config.routing), 3)
         found["route_scale"] = (
             scale,
             f"equal RMS of routed and shared branch, top {config.top_k} of {config.num_experts}",
@@ -105,15 +106,18 @@ class LanguageModelTask:
         predicted = targets >= 0
         count = int(predicted.sum())
         counted = None if count == targets.numel() else predicted
-        logits = model(batch["ids"], documents=batch.get("documents"), counted=counted)
-        if logits.dtype in (torch.bfloat16, torch.float16):
-            logits = logits.float()
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
-        return Loss(total, count)
+        total = model(batch["ids"], documents=batch.get("documents"), counted=counted, targets=targets)
+        if not model.training:
+            return Loss(total, count)
+        # Auxiliary losses are means over tokens: times the count, the loop's one division makes their weighted mean.
+        return Loss(total, count, regularizer=count * aux_loss(model))
 
-    def after_step(self, model: nn.Module) -> dict[str, Any]:
-        """Balance the experts; load per layer, MaxVio and its floor, dead experts."""
-        layers = balance_step(model)
+    def after_step(self, model: nn.Module, progress: float) -> dict[str, Any]:
+        """Balance the experts; load, bias and entropy per layer, MaxVio and its floor. Clip attention, if asked to."""
+        return self._balance(model, progress) | _clip_attention(model)
+
+    def _balance(self, model: nn.Module, progress: float) -> dict[str, Any]:
+        layers = balance_step(model, progress=progress)
         if not layers:
             return {}
         c = self.config
@@ -122,6 +126,9 @@ class LanguageModelTask:
             "max_vio_floor": sampling_floor(layers[0].tokens, c.num_experts, c.top_k),
             "dead_experts": sum(layer.dead_experts for layer in layers),
             "expert_load": [layer.load for layer in layers],
+            "expert_bias": [layer.bias for layer in layers],
+            "router_entropy": [layer.entropy for layer in layers],
+            **({"aux_loss": [layer.aux_loss for layer in layers]} if layers[0].aux_loss is not None else {}),
         }
 
     def step_metrics(self, loss: float) -> dict[str, float]:
@@ -131,7 +138,7 @@ class LanguageModelTask:
     @torch.no_grad()
     def evaluate(
         self, model: nn.Module, split: str, should_stop: Callable[[], bool] = lambda: False
-    ) -> dict[str, float] | None:
+    ) -> dict[str, Any] | None:
         """Loss and bits per byte of every token of a split; None if stopped midway."""
         chosen: Split = getattr(self.data, split)
         was_training = model.training
@@ -143,20 +150,33 @@ class LanguageModelTask:
             total = num_windows(chosen, self.config.context)
             if not total:
                 return {}  # no validation was asked for
-            for start in range(0, total, per_batch):
-                if should_stop():
-                    return None
-                numbers = np.arange(start, min(start + per_batch, total))
-                batch = {name: tensor.to(device) for name, tensor in self._tensors(chosen, numbers).items()}
-                loss = self.loss(model, batch)
-                nats += float(loss.total)
-                count += loss.count
+            with RouteRecorder(model, self.config.vocab_size) as routes:
+                for start in range(0, total, per_batch):
+                    if should_stop():
+                        return None
+                    numbers = np.arange(start, min(start + per_batch, total))
+                    batch = {name: tensor.to(device) for name, tensor in self._tensors(chosen, numbers).items()}
+                    routes.tokens = torch.where(batch["targets"] >= 0, batch["ids"], -1)
+                    loss = self.loss(model, batch)
+                    nats += float(loss.total)
+                    count += loss.count
         finally:
             model.train(was_training)
         prefix = "val" if split == "validation" else split
         return {
             f"{prefix}_loss": nats / max(1, count),
             f"{prefix}_bits_per_byte": nats / math.log(2) / max(1, chosen.num_bytes),
+            **self._routing_metrics(routes, prefix, count),
+        }
+
+    def _routing_metrics(self, routes: RouteRecorder, prefix: str, tokens: int) -> dict[str, Any]:
+        """Balance over the whole split, and how far the token alone decides its experts, per layer."""
+        if not routes.tables:
+            return {}
+        return {
+            f"{prefix}_max_vio": routes.max_violation,
+            f"{prefix}_max_vio_floor": sampling_floor(tokens, self.config.num_experts, self.config.top_k),
+            f"{prefix}_specialisation": routes.specialisation,
         }
 
     def sample(self, model: nn.Module, path: Path, seed: int, should_stop: Callable[[], bool]) -> str:
@@ -185,8 +205,27 @@ class LanguageModelTask:
         return tensors
 
 
+def _clip_attention(model: nn.Module) -> dict[str, Any]:
+    """QK-clip of every layer: the largest logit of the step, and on how many heads it was too large."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LatentAttention)]
+    seen = [(layer, layer.largest_logits) for layer in layers if layer.largest_logits is not None]
+    if not seen:
+        return {}
+    largest = torch.stack([logits for _, logits in seen])
+    if dist.is_available() and dist.is_initialized():  # every process must shrink by the same factors
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    factors = torch.stack([layer.clip_qk_(row) for (layer, _), row in zip(seen, largest, strict=True)])
+    return {"max_logit": float(largest.max()), "qk_clipped_heads": int((factors < 1).sum())}
+
+
 def generate_text(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, stop_at_end: bool = True, **sampling: Any
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    stop_at_end: bool = True,
+    stop: Sequence[str] = (),
+    **options: Any,
 ) -> Iterator[str]:
     """Yield pieces of text that continue a prompt, each a whole number of characters.
 
@@ -195,12 +234,23 @@ def generate_text(
         tokenizer: The one it was trained with.
         prompt: Text; empty starts a new document.
         stop_at_end: End where the model ends the document.
-        **sampling: See :func:`quintic.lm.generate`.
+        stop: End before the first of these strings.
+        **options: See :func:`quintic.lm.generate`.
     """
     from quintic.data.tokenizer import StreamDecoder
 
     decoder = StreamDecoder(tokenizer)
     ids = [tokenizer.separator_id, *tokenizer.encode(prompt)]
-    stop = (tokenizer.separator_id,) if stop_at_end else ()
-    for token in generate(model, ids, num_ids=tokenizer.vocab_size, stop_ids=stop, **sampling):
-        yield decoder.push(token)
+    stop_ids = (tokenizer.separator_id,) if stop_at_end else ()
+    stop = [text for text in stop if text]
+    held = ""  # what may be the beginning of a stop string
+    for token in generate(model, ids, num_ids=tokenizer.vocab_size, stop_ids=stop_ids, **options):
+        held += decoder.push(token)
+        found = [place for text in stop if (place := held.find(text)) >= 0]
+        if found:
+            yield held[: min(found)]
+            return
+        keep = max((n for text in stop for n in range(1, len(text)) if held.endswith(text[:n])), default=0)
+        yield held[: len(held) - keep]
+        held = held[len(held) - keep :]
+    yield held

@@ -1,0 +1,233 @@
+"""Speed of the mixture-of-experts layer, forward and backward, as ratios measured in turn within one run.
+
+Against the dense SwiGLU of the same active FLOPs, against transformers' DeepSeek-V3 experts (eager loop and grouped
+path, same routing and weights), under a Zipf-skewed load against a balanced one, and the share of router and dispatch.
+Every contestant runs once per round, and the smallest time counts: a slow moment of the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SHAPES = (
+    (1024, 256, 128, 16, 2),
+    (1024, 256, 64, 64, 8),
+    (2048, 512, 128, 32, 4),
+    (4096, 128, 128, 16, 2),
+    (64, 256, 64, 64, 8),
+)
+"""Tokens, width, hidden width of an expert, experts, experts per token."""
+SECONDS = 25.0
+"""Per shape; at least five rounds."""
+
+
+class Dense(nn.Module):
+    """A SwiGLU of three ``nn.Linear``, as models have it."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Foreign(nn.Module):
+    """transformers' experts behind our router."""
+
+    def __init__(self, layer: nn.Module, implementation: str) -> None:
+        super().__init__()
+        from transformers import DeepseekV3Config
+        from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+
+        experts, width, hidden = layer.experts.down.shape
+        config = DeepseekV3Config(
+            hidden_size=width,
+            moe_intermediate_size=hidden,
+            n_routed_experts=experts,
+            num_experts_per_tok=layer.router.top_k,
+        )
+        config._experts_implementation = implementation
+        self.router = layer.router
+        self.experts = DeepseekV3Experts(config)
+        self.experts.gate_up_proj.data.copy_(layer.experts.gate_up)
+        self.experts.down_proj.data.copy_(layer.experts.down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        routing = self.router(x)
+        return self.experts(x, routing.ids_nk, routing.gates_nk)
+
+
+class Given(nn.Module):
+    """Our experts with a routing that was decided before."""
+
+    def __init__(self, layer: nn.Module, ids: Tensor) -> None:
+        super().__init__()
+        self.experts, self.ids = layer.experts, ids
+        self.gates = nn.Parameter(torch.full(ids.shape, 1.0 / ids.shape[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, self.ids, self.gates)
+
+
+def balanced_ids(tokens: int, experts: int, k: int) -> Tensor:
+    """Random order, equal load."""
+    g = torch.Generator().manual_seed(0)
+    start = torch.arange(tokens)[torch.randperm(tokens, generator=g)] * k % experts
+    return (start[:, None] + torch.arange(k)) % experts
+
+
+def zipf_ids(tokens: int, experts: int, k: int) -> Tensor:
+    """Expert e is drawn with probability proportional to 1 / (1 + e), k different ones per token."""
+    g = torch.Generator().manual_seed(0)
+    share = 1.0 / torch.arange(1, experts + 1)
+    return torch.multinomial(share.expand(tokens, experts), k, generator=g)
+
+
+def step(module: nn.Module, x: Tensor) -> Callable[[], None]:
+    x = x.clone().requires_grad_()
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+    def run() -> None:
+        module.zero_grad()
+        x.grad = None
+        module(x).backward(weight)
+
+    return run
+
+
+def router_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    """The router alone, and the gradients that come back into it."""
+    x = x.clone().requires_grad_()
+
+    def run() -> None:
+        layer.zero_grad()
+        x.grad = None
+        layer.router(x).gates_nk.square().sum().backward()
+
+    return run
+
+
+def dispatch_step(x: Tensor, ids: Tensor, experts: int, hidden: int) -> Callable[[], None]:
+    """What moves rows in a forward and a backward pass, without any product: sort, three gathers, two sums."""
+    from quintic.moe.dispatch import choose_kernel, lay_out
+
+    width = x.shape[1]
+    k = ids.shape[1]
+
+    def run() -> None:
+        flat = ids.reshape(-1)
+        slots, counts = torch.argsort(flat, stable=True), torch.bincount(flat, minlength=experts).tolist()
+        layout = lay_out(slots, counts, k, choose_kernel(counts, width, 2 * hidden, cpu=True, legal=True))
+        padded = x if layout.real_m is None else torch.cat([x, x.new_zeros(1, width)])
+        wide = x.new_empty(max(block.stop - block.start for block in layout.blocks), width)
+        for gathers in (1, 2):  # forward: tokens; backward: gradients and tokens
+            y = torch.zeros_like(padded)
+            for block in layout.blocks:
+                token, rows = layout.token_r[block.start : block.stop], wide[: block.stop - block.start]
+                for _ in range(gathers):
+                    torch.index_select(padded, 0, token, out=rows)
+                y.index_add_(0, token, rows)
+
+    return run
+
+
+def race(contestants: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
+    best = dict.fromkeys(contestants, float("inf"))
+    for run in contestants.values():
+        run()
+    start, rounds = time.perf_counter(), 0
+    while rounds < 5 or time.perf_counter() - start < seconds:
+        for name, run in contestants.items():
+            begun = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - begun)
+        rounds += 1
+    return best
+
+
+def one(shape: tuple[int, ...], seconds: float) -> dict:
+    from quintic.core.initial import initialize_
+    from quintic.moe import MoE, NoBalance
+
+    tokens, width, hidden, experts, k = shape
+    layer = MoE(width, hidden, experts, k, num_shared=0, route_scale=1.0, balance=NoBalance(), initialize=False)
+    initialize_(layer, 0)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, width, generator=g)
+    balanced, zipf = balanced_ids(tokens, experts, k), zipf_ids(tokens, experts, k)
+    contestants = {
+        "dense": step(Dense(width, k * hidden), x),
+        "layer": step(layer, x),
+        "transformers grouped": step(Foreign(layer, "grouped_mm"), x),
+        "transformers eager": step(Foreign(layer, "eager"), x),
+        "experts, balanced": step(Given(layer, balanced), x),
+        "experts, zipf": step(Given(layer, zipf), x),
+        "router": router_step(layer, x),
+        "dispatch": dispatch_step(x, layer.router(x).ids_nk, experts, hidden),
+    }
+    ms = {name: 1000.0 * value for name, value in race(contestants, seconds).items()}
+    load = torch.bincount(zipf.flatten(), minlength=experts)
+    return {
+        "shape": list(shape),
+        "ms": ms,
+        "layer / dense": ms["layer"] / ms["dense"],
+        "layer / transformers grouped": ms["layer"] / ms["transformers grouped"],
+        "layer / transformers eager": ms["layer"] / ms["transformers eager"],
+        "zipf / balanced": ms["experts, zipf"] / ms["experts, balanced"],
+        "router share": ms["router"] / ms["layer"],
+        "router and dispatch share": (ms["router"] + ms["dispatch"]) / ms["layer"],
+        "zipf MaxVio": float(load.max() * experts / load.sum() - 1),
+    }
+
+
+def run() -> dict:
+    from quintic.core.machine import describe
+
+    machine = describe(torch.device("cpu"), torch.float32)
+    rows = []
+    for shape in SHAPES:
+        rows.append(one(shape, SECONDS))
+        shown = {name: value for name, value in rows[-1].items() if isinstance(value, float)}
+        print(shape, {name: round(value, 3) for name, value in shown.items()}, flush=True)
+    return {"machine": machine, "seconds": SECONDS, "shapes": rows}
+
+
+def section(result: dict) -> str:
+    m = result["machine"]
+    columns = (
+        "layer / dense",
+        "layer / transformers grouped",
+        "layer / transformers eager",
+        "zipf / balanced",
+        "router share",
+        "router and dispatch share",
+    )
+    lines = [
+        "## Speed of the mixture-of-experts layer",
+        "",
+        "`python -m benchmarks moe_speed`. Forward and backward in float32, ratios of the smallest times of",
+        f"contestants that ran in turn. Machine: {m['cpu']}, {m['threads']} threads, torch {m['torch']}.",
+        "",
+        "| tokens, width, expert, experts, k | layer, ms | " + " | ".join(columns) + " |",
+        "|" + "---|" * (len(columns) + 2),
+    ]
+    for row in result["shapes"]:
+        cells = [", ".join(str(n) for n in row["shape"]), f"{row['ms']['layer']:.1f}"]
+        cells += [f"{row[name]:.0%}" if "share" in name else f"{row[name]:.2f}" for name in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    worst = max(result["shapes"], key=lambda row: row["zipf MaxVio"])["zipf MaxVio"]
+    lines += [
+        "",
+        "Dense: three `nn.Linear` of hidden width k times that of an expert, so the same active FLOPs. transformers:",
+        "the experts of DeepSeek-V3 by their eager loop and by their grouped path, behind the router of this package.",
+        f"Zipf: expert e with probability proportional to 1/e (MaxVio up to {worst:.1f}). Router: scores, selection",
+        "and gates with their gradients. Dispatch: sorting, gathering and adding up rows, without the products.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""Balance within a sequence: fading quantiles against sorting, causality, states that go on."""
+
+import pytest
+import torch
+
+from quintic.core import ConfigError
+from quintic.core.initial import initialize_
+from quintic.moe import LossFree, MoE, MovingQuantile, max_violation
+from quintic.moe.sequence import moving_quantile
+
+
+def scores(s=2, t=60, e=3, seed=0):
+    return torch.rand(s, t, e, generator=torch.Generator().manual_seed(seed))
+
+
+def weighted_quantile(values, weights, level):
+    order = values.argsort()
+    reached = weights[order].cumsum(0)
+    return values[order][(reached < level * reached[-1]).sum()]
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_against_sorting(decay):
+    x = scores()
+    cuts, _ = moving_quantile(x, 0.25, decay=decay)
+    for s, t, e in [(0, 0, 0), (0, 7, 1), (1, 30, 2), (1, 59, 0)]:
+        weights = decay ** torch.arange(t, -1, -1.0)
+        exact = weighted_quantile(x[s, : t + 1, e], weights, 0.75)
+        assert cuts[s, t, e] == pytest.approx(exact.item(), abs=0.0101)  # one of 100 bins
+
+
+def test_causal_and_may_be_cut_anywhere():
+    x = scores()
+    whole, end = moving_quantile(x, 0.3)
+    changed = x.clone()
+    changed[:, 40:] = 0.9
+    assert torch.equal(moving_quantile(changed, 0.3)[0][:, :40], whole[:, :40])
+    first, state = moving_quantile(x[:, :25], 0.3)
+    second, again = moving_quantile(x[:, 25:], 0.3, state_seb=state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    torch.testing.assert_close(again, end)
+
+
+def layer_and_input(balance):
+    layer = MoE(16, 8, num_experts=8, top_k=2, balance=balance)
+    initialize_(layer, 0)
+    g = torch.Generator().manual_seed(0)
+    # Every sequence has a topic, which some experts like.
+    return layer, torch.randn(6, 200, 16, generator=g) * 0.5 + torch.randn(6, 1, 16, generator=g)
+
+
+def test_sequences_are_more_even_and_gates_stay_raw_scores():
+    violation, routed = {}, {}
+    for strength in (0.0, 1.0):
+        layer, x = layer_and_input(LossFree() + MovingQuantile(strength, decay=1.0))
+        flat = x.view(-1, 16)
+        ids = layer.router(flat, shift=layer.balance.shift(x.shape[:2], 2)).ids_nk
+        violation[strength] = sum(max_violation(torch.bincount(part.flatten(), minlength=8)) for part in ids.chunk(6))
+        routed[strength] = layer(x)
+        score = torch.sigmoid(flat @ layer.router.weight.t()).gather(1, ids)
+        gates = layer.router.scale * score / score.sum(1, keepdim=True)
+        own = layer.experts(flat, ids, gates) + layer.shared(flat)
+        torch.testing.assert_close(routed[strength].view(-1, 16), own, rtol=1e-4, atol=1e-5)
+    assert violation[1.0] < 0.5 * violation[0.0]
+
+
+def test_bad_use():
+    layer, x = layer_and_input(MovingQuantile())
+    with pytest.raises(ConfigError, match="batch, time, width"):
+        layer(x.view(-1, 16))
+    for kwargs in ({"strength": 1.5}, {"decay": 0.0}):
+        with pytest.raises(ConfigError):
+            MovingQuantile(**kwargs)

@@ -1,0 +1,219 @@
+"""The layer's load: counted exactly once, used after the batch that made it; routing kept for the backward pass."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from quintic.core import ConfigError
+from quintic.core.initial import initialize_
+from quintic.moe import AuxLoss, LossFree, MoE, ZLoss, aux_loss, balance_step
+from quintic.moe.replay import KeptRouting
+
+CHECKPOINTS = {"none": None, "reentrant": True, "other": False}
+
+
+def make(balance=None, experts=4, width=16):
+    layer = MoE(width, 8, num_experts=experts, top_k=2, balance=balance)
+    initialize_(layer, 0)
+    return layer, torch.randn(10, width, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+
+def run(layer, x, kind):
+    return layer(x) if kind == "none" else checkpoint(layer, x, use_reentrant=CHECKPOINTS[kind])
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_load_is_counted_once_under_activation_checkpointing(kind):
+    layer, x = make(LossFree("quantile"))
+    run(layer, x, kind).sum().backward()
+    assert layer.counts.sum() == 20
+    assert layer.meter.histogram.sum() == 40  # every token has a margin to every expert
+    assert layer.meter.sums[1] == 10
+
+
+def test_nested_checkpoints_count_once():
+    layer, x = make()
+    inner = partial(checkpoint, layer, use_reentrant=False)
+    checkpoint(inner, x, use_reentrant=False).sum().backward()
+    assert layer.counts.sum() == 20
+
+
+@pytest.mark.parametrize("rule", ["floored-rms", "quantile"])
+def test_micro_batches_add_up_and_evaluation_does_not_count(rule):
+    layer, x = make(LossFree(rule, 0.1))
+    other = copy.deepcopy(layer)
+    layer(x)
+    for part in x.split(3):
+        other(part)
+    other.eval()
+    other(x)
+    for a, b in zip(layer.meter.buffers(), other.meter.buffers(), strict=True):
+        # Sums of real numbers agree within the unit they are rounded to.
+        torch.testing.assert_close(a, b, rtol=0, atol=1000 if a.shape == (4,) else 0)
+    balance_step(layer)
+    balance_step(other)
+    assert torch.equal(layer.router.bias, other.router.bias) and layer.router.bias.any()
+
+
+def test_padding_is_left_out_of_every_counter():
+    layer, x = make(LossFree("quantile") + AuxLoss(1.0))
+    mask = torch.arange(10) < 7
+    whole, part = copy.deepcopy(layer), copy.deepcopy(layer)
+    whole(x, mask)
+    part(x[:7])
+    for a, b in zip(whole.meter.buffers(), part.meter.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1000 if a.shape == (4,) else 0)
+    torch.testing.assert_close(aux_loss(whole), aux_loss(part))
+
+
+def test_bias_moves_after_the_batch_and_routes_the_next():
+    layer, x = make()
+    before = layer(x)
+    assert torch.equal(layer.router.bias, torch.zeros(4))
+    (stats,) = balance_step(nn.Sequential(layer))
+    assert stats.tokens == 10 and sum(stats.load) == pytest.approx(1.0) and stats is layer.stats
+    assert stats.bias == layer.router.bias.tolist() and 0 < stats.entropy < 1.4
+    assert layer.counts.sum() == 0 and layer.router.bias.abs().sum() > 0
+    layer.router.bias.zero_()
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_the_bias_is_in_checkpoints_and_the_counters_are_not():
+    layer, x = make(LossFree("quantile"))
+    layer(x)
+    balance_step(layer)
+    state = layer.state_dict()
+    assert "router.bias" in state and not any(name.startswith("meter") for name in state)
+    again, _ = make(LossFree("quantile"))
+    again.load_state_dict(state)
+    for each in (layer, again):
+        each(x)
+        balance_step(each)
+    assert torch.equal(layer.router.bias, again.router.bias)
+
+
+def test_counters_survive_a_cast_of_the_model():
+    layer, x = make()
+    layer(x)
+    layer.bfloat16()
+    assert layer.counts.dtype == torch.int64 and layer.counts.sum() == 20
+
+
+def test_a_layer_checks_that_its_balancer_fits():
+    with pytest.raises(ConfigError, match="2 shares for 4 experts"):
+        make(LossFree(target=(0.5, 0.5)))
+
+
+def test_an_auxiliary_loss_must_be_used():
+    layer, x = make(AuxLoss(0.1))
+    layer(x)
+    with pytest.raises(ConfigError, match="aux_loss"):
+        balance_step(layer)
+    loss = aux_loss(layer)
+    assert loss > 0 and aux_loss(layer) == 0
+    (stats,) = balance_step(layer)
+    assert stats.aux_loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_auxiliary_loss_has_the_same_gradient_under_checkpointing_or_is_refused():
+    gradients = []
+    for kind in ("none", "other"):
+        layer, x = make(AuxLoss(1.0, over="global"))
+        y = run(layer, x, kind)
+        (y.square().sum() + aux_loss(layer)).backward()
+        gradients.append(layer.router.weight.grad)
+        balance_step(layer)
+    torch.testing.assert_close(*gradients)
+    layer, x = make(AuxLoss(1.0))
+    run(layer, x, "reentrant")
+    with pytest.raises(ConfigError, match="use_reentrant=False"):
+        aux_loss(layer)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "other"])
+def test_routing_is_kept_for_the_backward_pass(kind):
+    """Scores that differ in the recomputation - here by a bias - must not send tokens elsewhere."""
+    plain, x = make(experts=8)
+    kept = copy.deepcopy(plain)
+    plain(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    y = run(kept, x, kind)
+    with torch.no_grad():
+        kept.router.bias[2] += 0.02
+        moved = (kept.router(x).ids_nk != plain.router(x).ids_nk).double().mean()
+    assert 0 < moved < 0.5
+    y.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+    torch.testing.assert_close(kept.router.weight.grad, plain.router.weight.grad)
+
+
+def test_kept_routing_finds_its_micro_batch_in_any_order():
+    found = {}
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, name):
+            ctx.name = name
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            found[ctx.name] = kept(again[ctx.name])
+            return grad, None
+
+    kept = KeptRouting()
+    g = torch.Generator().manual_seed(0)
+    first = {name: torch.randint(0, 16, (50, 2), generator=g) for name in "abc"}
+    again = {name: ids.clone() for name, ids in first.items()}
+    for ids in again.values():
+        ids[7, 0] += 1
+    again["new"] = torch.randint(0, 16, (50, 2), generator=g)
+    for ids in first.values():
+        assert kept(ids) is ids
+    x = torch.ones(1, requires_grad=True)
+    sum(Backward.apply(x, name) for name in again).sum().backward()
+    assert all(torch.equal(found[name], first[name]) for name in "abc")
+    assert torch.equal(found["new"], again["new"])
+    kept.clear()
+    Backward.apply(x, "a").sum().backward()
+    assert torch.equal(found["a"], again["a"])
+
+
+class Routed(nn.Module):
+    """Router and meter, called as the layer calls them."""
+
+    def __init__(self, balance):
+        super().__init__()
+        self.layer, _ = make(balance)
+
+    def forward(self, x):
+        layer, rows = self.layer, x.shape[:-1]
+        routing = layer.router(x.reshape(-1, 16), shift=layer.balance.shift(rows, 2), keep=layer.kept)
+        layer.meter.observe(layer.balance, routing, None, rows)
+        return routing.gates_nk
+
+
+@pytest.mark.parametrize("balance", [LossFree(), LossFree("quantile") + ZLoss(), AuxLoss(1.0, over="sequence")])
+def test_compiles_in_one_graph_that_counts_once_too(balance):
+    x = torch.randn(2, 9, 16)
+    plain = Routed(balance)
+    compiled = copy.deepcopy(plain)
+    run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    gates = plain(x)
+    torch.testing.assert_close(run(x), gates)
+    loss, other = aux_loss(plain.layer), aux_loss(compiled.layer)
+    torch.testing.assert_close(other, loss)
+    if loss:
+        loss.backward()
+        other.backward()
+        torch.testing.assert_close(compiled.layer.router.weight.grad, plain.layer.router.weight.grad)
+    else:
+        y = checkpoint(run, x.requires_grad_(), use_reentrant=False)
+        plain(x)
+        y.square().sum().backward()
+    for a, b in zip(compiled.layer.meter.buffers(), plain.layer.meter.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1000 if a.shape == (4,) else 0)
