@@ -1,0 +1,31 @@
+"""Skeletons: matrices from a few of their own columns and rows (posts kexue.fm/archives/10407, 10427, 10501, 10662)."""
+
+from quintic.lowrank.interpolation import Interpolation, interpolative
+from quintic.lowrank.kernel import Nystrom, nystrom
+from quintic.lowrank.product import ProductSkeleton, cr
+from quintic.lowrank.result import Approximation
+from quintic.lowrank.row_blocks import RowBlocks
+from quintic.lowrank.selection import RULES, select_columns, select_rows
+from quintic.lowrank.singular import SVD, svd
+from quintic.lowrank.skeleton import Skeleton, cur
+from quintic.lowrank.streaming import OnePass, read_once
+
+__all__ = [
+    "RULES",
+    "SVD",
+    "Approximation",
+    "Interpolation",
+    "Nystrom",
+    "OnePass",
+    "ProductSkeleton",
+    "RowBlocks",
+    "Skeleton",
+    "cr",
+    "cur",
+    "interpolative",
+    "nystrom",
+    "read_once",
+    "select_columns",
+    "select_rows",
+    "svd",
+]

@@ -1,0 +1,159 @@
+"""Interpolative decomposition: a matrix from a few of its own columns (post kexue.fm/archives/10501).
+
+    A ~ C Z,   C = A[:, J],   Z[:, J] = I
+
+For given J the best Z, in the Frobenius and in the spectral norm, is C^+ A, and it interpolates by itself where C has
+full rank. With C = Q T it is T^-1 Q' A, which costs one more product with A than the choice of J. A row decomposition
+A ~ X R with R = A[I, :] is that of the conjugate transpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quintic.core import ConfigError, suggest
+from quintic.lowrank.result import Approximation, check_rank, labels_at, positions, search_rank
+from quintic.lowrank.selection import Method, choose, method_name
+from quintic.lowrank.source import Source, as_source
+
+__all__ = ["Interpolation", "apply_inverse", "interpolative"]
+
+SIDES = ("columns", "rows")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Interpolation(Approximation):
+    """A ~ C Z from columns, or A ~ X R from rows."""
+
+    side: str
+    """``columns`` or ``rows``."""
+    indices: Any
+    """(..., k): the chosen columns or rows, in the order of choice."""
+    names: list[Any] | None = None
+    """Their labels, if labels were given."""
+
+    @property
+    def cols(self) -> Any:
+        """The chosen columns, None for a row decomposition."""
+        return self.indices if self.side == "columns" else None
+
+    @property
+    def rows(self) -> Any:
+        """The chosen rows, None for a column decomposition."""
+        return self.indices if self.side == "rows" else None
+
+    @property
+    def C(self) -> Any:
+        """(..., m, k): the chosen columns themselves, None for a row decomposition."""
+        return self.left if self.side == "columns" else None
+
+    @property
+    def R(self) -> Any:
+        """(..., k, n): the chosen rows themselves, None for a column decomposition."""
+        return self.right if self.side == "rows" else None
+
+    @property
+    def Z(self) -> Any:
+        """The coefficients: (..., k, n) with A ~ C Z, or (..., m, k) with A ~ Z R. The chosen part is the identity."""
+        return self.right if self.side == "columns" else self.left
+
+
+def interpolative(
+    A: Any,
+    rank: int | None = None,
+    *,
+    tol: float | None = None,
+    side: str = "columns",
+    method: Method = "quality",
+    indices: Any = None,
+    row_labels: Sequence[Any] | None = None,
+    column_labels: Sequence[Any] | None = None,
+    seed: int = 0,
+) -> Interpolation:
+    """Write a matrix as combinations of k of its columns or rows.
+
+    Exactly one of ``rank``, ``tol`` and ``indices`` is given. For fixed indices (and for chosen ones, which count as
+    fixed) the factors are differentiable functions of a tensor A whose chosen columns are independent.
+
+    Args:
+        A: (..., m, n): tensor, numpy array, scipy or torch sparse matrix, operator or
+            :class:`quintic.lowrank.RowBlocks`. For rows that can be read only once see
+            :func:`quintic.lowrank.read_once`.
+        rank: k, 1 to min(m, n).
+        tol: Largest relative error ||A - C Z||_F / ||A||_F; the smallest k found by bisection that keeps it.
+        side: ``columns`` or ``rows``.
+        method: Selection rule, see :data:`quintic.lowrank.selection.RULES`.
+        indices: Columns or rows to use, (k,) or (..., k).
+        row_labels: m names.
+        column_labels: n names.
+        seed: Of whatever is drawn.
+
+    Raises:
+        ConfigError: An argument is unusable, or the tolerance out of reach.
+        DataError: A is no matrix, is empty, or has an element that is not finite.
+
+    Example:
+        >>> A = torch.outer(torch.arange(1.0, 5.0), torch.arange(1.0, 4.0))
+        >>> found = interpolative(A, rank=1)
+        >>> torch.allclose(A[:, found.cols] @ found.Z, A)
+        True
+    """
+    if sum(given is not None for given in (rank, tol, indices)) != 1:
+        raise ConfigError("expected exactly one of rank, tol and indices")
+    if side not in SIDES:
+        raise ConfigError(f"unknown side {side!r}{suggest(str(side), SIDES)}")
+    whole = as_source(A)
+    source = whole if side == "columns" else whole.H
+    labels = column_labels if side == "columns" else row_labels
+
+    def attempt(k: int) -> Interpolation:
+        return _from_columns(whole, source, side, choose(source, k, method, seed), method_name(method), labels)
+
+    if indices is not None:
+        at = positions(indices, source.shape[-1], source, "indices")
+        return _from_columns(whole, source, side, at, "fixed", labels)
+    if tol is not None:
+        return search_rank(attempt, whole, tol)
+    assert rank is not None
+    return attempt(check_rank(rank, whole))
+
+
+def _from_columns(
+    whole: Source, source: Source, side: str, at: Tensor, method: str, labels: Sequence[Any] | None
+) -> Interpolation:
+    C = source.columns(at)
+    Q, T = torch.linalg.qr(C / source.scale)
+    Z = apply_inverse(T, source.rmatmat(Q).mH)
+    # Exact in exact arithmetic; now also in floating point, and for columns that depend on each other.
+    unit = torch.eye(at.shape[-1], dtype=Z.dtype, device=Z.device).expand(*Z.shape[:-1], -1)
+    Z = Z.scatter(-1, at.unsqueeze(-2).expand(*Z.shape[:-1], -1), unit)
+    left, right = (C, Z) if side == "columns" else (Z.mH, C.mH)
+    kept = whole.out(at)
+    names = labels_at(labels, kept, source.shape[-1], f"{side.removesuffix('s')} labels")
+    return Interpolation(whole.out(left), whole.out(right), method, whole, side, kept, names)
+
+
+def apply_inverse(T: Tensor, B: Tensor, *, adjoint: bool = False) -> Tensor:
+    """T^-1 B, or T'^-1 B, for an upper triangular T.
+
+    Where T may be singular to working precision the pseudo-inverse takes the place of the inverse, cut at singular
+    values of the size of rounding errors: T (T^+ B) is as near to B as the rounding errors of T allow.
+    """
+    eps = torch.finfo(T.dtype).eps
+    size = T.detach().diagonal(dim1=-2, dim2=-1).abs()
+    # The inverse of a triangle of rounding errors is exponentially larger than its diagonal tells: a wide margin.
+    regular = (size.amin(-1) > eps**0.5 * size.amax(-1))[..., None, None]
+    safe = torch.where(regular, T, torch.eye(T.shape[-1], dtype=T.dtype, device=T.device))
+    solved = torch.linalg.solve_triangular(safe.mH if adjoint else safe, B, upper=not adjoint)
+    if regular.all():
+        return solved
+    U, S, Vh = torch.linalg.svd(T.mH if adjoint else T)
+    kept = T.shape[-1] * eps * S[..., :1] < S
+    inverse = torch.where(kept, 1 / torch.where(kept, S, 1.0), 0.0)
+    # From right to left: the pseudo-inverse as a matrix of its own would have rounding errors of the size of B.
+    return torch.where(regular, solved, Vh.mH @ (inverse.unsqueeze(-1) * (U.mH @ B)))

@@ -1,0 +1,122 @@
+"""Nystrom approximation of a positive semi-definite matrix from a few of its columns (posts 8180 and 10662).
+
+    A ~ C W^+ C' = F F',   C = A[:, J],   W = A[J, J]
+
+It is the cross core of CUR with the same rows as columns, never exceeds A (A - F F' stays semi-definite) and touches
+only k columns once J is chosen. F = C Q Lambda^-1/2 from the eigenvalues of W that are above its rounding error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quintic.core import ConfigError, DataError
+from quintic.lowrank.result import Approximation, check_rank, labels_at, positions, search_rank
+from quintic.lowrank.selection import Method, choose, method_name
+from quintic.lowrank.source import Source, as_source
+
+__all__ = ["Nystrom", "nystrom"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Nystrom(Approximation):
+    """A ~ F F'."""
+
+    indices: Any
+    """(..., k): the chosen columns, which are also the chosen rows."""
+    names: list[Any] | None = None
+    """Their labels, if labels were given."""
+
+    @property
+    def F(self) -> Any:
+        """(..., n, k)."""
+        return self.left
+
+    @property
+    def cols(self) -> Any:
+        """The chosen columns."""
+        return self.indices
+
+    @property
+    def rows(self) -> Any:
+        """The chosen rows."""
+        return self.indices
+
+
+def nystrom(
+    A: Any,
+    rank: int | None = None,
+    *,
+    tol: float | None = None,
+    method: Method = "quality",
+    indices: Any = None,
+    labels: Sequence[Any] | None = None,
+    seed: int = 0,
+) -> Nystrom:
+    """Approximate a kernel or covariance matrix by k of its columns.
+
+    Exactly one of ``rank``, ``tol`` and ``indices`` is given.
+
+    Args:
+        A: (..., n, n), Hermitian and positive semi-definite, whatever :func:`quintic.lowrank.interpolative` takes.
+        rank: k, 1 to n.
+        tol: Largest relative error ||A - F F'||_F / ||A||_F.
+        method: Selection rule, see :data:`quintic.lowrank.selection.RULES`.
+        indices: Columns to use, (k,) or (..., k).
+        labels: n names.
+        seed: Of whatever is drawn.
+
+    Raises:
+        ConfigError: An argument is unusable, or the tolerance out of reach.
+        DataError: A is not square, or its chosen part is not Hermitian or not semi-definite.
+
+    Example:
+        >>> x = torch.linspace(0, 1, 50, dtype=torch.float64)
+        >>> kernel = torch.exp(-(x[:, None] - x).square())
+        >>> nystrom(kernel, rank=6).error() < 1e-6
+        True
+    """
+    if sum(given is not None for given in (rank, tol, indices)) != 1:
+        raise ConfigError("expected exactly one of rank, tol and indices")
+    source = as_source(A)
+    if source.shape[-1] != source.shape[-2]:
+        raise DataError(f"expected a square matrix, found shape {source.shape}")
+
+    def attempt(k: int) -> Nystrom:
+        return _from_landmarks(source, choose(source, k, method, seed), method_name(method), labels)
+
+    if indices is not None:
+        return _from_landmarks(source, positions(indices, source.shape[-1], source, "indices"), "fixed", labels)
+    if tol is not None:
+        return search_rank(attempt, source, tol)
+    assert rank is not None
+    return attempt(check_rank(rank, source))
+
+
+def _from_landmarks(source: Source, at: Tensor, method: str, labels: Sequence[Any] | None) -> Nystrom:
+    C = source.columns(at) / source.scale
+    W = C.gather(-2, at.unsqueeze(-1).expand(*at.shape, at.shape[-1]))
+    limit = at.shape[-1] * torch.finfo(W.dtype).eps
+    size = torch.linalg.vector_norm(W.detach(), dim=(-2, -1))
+    skew = torch.linalg.vector_norm((W - W.mH).detach(), dim=(-2, -1))
+    if (skew > 100 * limit * size).any():
+        raise DataError(
+            "expected a Hermitian matrix: A[J, J] differs from its conjugate transpose; symmetrise it first"
+        )
+    value, Q = torch.linalg.eigh((W + W.mH) / 2)
+    if (value[..., 0] < -100 * limit * size).any():
+        raise DataError(
+            f"expected a positive semi-definite matrix: A[J, J] has the eigenvalue {float(value[..., 0].min()):.3g} "
+            "(at the scale of the matrix); cur takes any matrix"
+        )
+    kept = value > limit * value[..., -1:]
+    F = C @ (Q * torch.where(kept, value, 1.0).rsqrt().mul(kept).unsqueeze(-2))
+    F = F * (source.scale.sqrt() if isinstance(source.scale, Tensor) else source.scale**0.5)
+    indices = source.out(at)
+    names = labels_at(labels, indices, source.shape[-1], "labels")
+    return Nystrom(source.out(F), source.out(F.mH), method, source, indices, names)

@@ -1,0 +1,197 @@
+"""What a decomposition gives back: two thin factors, how good they are, and where they come from.
+
+    A ~ left right          left (..., m, k), right (..., k, n)
+
+The pair is what to compute with: both factors are as well conditioned as the kind of decomposition allows. Everything
+is of the kind that was given: tensors for tensors, numpy arrays for the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from quintic.core import ConfigError, DataError
+from quintic.linalg.sketch import gaussian, probe_norm
+from quintic.lowrank.source import Source
+
+__all__ = ["Approximation", "check_rank", "labels_at", "positions", "search_rank", "within"]
+
+_TOLERANCE_SEED = 0x5DEECE66D
+_SURE = 5.0
+"""Standard deviations by which an estimated residual has to be below a tolerance: Laurent and Massart's bound for the
+lower tail of a weighted sum of chi-squares gives exp(-_SURE**2 / 2) = 4e-6."""
+_MOST_PROBES = 512
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Approximation:
+    """A ~ left right."""
+
+    left: Any
+    """(..., m, k)."""
+    right: Any
+    """(..., k, n)."""
+    method: str
+    """How the columns and rows were chosen."""
+    source: Source
+    """The matrix that was decomposed; not a copy."""
+
+    @property
+    def rank(self) -> int:
+        """k, the inner dimension."""
+        return self.left.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(..., m, n)."""
+        return (*self.left.shape[:-1], self.right.shape[-1])
+
+    def reconstruct(self) -> Any:
+        """The approximation as a full matrix (..., m, n)."""
+        return self.left @ self.right
+
+    def matvec(self, x: Any) -> Any:
+        """The approximation times a vector x (..., n) for each matrix: (..., m), in O((m + n) k)."""
+        return (self.left @ (self.right @ x[..., None]))[..., 0]
+
+    def __matmul__(self, X: Any) -> Any:
+        """The approximation times a matrix (..., n, l)."""
+        return self.left @ (self.right @ X)
+
+    def error(self) -> Any:
+        """||A - left right||_F / ||A||_F: 0 for a zero matrix that is met exactly.
+
+        Exact for matrices in memory and row blocks (one pass), from 32 Gaussian probes for operators (relative standard
+        deviation at most 1/4, and far less unless a single direction dominates what is left).
+
+        Returns:
+            A float, or a tensor or array (...) of a batch.
+        """
+        return self._error
+
+    @functools.cached_property
+    def _error(self) -> Any:
+        with torch.no_grad():
+            off, whole = self.source.residual(torch.as_tensor(self.left), torch.as_tensor(self.right))
+        error = torch.where(whole > 0, off / whole, torch.where(off > 0, torch.inf, 0.0))
+        return error.item() if error.ndim == 0 else self.source.out(error)
+
+    def __repr__(self) -> str:
+        size = " x ".join(str(n) for n in self.shape)
+        return f"{type(self).__name__}({size}, {self._rank_words()}, {self._error_words()}, method '{self.method}')"
+
+    def _rank_words(self) -> str:
+        return f"rank {self.rank}"
+
+    def _error_words(self) -> str:
+        error = self.error()
+        about = "" if self.source.exact else "about "
+        if isinstance(error, float):
+            return f"relative error {about}{error:.3g}"
+        return f"relative errors {about}{error.min():.3g} to {error.max():.3g}"
+
+
+def check_rank(rank: int, source: Source, what: str = "rank") -> int:
+    """A usable rank, or an error that says which are."""
+    most = min(source.shape[-2:])
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
+        size = " x ".join(str(n) for n in source.shape[-2:])
+        raise ConfigError(f"{what} = {rank}; expected 1 to {most} for a matrix of {size}")
+    return rank
+
+
+def positions(given: Any, count: int, source: Source, what: str) -> Tensor:
+    """Indices that a user fixed, as (..., k), counted from the start."""
+    at = torch.as_tensor(given, device=source.device)
+    if at.ndim < 1 or at.shape[-1] == 0 or at.is_floating_point() or at.is_complex() or at.dtype == torch.bool:
+        raise ConfigError(f"{what} has to be a list of positions, found {given!r}")
+    at = at.long()
+    if ((at < -count) | (at >= count)).any():
+        raise ConfigError(f"{what} has positions from {at.min()} to {at.max()}; expected 0 to {count - 1}")
+    at = torch.where(at < 0, at + count, at)
+    return at.expand(*source.shape[:-2], at.shape[-1])
+
+
+def labels_at(labels: Sequence[Any] | None, at: Any, count: int, what: str) -> list[Any] | None:
+    """The labels of chosen columns or rows."""
+    if labels is None:
+        return None
+    if len(labels) != count:
+        raise DataError(f"{len(labels)} {what} for {count} of them")
+    if at.ndim > 1:
+        raise ConfigError(f"{what} are for a single matrix, not for a batch")
+    return [labels[int(i)] for i in at]
+
+
+_Found = TypeVar("_Found", bound=Approximation)
+
+
+def search_rank(attempt: Callable[[int], _Found], source: Source, tol: float) -> _Found:
+    """The approximation of smallest rank whose relative residual is at most ``tol``, by doubling and bisection.
+
+    Every attempt is checked by :func:`within`; a batch gets one rank, with which all of its matrices pass.
+
+    Raises:
+        ConfigError: The tolerance is not in (0, 1), or not even the full rank reaches it in this dtype.
+    """
+    if not 0 < tol < 1:
+        raise ConfigError(f"tol = {tol}; expected a relative error between 0 and 1")
+    most = min(source.shape[-2:])
+    below, rank = 0, min(8, most)
+    found = attempt(rank)
+    while not within(found, tol):
+        if rank == most:
+            raise ConfigError(
+                f"tol = {tol:g} is out of reach: full rank leaves {_worst(found):.1e} in {source.dtype}; "
+                "raise tol or give the matrix in float64"
+            )
+        below, rank = rank, min(2 * rank, most)
+        found = attempt(rank)
+    while rank - below > 1:
+        middle = (below + rank) // 2
+        if within(tried := attempt(middle), tol):
+            rank, found = middle, tried
+        else:
+            below = middle
+    return found
+
+
+def within(found: Approximation, tol: float) -> bool:
+    """Whether the relative residual is at most ``tol``: exact in memory, by fresh probes for operators.
+
+    For an operator the approximation has to be an orthogonal projection of A or a part A >= A~ of a semi-definite A, so
+    that ||A||_F^2 >= ||A~||_F^2 + ||E||_F^2. The number of probes is doubled until the residual is below the tolerance
+    with certainty, above it by its estimate, or 512 probes do not tell.
+    """
+    if found.source.exact:
+        return _worst(found) <= tol
+    left, right = torch.as_tensor(found.left), torch.as_tensor(found.right)
+    kept = torch.linalg.vector_norm(torch.linalg.qr(left, mode="r").R @ right).square()
+    count, products = 0, []
+    while count < _MOST_PROBES:
+        more = max(32, count)
+        W = gaussian(right.shape[-1], more, _TOLERANCE_SEED + 977 * found.rank + count, left.dtype, left.device)
+        products.append(found.source.matmat(W) - left @ (right @ W))
+        count += more
+        mean, deviation = probe_norm(torch.cat(products, -1))
+        if mean == 0:
+            return True
+        if mean > tol**2 * (kept + mean):
+            return False
+        share = _SURE * deviation / mean
+        if share < 1:
+            bound = mean / (1 - share)
+            if bound <= tol**2 * (kept + bound):
+                return True
+    return False
+
+
+def _worst(found: Approximation) -> float:
+    error = found.error()
+    return error if isinstance(error, float) else float(error.max())

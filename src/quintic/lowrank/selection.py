@@ -1,0 +1,95 @@
+"""The selection rules by name, and how they are applied to what is not a matrix in memory.
+
+A rule that needs products only (residual_aware, sketched_lu, deim) works on every source. All others work on the
+matrix itself where it is in memory, and on a sketch Omega A of 2 k + 10 rows where it is not: its columns have nearly
+the lengths and angles of those of A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quintic.core import ConfigError, suggest
+from quintic.linalg.sketch import OVERSAMPLING, sketch_rows
+from quintic.lowrank import pivots, scores
+from quintic.lowrank.source import Dense, Source, as_source
+
+__all__ = ["RULES", "Method", "choose", "method_name", "select_columns", "select_rows"]
+
+Method = str | Callable[..., Tensor]
+"""A name out of :data:`RULES`, or a function ``rule(A, k, *, seed)`` of the same contract."""
+
+RULES: dict[str, Callable[..., Tensor]] = {
+    "quality": pivots.residual_aware,
+    "fast": pivots.sketched_lu,
+    "pivoted-qr": pivots.pivoted_qr,
+    "deim": pivots.deim,
+    "greedy-error": pivots.greedy_error,
+    "greedy-det": pivots.greedy_det,
+    "norms-top": scores.norms_top,
+    "norms-sampled": scores.norms_sampled,
+    "leverage-top": scores.leverage_top,
+    "leverage-sampled": scores.leverage_sampled,
+    "leverage-ridge": scores.leverage_ridge,
+    "k-means": scores.k_means,
+    "uniform": scores.uniform,
+    "subsampled": scores.subsampled,
+}
+"""Selection rules by name; ``quality`` is the residual-aware rule of Osinsky, ``fast`` a sketch and LU pivots."""
+
+_BY_PRODUCTS = {pivots.residual_aware, pivots.sketched_lu, pivots.deim}
+
+
+def select_columns(A: Any, k: int, *, method: Method = "quality", seed: int = 0) -> Tensor:
+    """Positions of k columns of anything that can be decomposed: (..., k), in the order of the rule.
+
+    Args:
+        A: (..., m, n); see :mod:`quintic.lowrank.source`.
+        k: 1 to min(m, n).
+        method: A name out of :data:`RULES`, or a rule; ``functools.partial(leverage_top, gamma=3)`` is one.
+        seed: Of whatever the rule draws.
+
+    Raises:
+        ConfigError: k or the method is unusable.
+        DataError: A is.
+
+    Example:
+        >>> A = torch.tensor([[3.0, 3.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> sorted(select_columns(A, 2, method="pivoted-qr").tolist())
+        [0, 2]
+    """
+    return choose(as_source(A), k, method, seed)
+
+
+def select_rows(A: Any, k: int, *, method: Method = "quality", seed: int = 0) -> Tensor:
+    """Positions of k rows, as :func:`select_columns` of the conjugate transpose."""
+    return choose(as_source(A).H, k, method, seed)
+
+
+def choose(source: Source, k: int, method: Method, seed: int) -> Tensor:
+    """Columns of a source."""
+    rule = _rule(method)
+    if isinstance(source, Dense):
+        return rule(source.tensor.detach(), k, seed=seed)
+    if rule in _BY_PRODUCTS:
+        return rule(source, k, seed=seed)
+    with torch.no_grad():
+        sketch = sketch_rows(source, min(2 * k + OVERSAMPLING, *source.shape), seed=seed)
+    return rule(sketch, k, seed=seed)
+
+
+def method_name(method: Method) -> str:
+    """For a person."""
+    return method if isinstance(method, str) else getattr(method, "__name__", repr(method))
+
+
+def _rule(method: Method) -> Callable[..., Tensor]:
+    if not isinstance(method, str):
+        return method
+    if method not in RULES:
+        raise ConfigError(f"unknown method {method!r}{suggest(method, RULES)}")
+    return RULES[method]

@@ -1,0 +1,84 @@
+"""Nystrom approximations of kernels, and the randomised SVD, against definitions and the exact SVD."""
+
+import numpy as np
+import pytest
+import torch
+from tests.lowrank.matrices import best, hilbert, randn, relative, with_spectrum
+
+from quintic.core import ConfigError, DataError
+from quintic.lowrank import RULES, nystrom, svd
+
+
+def kernel(n=60, d=3, width=4.0, seed=0):
+    x = randn(n, d, seed=seed)
+    return torch.exp(-torch.cdist(x, x).square() / width)
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_nystrom_is_its_formula_and_never_exceeds_the_kernel(method):
+    A = kernel() + 1e-3 * torch.eye(60)
+    found = nystrom(A, rank=8, method=method)
+    C, W = A[:, found.cols], A[found.cols][:, found.cols]
+    assert relative(C @ torch.linalg.solve(W, C.T), found.reconstruct()) < 1e-10
+    torch.testing.assert_close(found.F @ found.F.mH, found.reconstruct())
+    assert torch.linalg.eigvalsh(A - found.reconstruct()).min() > -1e-12
+    assert torch.equal(found.rows, found.cols)
+
+
+def test_complex_batched_numpy_fixed_and_labelled():
+    G = randn(2, 7, 7, dtype=torch.complex128)
+    A = G @ G.mH
+    found = nystrom(A, rank=3)
+    alone = nystrom(A[1].numpy(), rank=3, labels=list("abcdefg"))
+    torch.testing.assert_close(found.reconstruct()[1], torch.from_numpy(alone.reconstruct()))
+    assert alone.names == ["abcdefg"[i] for i in alone.cols]
+    fixed = nystrom(A[0], indices=[5, 2])
+    torch.testing.assert_close(fixed.reconstruct()[:, [5, 2]], A[0][:, [5, 2]])
+
+
+def test_nystrom_is_differentiable():
+    G = randn(6, 6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda G: nystrom(G @ G.T, indices=[4, 1]).reconstruct(), G)
+
+
+def test_nystrom_of_an_ill_conditioned_kernel_keeps_its_accuracy():
+    assert nystrom(hilbert(200), rank=20).error() < 1e-12
+    assert nystrom(hilbert(200, torch.float32), rank=20).error() < 3e-5
+
+
+def test_quality_landmarks_beat_uniform_ones():
+    A = kernel(200, 4, 8.0)
+    assert nystrom(A, rank=20).error() < 0.7 * np.median(
+        [nystrom(A, rank=20, method="uniform", seed=s).error() for s in range(9)]
+    )
+
+
+def test_what_is_no_kernel():
+    with pytest.raises(DataError, match="square"):
+        nystrom(randn(4, 5), rank=1)
+    with pytest.raises(DataError, match="Hermitian"):
+        nystrom(randn(5, 5), rank=3)
+    with pytest.raises(DataError, match="semi-definite"):
+        nystrom(torch.diag(torch.tensor([1.0, -1.0, 2.0])), rank=3)
+    with pytest.raises(ConfigError, match="exactly one"):
+        nystrom(kernel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+def test_svd_is_exact_for_small_matrices_and_near_the_best_for_large_ones(dtype):
+    A = randn(2, 12, 9, dtype=dtype)
+    found = svd(A, rank=9)
+    torch.testing.assert_close(found.S, torch.linalg.svdvals(A))
+    torch.testing.assert_close(found.reconstruct(), A)
+    large = with_spectrum(300, 250, 1 / np.arange(1, 251), dtype=dtype)
+    found = svd(large, rank=12)
+    assert torch.linalg.vector_norm(large - found.reconstruct()) < 1.03 * best(large, 12)
+    torch.testing.assert_close(found.U.mH @ found.U, torch.eye(12, dtype=dtype), atol=1e-5, rtol=0)
+    assert svd(large, rank=12, power=0).error() > found.error()
+
+
+def test_svd_mistakes():
+    with pytest.raises(ConfigError, match="exactly one"):
+        svd(randn(3, 3))
+    with pytest.raises(ConfigError, match="power = -1"):
+        svd(randn(3, 3), rank=1, power=-1)

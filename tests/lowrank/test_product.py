@@ -1,0 +1,138 @@
+"""Products of matrices from a few terms: choices, weights and middles against their definitions."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from tests.lowrank.matrices import randn, relative
+
+from quintic.core import ConfigError, DataError
+from quintic.lowrank import cr
+
+
+def pair(n=12, terms=9, m=10, dtype=torch.float64, seed=0):
+    return randn(n, terms, seed=seed, dtype=dtype), randn(terms, m, seed=seed + 1, dtype=dtype)
+
+
+def terms(X, Y):
+    return torch.stack([torch.outer(X[:, i], Y[i]).flatten() for i in range(X.shape[1])])
+
+
+def test_top_takes_the_longest_terms():
+    X, Y = pair()
+    found = cr(X, Y, 4)
+    assert set(found.indices.tolist()) == set(terms(X, Y).norm(dim=1).topk(4).indices.tolist())
+    torch.testing.assert_close(found.reconstruct(), X[:, found.indices] @ Y[found.indices])
+    assert found.error() == pytest.approx(relative(X @ Y, found.reconstruct()))
+    assert "ProductSkeleton(12 x 10, rank 4" in repr(found)
+
+
+def test_all_terms_are_the_product():
+    X, Y = pair(dtype=torch.complex128)
+    for middle in ("as chosen", "diagonal", "full"):
+        assert cr(X, Y, 9, middle=middle).error() < 1e-13
+
+
+def test_draws_are_unbiased_with_the_least_variance():
+    X, Y = pair()
+    X = X * torch.logspace(-1, 1, 9, dtype=torch.float64)
+    v = terms(X, Y)
+    made = [cr(X, Y, 3, method="sampled", seed=s) for s in range(3000)]
+    mean = sum(each.reconstruct() for each in made) / len(made)
+    size = v.norm(dim=1)
+    variance = (size.sum() ** 2 - (X @ Y).norm() ** 2) / 3
+    assert relative(X @ Y, mean) < 4 * (variance / len(made)).sqrt() / (X @ Y).norm()
+    measured = np.mean([float((X @ Y - each.reconstruct()).norm() ** 2) for each in made])
+    assert measured == pytest.approx(float(variance), rel=0.1)
+    one = made[0]
+    torch.testing.assert_close(one.weights, 1 / (3 * size[one.indices] / size.sum()))
+
+
+@pytest.mark.parametrize(("rank", "size"), [(5, 2), (4, 2), (3, 3), (9, 2), (4, 1), (8, 3)])
+def test_tuples_throw_away_the_smallest_sums(rank, size):
+    X, Y = pair(seed=3)
+    v = terms(X, Y)
+    alive = set(range(9))
+    while len(alive) > rank:
+        count = size if len(alive) - rank >= size else 1
+        alive -= set(min(combinations(sorted(alive), count), key=lambda t: float(v[list(t)].sum(0).norm())))
+    assert set(cr(X, Y, rank, method="tuples", size=size).indices.tolist()) == alive
+
+
+def test_pairs_that_cancel_are_thrown_away_together():
+    X, Y = pair(10, 6, 8)
+    X = torch.cat([X, 5 * X[:, :1], -5 * X[:, :1]], 1)
+    Y = torch.cat([Y, Y[:1], Y[:1]])
+    assert cr(X, Y, 6, method="tuples").error() < 1e-13 < cr(X, Y, 6).error()
+
+
+def test_too_many_tuples():
+    with pytest.raises(ConfigError, match="tuples of 4 out of 100"):
+        cr(randn(3, 100), randn(100, 3), 2, method="tuples", size=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_diagonal_middle_is_least_squares_over_weights(dtype):
+    X, Y = pair(dtype=dtype)
+    found = cr(X, Y, 4, middle="diagonal")
+    v = terms(X, Y)
+    expected = np.linalg.lstsq(v[found.indices].T.numpy(), v.sum(0).numpy(), rcond=None)[0]
+    np.testing.assert_allclose(found.weights, expected, rtol=1e-8)
+    torch.testing.assert_close(found.reconstruct(), (found.C * found.weights) @ found.R)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_full_middle_is_the_projection(dtype):
+    X, Y = pair(dtype=dtype)
+    found = cr(X, Y, 4, middle="full")
+    C, R = X[:, found.indices].numpy(), Y[found.indices].numpy()
+    expected = C @ np.linalg.pinv(C) @ (X @ Y).numpy() @ np.linalg.pinv(R) @ R
+    assert relative(expected, found.reconstruct()) < 1e-10
+    assert found.weights is None
+
+
+def test_a_freer_middle_is_never_worse():
+    for seed in range(10):
+        X, Y = pair(seed=10 * seed)
+        for method in ("top", "sampled", "tuples"):
+            plain, diagonal, full = (cr(X, Y, 4, method=method, middle=m) for m in ("as chosen", "diagonal", "full"))
+            assert full.error() <= diagonal.error() + 1e-12 <= plain.error() + 2e-12
+
+
+def test_repeated_draws_and_dependent_terms_do_no_harm():
+    X = torch.ones(4, 3, dtype=torch.float64)
+    Y = torch.ones(3, 5, dtype=torch.float64)
+    for middle in ("as chosen", "diagonal", "full"):
+        assert cr(X, Y, 3, method="sampled", middle=middle).error() < 1e-12
+    zero = torch.zeros(4, 3)
+    for method in ("top", "sampled", "tuples"):
+        assert cr(zero, torch.zeros(3, 2), 2, method=method).error() == 0.0
+
+
+def test_numpy_scale_and_gradients():
+    X, Y = pair()
+    found = cr(X.numpy() * 1e200, Y.numpy() * 1e-250, 5, middle="diagonal")
+    assert isinstance(found.C, np.ndarray)
+    assert found.error() == pytest.approx(cr(X, Y, 5, middle="diagonal").error())
+    np.testing.assert_allclose(found.reconstruct() * 1e50, cr(X, Y, 5, middle="diagonal").reconstruct(), rtol=1e-9)
+    np.testing.assert_allclose(found.C * found.weights @ found.R, found.reconstruct(), rtol=1e-9)
+    X.requires_grad_()
+    assert torch.autograd.gradcheck(lambda X: cr(X, Y, 5, middle="full").reconstruct(), X)
+
+
+def test_mistakes_are_named():
+    X, Y = pair()
+    for options, message in (
+        ({"rank": 10}, "expected 1 to 9"),
+        ({"rank": 0}, "expected 1 to 9"),
+        ({"rank": 2, "method": "tuple"}, "did you mean 'tuples'"),
+        ({"rank": 2, "middle": "diag"}, "did you mean 'diagonal'"),
+        ({"rank": 2, "method": "tuples", "size": 0}, "size = 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            cr(X, Y, **options)
+    with pytest.raises(DataError, match="cannot multiply"):
+        cr(X, X, 2)
+    with pytest.raises(DataError, match="without a batch"):
+        cr(randn(2, 3, 4), randn(2, 4, 3), 2)
