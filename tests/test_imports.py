@@ -87,6 +87,7 @@ def test_no_module_has_the_name_of_a_function_it_exports():
         "import quintic.data",
         "from quintic.cli.app import main; main(['--help'])",
         "from quintic.cli.app import main; main(['train', '--help'])",
+        "from quintic.cli.app import main; main(['matrix', '--help'])",
         "from quintic.cli.app import main; main(['--version'])",
     ],
 )

@@ -16,30 +16,60 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quintic.core import UserError as UserError
     from quintic.linalg import msign as msign
+    from quintic.linalg import polar_express_coefficients as polar_express_coefficients
+    from quintic.linalg import spectral_norm as spectral_norm
+    from quintic.linalg import spectral_norm_grad as spectral_norm_grad
     from quintic.lm import LanguageModel as LanguageModel
     from quintic.lm import LMConfig as LMConfig
     from quintic.lm import generate as generate
     from quintic.lm import load_deepseek as load_deepseek
     from quintic.lm import save_deepseek as save_deepseek
+    from quintic.lowrank import cr as cr
+    from quintic.lowrank import cur as cur
+    from quintic.lowrank import interpolative as interpolative
+    from quintic.lowrank import nystrom as nystrom
+    from quintic.lowrank import svd as svd
+    from quintic.moe import AuxLoss as AuxLoss
+    from quintic.moe import LossFree as LossFree
     from quintic.moe import MoE as MoE
+    from quintic.moe import NoBalance as NoBalance
+    from quintic.moe import aux_loss as aux_loss
     from quintic.moe import balance_step as balance_step
+    from quintic.moe import balanced_assign as balanced_assign
+    from quintic.moe import split_dense as split_dense
     from quintic.optim import Muon as Muon
     from quintic.optim import clip_grad_norm_ as clip_grad_norm_
+    from quintic.optim import convert_lr as convert_lr
     from quintic.optim import roles as roles
 
 _HOMES = {
+    "AuxLoss": "moe",
     "LMConfig": "lm",
     "LanguageModel": "lm",
+    "LossFree": "moe",
     "MoE": "moe",
     "Muon": "optim",
+    "NoBalance": "moe",
     "UserError": "core",
+    "aux_loss": "moe",
     "balance_step": "moe",
+    "balanced_assign": "moe",
     "clip_grad_norm_": "optim",
+    "convert_lr": "optim",
+    "cr": "lowrank",
+    "cur": "lowrank",
     "generate": "lm",
+    "interpolative": "lowrank",
     "load_deepseek": "lm",
     "msign": "linalg",
+    "nystrom": "lowrank",
+    "polar_express_coefficients": "linalg",
     "roles": "optim",
     "save_deepseek": "lm",
+    "spectral_norm": "linalg",
+    "spectral_norm_grad": "linalg",
+    "split_dense": "moe",
+    "svd": "lowrank",
 }
 
 __all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -25,11 +25,11 @@ spec.loader.exec_module(toy)
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 
 class Slow(toy.ToyTask):
-    def after_step(self, model):
+    def after_step(self, model, progress):
         if not self.steps:
             print("ready", flush=True)
         time.sleep(pause)
-        return super().after_step(model)
+        return super().after_step(model, progress)
 
 plain = checkpoint.sha256_file
 def slowly(path):

@@ -130,10 +130,10 @@ def test_a_signal_saves_and_resumes_bit_for_bit(tmp_path, whole, number):
     task = toy.ToyTask()
     plain = task.after_step
 
-    def after_step(model):
+    def after_step(model, progress):
         if task.steps == 6:
             os.kill(os.getpid(), number)
-        return plain(model)
+        return plain(model, progress)
 
     task.after_step = after_step
     before = signal.getsignal(number)

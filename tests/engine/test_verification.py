@@ -31,11 +31,11 @@ def test_a_forgotten_state_is_found(tmp_path):
             self.drift = 0.0
             return super().build(seed)
 
-        def after_step(self, model):
+        def after_step(self, model, progress):
             self.drift += 0.01
             with torch.no_grad():
                 model.head.add_(self.drift)
-            return super().after_step(model)
+            return super().after_step(model, progress)
 
     settings, _ = toy.toy_run(tmp_path / "run")
     found = verify_resume(Forgetful(), settings, tmp_path).differences

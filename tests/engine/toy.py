@@ -60,7 +60,7 @@ class ToyTask:
             total = total * float("nan")
         return Loss(total, batch["y"].numel())
 
-    def after_step(self, model):
+    def after_step(self, model, progress):
         self.steps += 1
         model.calls += 1
         return {"calls": int(model.calls)}

@@ -44,8 +44,8 @@ from quintic.engine.run import Run
 from quintic.engine.shard import divide_
 from quintic.engine.signals import stop_requests
 from quintic.engine.spikes import SPIKE, remember, spike_score
-from quintic.engine.task import Task
-from quintic.optim import GradientClipping, OptimConfig, build_optimizer, diagnose, lr_factor, snapshot
+from quintic.engine.task import Batch, Task
+from quintic.optim import GradientClipping, OptimConfig, build_optimizer, diagnose, lr_factor, momentum_at, snapshot
 
 __all__ = ["Outcome", "TrainingError", "train"]
 
@@ -243,7 +243,8 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
     device = next(model.parameters()).device
     examples = order.examples(state.step * engine.batch_size, engine.batch_size)
     # Dropout and noise are a function of the step, so that no generator needs saving; ranks draw their own.
-    torch.manual_seed(int(Stream(engine.seed, "step", state.step, ranks.rank).words(0, 1)[0]) >> 1)
+    noise = int(Stream(engine.seed, "step", state.step, ranks.rank).words(0, 1)[0]) >> 1
+    torch.manual_seed(noise)
     model.train()
     optimizer.zero_grad(set_to_none=True)
     total, count = 0.0, 0
@@ -254,7 +255,7 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(device, dtype):
             loss = task.loss(model, batch)
-        loss.total.backward()
+        (loss.total if loss.regularizer is None else loss.total + loss.regularizer).backward()
         total += float(loss.total.detach())
         count += loss.count
     total, count = ranks.sum(total, count)
@@ -276,16 +277,26 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
     lr = optim.lr * lr_factor(state.step, engine.steps, optim)
     for group in optimizer.param_groups:
         group["lr"] = lr
+        group["momentum"] = momentum_at(state.step, engine.steps, optim)
     diagnosed = finite and ranks.world == 1 and _every(engine.diagnose_every, state.step + 1)
     before = snapshot(optimizer) if diagnosed else None
     if finite:
         optimizer.step()
-    stats = task.after_step(model)
-    ended = time.perf_counter()
-    if before is not None:
+    stats: dict[str, Any] = {}
+    after_optimizer = time.perf_counter()
+    if before is not None:  # before anything else changes the weights
+        observed = None
+        if size >= len(own):
+            observed = (_loss_again(parts, batch, noise) - total) / count
         # Spectral clipping has no one factor: its diagnosis is that of the clipped gradient.
-        found = diagnose(model, optimizer, before, clip_scale=1.0 if optim.clip == "spectral" else float(clip.scale))
-        stats |= {**found.metrics, "layer_share": found.layers}
+        scale = 1.0 if optim.clip == "spectral" else float(clip.scale)
+        found = diagnose(model, optimizer, before, clip_scale=scale, observed_change=observed)
+        stats = {**found.metrics, "layer_share": found.layers, "spectra": found.spectra}
+    diagnosing = time.perf_counter() - after_optimizer
+    if optim.cap:
+        stats["cap_factor"] = float(optimizer.cap_factor)  # type: ignore[attr-defined]
+    stats |= task.after_step(model, (state.step + 1) / engine.steps)
+    ended = time.perf_counter() - diagnosing
 
     if finite:
         state.skipped_in_a_row = 0
@@ -301,7 +312,8 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
     state.clipping = clipping.state_dict()
     state.seconds += ended - started
     if state.step % engine.load_every and state.step != 1:
-        stats.pop("expert_load", None)
+        for name in ("expert_load", "expert_bias"):
+            stats.pop(name, None)
     state.row = {
         "step": state.step,
         "loss": total / count,
@@ -317,6 +329,18 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
         "mfu": flops / (ended - started) / (peak * ranks.world) if peak else None,
         **stats,
     }
+
+
+@torch.no_grad()
+def _loss_again(parts: _Parts, batch: Batch, noise: int) -> float:
+    """Summed loss of the batch that was just trained on, with the same noise, and without counting as training."""
+    torch.manual_seed(noise)
+    parts.model.eval()
+    try:
+        with autocast(next(parts.model.parameters()).device, parts.dtype):
+            return float(parts.task.loss(parts.model, batch).total)
+    finally:
+        parts.model.train()
 
 
 @contextlib.contextmanager

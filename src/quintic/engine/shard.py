@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from quintic.core.roles import Role, declared_roles
 from quintic.engine.mesh import Ranks
+from quintic.optim.sharded import local
 
-__all__ = ["copy_whole_", "divide_", "local", "shard_like", "whole"]
+__all__ = ["copy_whole_", "divide_", "shard_like", "whole"]
 
 
 def divide_(model: nn.Module, ranks: Ranks) -> None:
@@ -33,17 +34,14 @@ def divide_(model: nn.Module, ranks: Ranks) -> None:
     stacks = {id(p) for name, p in model.named_parameters() if declared_roles(model)[name].role is Role.EXPERT_STACK}
 
     def placement(parameter: nn.Parameter) -> Shard:
-        return Shard(1) if id(parameter) in stacks and parameter.shape[0] < shards else Shard(0)
+        few = id(parameter) in stacks and parameter.shape[0] < shards and parameter.shape[1] % shards == 0
+        return Shard(1) if few else Shard(0)
 
     blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
     for module in (*blocks, model):
-        fully_shard(module, mesh=ranks.mesh, shard_placement_fn=placement)
+        # Also the root is put away after a forward pass: kept, it would outlive a change of weights in a validation.
+        fully_shard(module, mesh=ranks.mesh, shard_placement_fn=placement, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies here."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

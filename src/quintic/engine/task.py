@@ -47,15 +47,20 @@ class Task(Protocol):
         """Loss of a batch on the model's device."""
         ...
 
-    def after_step(self, model: nn.Module) -> dict[str, Any]:
-        """Work after an optimizer step (balance the experts); returns numbers to log."""
+    def after_step(self, model: nn.Module, progress: float) -> dict[str, Any]:
+        """Work after an optimizer step (balance the experts); returns numbers to log.
+
+        Args:
+            model: The model.
+            progress: Part of the training that is done, in (0, 1].
+        """
         ...
 
     def step_metrics(self, loss: float) -> dict[str, float]:
         """More views of the mean loss of a step, such as bits per byte."""
         ...
 
-    def evaluate(self, model: nn.Module, split: str, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+    def evaluate(self, model: nn.Module, split: str, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
         """Mean loss and its views on the ``validation`` or ``test`` split; None if stopped midway."""
         ...
 

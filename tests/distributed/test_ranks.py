@@ -1,0 +1,100 @@
+"""Training on 1, 2 and 4 ranks is the same training: data order, gradients, experts' balance, Muon, checkpoints.
+
+float64, so that routing does not depend on the order of sums; every job is a torchrun as a user would start it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quintic.engine.checkpoint import list_checkpoints
+from quintic.engine.metrics import read_metrics
+
+TEXT = "the whale swam under the ship and the captain looked at the sea.\n"
+SETTINGS = [
+    "--size", "tiny", "engine.steps=10", "engine.eval_every=5", "engine.checkpoint_every=5", "engine.keep_last=4",
+    "engine.dtype=float64", "engine.diagnose_every=0", "engine.ema_decay=0.9", "optim.lr=0.01",
+]  # fmt: skip
+EXACT = ("step", "tokens", "lr", "expert_load", "max_vio", "dead_experts")
+CLOSE = ("loss", "grad_norm", "val_loss", "clip_fraction")
+
+
+def job(ranks, *arguments, check=True):
+    """Run quintic on some ranks; (exit code, output)."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", "localhost:0"] if ranks > 1 else []  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "quintic", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("".join(f"{i} {TEXT}" for i in range(60)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(book, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    job(1, "train", book, *SETTINGS, "--out", folder)
+    return folder
+
+
+def weights(run, name="model"):
+    return load_file(list(list_checkpoints(run / "checkpoints").values())[-1] / f"{name}.safetensors")
+
+
+def assert_same_training(one, other):
+    rows, others = (read_metrics(run / "metrics.jsonl") for run in (one, other))
+    assert [row["step"] for row in others] == list(range(1, 11))
+    for row, there in zip(rows, others, strict=True):
+        assert row.keys() == there.keys()
+        for name in EXACT:
+            assert row.get(name) == there.get(name), (row["step"], name)
+        for name in (name for name in CLOSE if name in row):
+            assert row.get(name) == pytest.approx(there.get(name), rel=2e-7)  # seven digits are written
+    for part in ("model", "average", "training"):
+        here, there = weights(one, part), weights(other, part)
+        assert here.keys() == there.keys()
+        for name, tensor in here.items():
+            torch.testing.assert_close(there[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [(2, ["engine.shards=2"]), (2, ["engine.shards=1", "engine.micro_batch_size=3"]), (4, ["engine.shards=2"])],
+    ids=["2 shards", "2 replicas", "2 replicas of 2 shards"],
+)
+def test_several_ranks_train_as_one(book, alone, tmp_path, ranks, settings):
+    out = job(ranks, "train", book, *SETTINGS, *settings, "--out", tmp_path / "run").stdout
+    assert out.count("finished 10 steps") == 1 and f"{ranks} ranks" in out
+    assert_same_training(alone, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "machine.json").read_text())["ranks"] == ranks
+    assert (tmp_path / "run" / "report.html").exists() and len(list((tmp_path / "run" / "samples").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_checkpoint_resumes_on_another_number_of_ranks(book, alone, tmp_path, first, then):
+    run = tmp_path / "run"
+    job(first, "train", book, *SETTINGS, "--out", run)
+    (run / "checkpoints" / "step-10").rename(tmp_path / "step-10")
+    assert "continuing from step 5" in job(then, "resume", run).stdout
+    assert_same_training(alone, run)
+
+
+def test_a_batch_that_does_not_divide_is_refused(book, tmp_path):
+    done = job(2, "train", book, *SETTINGS, "engine.batch_size=15", "--out", tmp_path / "run", check=False)
+    assert done.returncode and "15 does not divide among 2 ranks; use a multiple of 2" in " ".join(done.stderr.split())
