@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 # A venv that failed half-way (no ensurepip, say) is made again next time.
 .DELETE_ON_ERROR:
-.PHONY: help demo install test test-full lint format bench clean
+.PHONY: help demo install test test-full lint format bench data-small clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -35,6 +35,9 @@ format: $(VENV)/.installed-dev  ## put the code into its form
 
 bench: $(VENV)/.installed-dev  ## run the benchmarks and rewrite RESULTS.md
 	$(BIN)/python -m benchmarks
+
+data-small: $(VENV)/.installed-dev  ## fetch Fashion-MNIST, emoji and photographs into datasets/ (checksummed; apt and npm)
+	$(BIN)/python -m benchmarks.fetch_data
 
 clean:  ## remove .venv and caches; runs are kept
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist

@@ -15,6 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quintic.core import UserError as UserError
+    from quintic.diffusion import GaussianDenoiser as GaussianDenoiser
+    from quintic.diffusion import NoiseSchedule as NoiseSchedule
+    from quintic.diffusion import UNet as UNet
+    from quintic.diffusion import ancestral_sample as ancestral_sample
+    from quintic.diffusion import load_denoiser as load_denoiser
+    from quintic.diffusion import shipped_denoiser as shipped_denoiser
+    from quintic.flow import TarFlow as TarFlow
     from quintic.linalg import msign as msign
     from quintic.linalg import polar_express_coefficients as polar_express_coefficients
     from quintic.linalg import spectral_norm as spectral_norm
@@ -44,13 +51,18 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AuxLoss": "moe",
+    "GaussianDenoiser": "diffusion",
     "LMConfig": "lm",
     "LanguageModel": "lm",
     "LossFree": "moe",
     "MoE": "moe",
     "Muon": "optim",
     "NoBalance": "moe",
+    "NoiseSchedule": "diffusion",
+    "TarFlow": "flow",
+    "UNet": "diffusion",
     "UserError": "core",
+    "ancestral_sample": "diffusion",
     "aux_loss": "moe",
     "balance_step": "moe",
     "balanced_assign": "moe",
@@ -61,11 +73,13 @@ _HOMES = {
     "generate": "lm",
     "interpolative": "lowrank",
     "load_deepseek": "lm",
+    "load_denoiser": "diffusion",
     "msign": "linalg",
     "nystrom": "lowrank",
     "polar_express_coefficients": "linalg",
     "roles": "optim",
     "save_deepseek": "lm",
+    "shipped_denoiser": "diffusion",
     "spectral_norm": "linalg",
     "spectral_norm_grad": "linalg",
     "split_dense": "moe",

@@ -112,4 +112,5 @@ def main():
             print("all agree", counted.bytes)
 
 
-main()
+if __name__ == "__main__":
+    main()

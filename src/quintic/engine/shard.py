@@ -41,7 +41,8 @@ def divide_(model: nn.Module, ranks: Ranks) -> None:
     for module in (*blocks, model):
         # Also the root is put away after a forward pass: kept, it would outlive a change of weights in a validation.
         fully_shard(module, mesh=ranks.mesh, shard_placement_fn=placement, reshard_after_forward=True)
-        module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # else float32 asks for an operation that gloo lacks
 
 
 def whole(tensor: Tensor) -> Tensor:

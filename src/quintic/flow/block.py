@@ -1,0 +1,181 @@
+"""One block of a TARFLOW: an affine autoregression over patches whose coefficients a causal transformer computes.
+
+    z_0 = x_0,    z_i = (x_i - mu_i) exp(-alpha_i),    (mu_i, alpha_i) = f(x_0 .. x_{i-1})
+
+(post 10667, Zhai et al. 2024, arXiv 2412.06329.) The Jacobian is triangular, log |det| = -sum alpha. Given x, all z_i
+come from one parallel pass; given z, the x_i come one after the other. In every second block the tokens are in reverse
+order. Position i of the tables is the i-th token in the block's own order.
+
+Shapes: b batch, n tokens, d numbers of a token, w width, h heads. The output at place i is for token i + 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quintic.core.roles import Constant, Normal, Role, declare
+
+__all__ = ["FlowBlock", "Layer", "Linear"]
+
+
+class Linear(nn.Module):
+    """y = x W^T + b.
+
+    Args:
+        n_in: Numbers in.
+        n_out: Numbers out.
+        role: What W is to the optimizer.
+        std: Of the initial W, in units of 1 / sqrt(n_in).
+        row_blocks: Matrices that W consists of, on top of each other.
+    """
+
+    def __init__(
+        self, n_in: int, n_out: int, *, role: Role = Role.MATRIX, std: float = 0.5, row_blocks: int = 1
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out))
+        init = Normal(std / math.sqrt(n_in)) if std else Constant(0.0)
+        declare(self, "weight", role, init, row_blocks=row_blocks)
+        declare(self, "bias", Role.VECTOR, Constant(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n_in) -> (..., n_out)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class _Norm(nn.LayerNorm):
+    """Layer normalisation with declared roles."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        declare(self, "weight", Role.VECTOR, Constant(1.0))
+        declare(self, "bias", Role.VECTOR, Constant(0.0))
+
+
+class Layer(nn.Module):
+    """Causal attention and a feed-forward with GELU, each behind a norm and added to its input."""
+
+    def __init__(self, width: int, head_width: int) -> None:
+        super().__init__()
+        self.heads = width // head_width
+        self.attention_norm = _Norm(width)
+        self.qkv = Linear(width, 3 * width, row_blocks=3)
+        self.mix = Linear(width, width)
+        self.mlp_norm = _Norm(width)
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width)
+
+    def forward(self, x_bnw: Tensor, temperature: float = 1.0) -> Tensor:
+        """(b, n, w) -> (b, n, w); attention logits are divided by ``temperature``."""
+        b, n, w = x_bnw.shape
+        q, k, v = self.qkv(self.attention_norm(x_bnw)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        scale = 1.0 / (math.sqrt(w // self.heads) * temperature)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        x_bnw = x_bnw + self.mix(mixed.transpose(1, 2).reshape(b, n, w))
+        return x_bnw + self.down(F.gelu(self.up(self.mlp_norm(x_bnw))))
+
+
+class FlowBlock(nn.Module):
+    """One block.
+
+    Args:
+        tokens: n.
+        numbers: d.
+        width: w.
+        layers: Of the transformer.
+        head_width: Channels of a head; divides ``width``.
+        num_classes: Rows of the class table, beside the one for "no label"; 0 is without a table.
+        flipped: Whether tokens are taken in reverse.
+        volume_preserving: Whether alpha is 0.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        numbers: int,
+        width: int,
+        layers: int,
+        head_width: int,
+        *,
+        num_classes: int = 0,
+        flipped: bool = False,
+        volume_preserving: bool = False,
+    ) -> None:
+        super().__init__()
+        self.flipped = flipped
+        self.volume_preserving = volume_preserving
+        self.num_classes = num_classes
+        self.enter = Linear(numbers, width, role=Role.EMBEDDING, std=1.0)
+        self.position = nn.Parameter(torch.empty(tokens, width))
+        declare(self, "position", Role.EMBEDDING, Normal(0.02))
+        if num_classes:
+            self.classes = nn.Parameter(torch.empty(num_classes + 1, width))
+            declare(self, "classes", Role.EMBEDDING, Normal(0.02))
+        self.layers = nn.ModuleList(Layer(width, head_width) for _ in range(layers))
+        # Zero: a fresh block is the identity.
+        outputs = numbers if volume_preserving else 2 * numbers
+        self.leave = Linear(width, outputs, role=Role.HEAD, std=0.0)
+
+    def coefficients(
+        self, x_bnd: Tensor, labels: Tensor | None, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """mu and alpha of the tokens after each given one.
+
+        Args:
+            x_bnd: The first tokens, at most n - 1 of them matter, in the block's order.
+            labels: (b,) rows of the class table; None without one.
+            temperature: Of attention.
+
+        Returns:
+            (b, n, d) each, in the parameters' precision whatever autocast says; alpha is None if always 0.
+        """
+        h = self.enter(x_bnd) + self.position[: x_bnd.shape[1]]
+        if labels is not None:
+            h = h + self.classes[labels][:, None]
+        for layer in self.layers:
+            h = layer(h, temperature)
+        # A rounding of alpha is an error of the likelihood, so this product is never in bfloat16.
+        with torch.autocast(h.device.type, enabled=False):
+            out = self.leave(h.to(self.leave.weight.dtype))
+        if self.volume_preserving:
+            return out, None
+        alpha, mu = out.chunk(2, dim=-1)
+        return mu, alpha
+
+    def ordered(self, x_bnd: Tensor) -> Tensor:
+        """From the image's order of tokens to the block's, or back."""
+        return x_bnd.flip(1) if self.flipped else x_bnd
+
+    def forward(self, x_bnd: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The parallel way: tokens (b, n, d) in the image's order to z likewise, and log |det| (b,)."""
+        x_bnd = self.ordered(x_bnd)
+        mu, alpha = self.coefficients(x_bnd[:, :-1], labels)
+        rest = x_bnd[:, 1:] - mu
+        if alpha is None:
+            logdet = rest.new_zeros(len(rest))
+        else:
+            rest = rest * torch.exp(-alpha)
+            logdet = -alpha.sum((1, 2))
+        return self.ordered(torch.cat([x_bnd[:, :1], rest], dim=1)), logdet
+
+    def inverse(self, z_bnd: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The sequential way, with gradients: z (b, n, d) to x, and log |det| (b,) of this map.
+
+        One pass over all earlier tokens for every token; without gradients use :mod:`quintic.flow.invert`.
+        """
+        z_bnd = self.ordered(z_bnd)
+        x_bnd = z_bnd[:, :1]
+        logdet = z_bnd.new_zeros(len(z_bnd))
+        for i in range(1, z_bnd.shape[1]):
+            mu, alpha = self.coefficients(x_bnd, labels)
+            x = z_bnd[:, i]
+            if alpha is not None:
+                x = x * torch.exp(alpha[:, -1])
+                logdet = logdet + alpha[:, -1].sum(1)
+            x_bnd = torch.cat([x_bnd, (x + mu[:, -1])[:, None]], dim=1)
+        return self.ordered(x_bnd), logdet

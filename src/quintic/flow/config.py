@@ -1,0 +1,80 @@
+"""Settings of a TARFLOW."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quintic.core import ConfigError, suggest
+
+__all__ = ["TarFlowConfig"]
+
+NOISES = ("gaussian", "uniform")
+PREPROCESSINGS = ("scale", "logit")
+DIRECTIONS = ("density", "sampling")
+
+
+@dataclass(frozen=True)
+class TarFlowConfig:
+    """A :class:`quintic.flow.TarFlow` and what it learns.
+
+    Raises:
+        ConfigError: A value is out of range; the message names the field.
+    """
+
+    channels: int = 0
+    """Of the images; 0 follows the data."""
+    height: int = 0
+    """Of the images; 0 follows the data."""
+    image_width: int = 0
+    """Of the images; 0 follows the data."""
+    classes: int = 0
+    """Classes to condition on; -1 follows the data, 0 is without."""
+    class_dropout: float = 0.1
+    """Share of training images whose class is withheld, so that the model also works without one."""
+    patch: int = 4
+    """Height and width of a token in pixels."""
+    width: int = 64
+    """Channels of the transformers."""
+    blocks: int = 4
+    """Flow blocks; the order of tokens is reversed in every second one."""
+    layers: int = 2
+    """Attention layers of a block."""
+    head_width: int = 32
+    """Channels of an attention head."""
+    noise: str = "gaussian"
+    """gaussian: of size sigma, for images to look at; uniform: within a level, for an honest likelihood."""
+    sigma: float = 0.1
+    """Standard deviation of gaussian noise, on pixels from -1 to 1."""
+    preprocess: str = "scale"
+    """Before the flow: scale (to [-1, 1]) or logit (of a pixel; with uniform noise only)."""
+    volume_preserving: bool = False
+    """Whether blocks only shift, so that no volume changes; then learn the prior's variance."""
+    learned_prior: bool = False
+    """Whether the variance of every latent is learned, in place of 1."""
+    direction: str = "density"
+    """Which way is one parallel pass: density (training fast, sampling slow) or sampling (the reverse)."""
+    checkpoint: bool = False
+    """Whether training keeps the inputs of blocks alone and computes the rest again."""
+    sample_images: int = 36
+    """Images in a sample."""
+    guidance: float = 0.0
+    """Strength with which samples during training follow their class."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("noise", NOISES), ("preprocess", PREPROCESSINGS), ("direction", DIRECTIONS)):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"unknown tarflow.{name} {value!r}{suggest(value, known)}")
+        for name, least in (
+            ("channels", 0), ("height", 0), ("image_width", 0), ("classes", -1), ("patch", 1), ("width", 1),
+            ("blocks", 1), ("layers", 1), ("head_width", 1), ("sample_images", 1),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ConfigError(f"tarflow.{name} must be at least {least}, found {getattr(self, name)}")
+        if not 0.0 <= self.class_dropout < 1.0:
+            raise ConfigError(f"tarflow.class_dropout must be in [0, 1), found {self.class_dropout}")
+        if not 0.0 < self.sigma < 10.0:
+            raise ConfigError(f"tarflow.sigma must be in (0, 10), found {self.sigma}")
+        if not 0.0 <= self.guidance < 100.0:
+            raise ConfigError(f"tarflow.guidance must be in [0, 100), found {self.guidance}")
+        if self.guidance and not self.classes:
+            raise ConfigError("tarflow.guidance follows the class: set tarflow.classes=-1 to learn the data's classes")
