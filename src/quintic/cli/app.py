@@ -21,6 +21,7 @@ from quintic.cli import (
     export,
     generate,
     import_model,
+    matrix,
     plan,
     race,
     report,
@@ -35,7 +36,8 @@ __all__ = ["app", "main"]
 
 app = App(
     name="quintic",
-    help="Pretrain mixture-of-experts language models with Muon on your own text.",
+    help="Pretrain mixture-of-experts language models with Muon on your own text; train flows and diffusion models of "
+    "images; code images; explain matrices.",
     version=quintic.__version__,
 )
 for _verb in (
@@ -53,6 +55,7 @@ for _verb in (
 ):
     app.command(_verb)
 app.command(import_model.import_model, name="import")
+app.command(matrix.matrix)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

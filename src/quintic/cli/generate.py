@@ -19,9 +19,16 @@ def generate(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: list[str] | None = None,
     n: int | None = None,
     steps: int | None = None,
     sampler: str | None = None,
+    label: Annotated[int | None, Parameter(name="--class")] = None,
+    guidance: float | None = None,
+    method: str | None = None,
+    denoise: bool | None = None,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     seed: int = 0,
     checkpoint: str = "best",
@@ -46,12 +53,26 @@ def generate(
         Keep the k likeliest tokens only; 0, as if left out, keeps all.
     top_p
         Keep the smallest likeliest set with at least this probability; 0.9 if left out.
+    min_p
+        Keep tokens at least this times as likely as the likeliest only.
+    repetition_penalty
+        Above 1, tokens that were there before become less likely; 1.1 is mild.
+    stop
+        End before this text; repeat for several.
     n
         How many images; 36 if left out.
     steps
         Calls of the network per image of a diffusion model; more is finer and slower.
     sampler
         Of a diffusion model: ddim (smooth, good with few steps) or ancestral.
+    label
+        Class of the images of a flow, a number; without it all classes in turn.
+    guidance
+        Strength of a flow's guidance towards the class, about 1 to 3; --temperature is that of its unconditional half.
+    method
+        How a flow is inverted: auto, sequential, jacobi or window:K; all give the same images.
+    denoise
+        --no-denoise shows a flow's images with the noise it was trained on.
     out
         PNG file of the images; their pixels go into an .npy file beside it. Default: in the run's samples.
     seed
@@ -67,7 +88,9 @@ def generate(
 
     given = {
         "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "n": n, "steps": steps, "sampler": sampler, "out": out,
+        "min_p": min_p, "repetition_penalty": repetition_penalty, "stop": stop,
+        "n": n, "steps": steps, "sampler": sampler, "label": label,
+        "guidance": guidance, "method": method, "denoise": denoise, "out": out,
     }  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
     loaded = load_run_model(run, checkpoint, device, dtype)

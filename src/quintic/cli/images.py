@@ -1,8 +1,10 @@
-"""How image models are wired: sections, images, model, generation, evaluation."""
+"""How image models are wired: sections, images, models, generation, evaluation, for TARFLOW and diffusion."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from quintic.cli.wiring import LoadedModel
     from quintic.data.images import ImageData
     from quintic.engine import Settings, Task
+    from quintic.flow import TarFlow
 
 __all__ = ["EMBEDDED", "NEXT", "READING", "UNIT", "build", "evaluate", "generate", "prepare", "sections"]
 
@@ -26,16 +29,21 @@ READING = "reading images"
 UNIT = ""
 """Of the loss."""
 NEXT = "quintic generate {run} --n 36"
+"""What one would do with a finished run."""
 
 _BATCH = 64
+_SHOWN = 40  # images with a line of their own in an evaluation
 
 
 def sections(task: str) -> dict[str, type]:
     """The task's own sections."""
     from quintic.data.images import ImageConfig
-    from quintic.diffusion import DDPMConfig
 
-    return {task: DDPMConfig, "data": ImageConfig}
+    if task == "ddpm":
+        from quintic.diffusion import DDPMConfig as Config
+    else:
+        from quintic.flow import TarFlowConfig as Config
+    return {task: Config, "data": ImageConfig}
 
 
 def prepare(
@@ -43,8 +51,11 @@ def prepare(
 ) -> tuple[Task, Settings, list[str]]:
     """Pictures to arrays, the sizes that follow from them, and the task; see :func:`quintic.cli.wiring.build_task`."""
     from quintic.data.images import prepare_images
-    from quintic.diffusion.task import derived_fields
 
+    if task == "ddpm":
+        from quintic.diffusion.task import derived_fields
+    else:
+        from quintic.flow.task import derived_fields
     images = prepare_images(list(paths) or None, settings["data"], progress)
     if settings.sources[f"{task}.height"] != "config.toml":  # a run's own settings are resolved already
         for name, (value, why) in derived_fields(settings[task], images).items():
@@ -54,14 +65,59 @@ def prepare(
 
 def build(task: str, settings: Settings) -> nn.Module:
     """The model, uninitialised."""
-    from quintic.diffusion import UNet
-    from quintic.diffusion.task import unet_arguments
+    if task == "ddpm":
+        from quintic.diffusion import UNet
+        from quintic.diffusion.task import unet_arguments
 
-    return UNet(**unet_arguments(settings[task]), seed=None)
+        return UNet(**unet_arguments(settings[task]), seed=None)
+    from quintic.flow import TarFlow
+    from quintic.flow.task import flow_arguments
+
+    return TarFlow(**flow_arguments(settings[task]), seed=None)
 
 
 def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None:
     """A grid of new images as PNG, and the images themselves as an array."""
+    n, seed = options.pop("n", 36), options.pop("seed")
+    out = options.pop("out", None) or folder / "samples" / f"generated-seed{seed}.png"
+    if n < 1:
+        raise ConfigError(f"--n must be at least 1, found {n}")
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"--out must name a .png file, found {out}")
+    make = _diffuse if loaded.header["task"] == "ddpm" else _flow
+    _write_images(make(loaded, n, seed, options), out)
+
+
+def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str) -> None:
+    """Print the loss on a split of the run's own images, or scores of others."""
+    from quintic.data.images import prepare_images
+
+    if split not in ("test", "validation"):
+        raise ConfigError(f"unknown split {split!r}{suggest(split, ['test', 'validation'])}")
+    settings, header = loaded.settings, loaded.header
+    if paths:
+        every = replace(settings["data"], validation_fraction=0.0, test_fraction=1.0, flip=False)
+        images = prepare_images(list(paths), every, lambda _: None)
+        _score_others(loaded, images)
+        return
+    what = f"{split} split of {folder}"
+    images = prepare_images([Path(path) for path in header["paths"]] or None, settings["data"], lambda _: None)
+    task = _task(header["task"], settings, images)
+    if task.fingerprint != header["fingerprint"]:
+        raise DataError(f"the images of {folder} have changed since it was trained; name those to evaluate on instead")
+    with loaded.precision:
+        values = task.evaluate(loaded.model, split, lambda: False)
+    if not values:
+        raise DataError(f"there are no {split} images to evaluate on in {folder}")
+    prefix = "val" if split == "validation" else split
+    bits = values.get(f"{prefix}_bits_per_dim")
+    say(f"{what}: loss {values[f'{prefix}_loss']:.5f}" + (f", {bits:.4f} bits per dimension" if bits else ""))
+
+
+def _diffuse(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) -> NDArray[np.uint8]:
+    """Images of a diffusion model, (n, h, w, c)."""
+    import numpy as np
+
     from quintic.cli.wiring import refuse
     from quintic.data.images import as_pixels
     from quintic.diffusion import NetworkDenoiser, NoiseSchedule, ancestral_sample, ddim_sample
@@ -69,14 +125,12 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
     from quintic.diffusion.task import unet_arguments
 
     c = loaded.settings["ddpm"]
-    n, seed = options.pop("n", 36), options.pop("seed")
     steps, sampler = options.pop("steps", c.sample_steps), options.pop("sampler", "ddim")
-    out = options.pop("out", None)
     refuse(options, "ddpm")
     samplers = {"ddim": ddim_sample, "ancestral": ancestral_sample}
     if sampler not in samplers:
         raise ConfigError(f"unknown sampler {sampler!r}{suggest(sampler, samplers)}")
-    denoiser = NetworkDenoiser(loaded.model, c.target, unet_arguments(c))
+    denoiser = NetworkDenoiser(loaded.model, c.target, unet_arguments(c))  # type: ignore[arg-type]
     levels = NoiseSchedule(c.schedule, c.log_snr_min, c.log_snr_max, c.shift).grid(steps)
     parts = []
     with loaded.precision:
@@ -84,49 +138,68 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
             count = min(_BATCH, n - first)
             noise = seeded_noise(seed, count, denoiser.shape, first)
             parts.append(as_pixels(samplers[sampler](denoiser, count, levels, noise=noise).cpu().numpy()))
-    write_images(parts, out or folder / "samples" / f"generated-seed{seed}.png")
+    return np.concatenate(parts)
 
 
-def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str) -> None:
-    """Print the loss on a split of the run's own images, or on others."""
-    from dataclasses import replace
+def _flow(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) -> NDArray[np.uint8]:
+    """Images of a TARFLOW, (n, h, w, c); always in the model's own precision, else the inversion is not exact."""
+    import torch
 
-    from quintic.data.images import prepare_images
+    from quintic.cli.wiring import refuse
+    from quintic.data.images import as_pixels
+    from quintic.flow import Guidance
 
-    if split not in ("test", "validation"):
-        raise ConfigError(f"unknown split {split!r}{suggest(split, ['test', 'validation'])}")
-    settings, header = loaded.settings, loaded.header
-    if paths:
-        split, what = "test", ", ".join(map(str, paths))
-        every = replace(settings["data"], validation_fraction=0.0, test_fraction=0.999)
-        images = prepare_images(list(paths), every, lambda _: None)
-    else:
-        what = f"{split} split of {folder}"
-        images = prepare_images([Path(path) for path in header["paths"]] or None, settings["data"], lambda _: None)
-    task = _task(header["task"], settings, images)
-    if not paths and task.fingerprint != header["fingerprint"]:
-        raise DataError(
-            f"the images of {folder} have changed since it was trained; name the ones to evaluate on instead"
-        )
-    with loaded.precision:
-        values = task.evaluate(loaded.model, split, lambda: False)
-    if not values:
-        raise DataError(f"there are no {split} images to evaluate on in {what}")
-    say(f"{what}: loss {values[f'{split}_loss' if split == 'test' else 'val_loss']:.5f}")
+    c = loaded.settings["tarflow"]
+    label, strength = options.pop("label", None), options.pop("guidance", 0.0)
+    temperature, method = options.pop("temperature", None), options.pop("method", "auto")
+    denoise = options.pop("denoise", None)
+    refuse(options, "tarflow")
+    labels = None
+    if c.classes:
+        labels = torch.arange(n) % c.classes if label is None else torch.full((n,), label)
+    elif label is not None:
+        raise ConfigError("--class needs a model with classes; this one was trained without")
+    guidance = None
+    if strength:
+        guidance = Guidance(strength) if temperature is None else Guidance(strength, temperature=temperature)
+    model: TarFlow = loaded.model  # type: ignore[assignment]
+    found = model.sample(n, labels, seed=seed, method=method, guidance=guidance, denoise=denoise)
+    return as_pixels(found.images.float().cpu().numpy())
 
 
-def write_images(parts: list[NDArray[np.uint8]], out: Path) -> None:
+def _score_others(loaded: LoadedModel, images: ImageData) -> None:
+    """Likelihood and strangeness of images under a flow; the loss under a diffusion model."""
+    import numpy as np
+
+    task, split = loaded.header["task"], images.test
+    if task == "ddpm":
+        with loaded.precision:
+            values = _task(task, loaded.settings, images).evaluate(loaded.model, "test", lambda: False)
+        assert values is not None
+        say(f"{len(split)} images: loss {values['test_loss']:.5f}")
+        return
+    from quintic.flow import score_images
+
+    scores = score_images(loaded.model, split.images, None)  # type: ignore[arg-type]
+    bits, strange = np.asarray(scores.bits_per_dim), np.asarray(scores.outlier)
+    if len(split) <= _SHOWN:
+        say("image  bits per dimension  outlier score")
+        for number in range(len(split)):
+            say(f"{number:>5}  {bits[number]:>18.4f}  {strange[number]:>13.4f}")
+    low, middle, high = np.percentile(strange, (25, 50, 75))
+    say(
+        f"{len(split)} images: {bits.mean():.4f} bits per dimension; outlier score (bits of the flow beyond those of "
+        f"PNG, higher is stranger) quartiles {low:.3f}, {middle:.3f}, {high:.3f}"
+    )
+
+
+def _write_images(images: NDArray[np.uint8], out: Path) -> None:
     """Write a grid as PNG and the images (n, h, w, c) as .npy beside it, and say so."""
-    import io
-
     import numpy as np
 
     from quintic.core.files import atomic_write
-    from quintic.diffusion.task import image_grid
+    from quintic.data.images import image_grid
 
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"--out must name a .png file, found {out}")
-    images = np.concatenate(parts)
     picture, array = io.BytesIO(), io.BytesIO()
     image_grid(images).save(picture, "PNG")
     np.save(array, images)
@@ -137,6 +210,10 @@ def write_images(parts: list[NDArray[np.uint8]], out: Path) -> None:
 
 
 def _task(task: str, settings: Settings, images: ImageData) -> Task:
-    from quintic.diffusion.task import DDPMTask
+    if task == "ddpm":
+        from quintic.diffusion.task import DDPMTask
 
-    return DDPMTask(settings[task], images)
+        return DDPMTask(settings[task], images)
+    from quintic.flow.task import TarFlowTask
+
+    return TarFlowTask(settings[task], images)

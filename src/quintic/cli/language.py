@@ -75,15 +75,15 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
     from quintic.data.tokenizer import Tokenizer
     from quintic.lm.task import generate_text
 
-    defaults = {"max_tokens": 200, "temperature": 0.7, "top_k": 0, "top_p": 0.9}
-    sampling = {name: options.pop(name, value) for name, value in defaults.items()}
-    prompt, seed = options.pop("prompt", ""), options.pop("seed")
+    known = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+    sampling = {"max_tokens": 200} | {name: options.pop(name) for name in known if name in options}
+    prompt = options.pop("prompt", "")
     refuse(options, "lm")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     sys.stdout.write(prompt)
     sys.stdout.flush()
     with loaded.precision:
-        for piece in generate_text(loaded.model, tokenizer, prompt, seed=seed, **sampling):
+        for piece in generate_text(loaded.model, tokenizer, prompt, **sampling):
             sys.stdout.write(piece)
             sys.stdout.flush()
     sys.stdout.write("\n")
@@ -111,7 +111,8 @@ def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: st
         raise DataError(f"the data of {folder} has changed since it was trained; name the text to evaluate on instead")
     with loaded.precision:
         values = task.evaluate(loaded.model, split)
-    assert values is not None
-    loss = next(value for name, value in values.items() if name.endswith("_loss"))
-    bits = next(value for name, value in values.items() if name.endswith("_bits_per_byte"))
+    if not values:
+        raise DataError(f"the {split} split of {folder} is empty; name the text to evaluate on")
+    prefix = "val" if split == "validation" else split
+    loss, bits = values[f"{prefix}_loss"], values[f"{prefix}_bits_per_byte"]
     say(f"{what}: loss {loss:.4f} nats a token, {bits:.4f} bits per byte")

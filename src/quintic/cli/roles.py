@@ -30,6 +30,8 @@ def roles(*arguments: str, task: str = "lm", size: str = "laptop") -> None:
 
     from quintic.optim import roles as table_of
 
+    optim = settings["optim"]
     with torch.device("meta"):
         model = kind_of(task).build(task, settings)
-    say(str(table_of(model, scale=settings["optim"].scale)))
+    table = table_of(model, scale=optim.scale, vectors=optim.vectors, embeddings=optim.embeddings)
+    say(str(table))

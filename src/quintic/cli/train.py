@@ -41,7 +41,7 @@ def train(
         Files and folders (.txt, .md, .jsonl, each also .gz; pictures; folders are searched), and settings as
         section.field=value. See --settings for all of them.
     task
-        What to train: lm (text), ddpm (images).
+        What to train: lm (text), tarflow or ddpm (images).
     size
         Preset that fills every setting: tiny, laptop, small.
     out
@@ -179,8 +179,11 @@ def _print_optimizer(console: Console, task: Task, settings: Settings) -> None:
     if settings["optim"].name != "muon":
         say(f"  optimizer: {settings['optim'].name} for every parameter", console=console)
         return
+    optim = settings["optim"]
     with torch.device("meta"):
-        table = roles(task.build(None), scale=settings["optim"].scale, strict=True)
+        table = roles(
+            task.build(None), scale=optim.scale, vectors=optim.vectors, embeddings=optim.embeddings, strict=True
+        )
     muon, adamw = table.parameters_under("muon"), table.parameters_under("adamw")
     say(f"  optimizer: Muon for {muon:,} parameters, AdamW for {adamw:,}; see quintic roles", console=console)
 

@@ -40,7 +40,7 @@ __all__ = [
     "split_arguments",
 ]
 
-KINDS = {"lm": "quintic.cli.language", "ddpm": "quintic.cli.images"}
+KINDS = {"lm": "quintic.cli.language", "tarflow": "quintic.cli.images", "ddpm": "quintic.cli.images"}
 """Task: the module with its ``sections``, ``prepare``, ``build``, ``generate`` and ``evaluate``, and its words."""
 
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+=")
