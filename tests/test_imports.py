@@ -88,6 +88,8 @@ def test_no_module_has_the_name_of_a_function_it_exports():
         "from quintic.cli.app import main; main(['--help'])",
         "from quintic.cli.app import main; main(['train', '--help'])",
         "from quintic.cli.app import main; main(['matrix', '--help'])",
+        "import quintic.codec",
+        "from quintic.cli.app import main; main(['codec', 'info', '--help'])",
         "from quintic.cli.app import main; main(['--version'])",
     ],
 )

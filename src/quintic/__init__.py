@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quintic.codec import Codec as Codec
     from quintic.core import UserError as UserError
     from quintic.diffusion import GaussianDenoiser as GaussianDenoiser
     from quintic.diffusion import NoiseSchedule as NoiseSchedule
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AuxLoss": "moe",
+    "Codec": "codec",
     "GaussianDenoiser": "diffusion",
     "LMConfig": "lm",
     "LanguageModel": "lm",

@@ -1,13 +1,18 @@
 """Every command and every example of the README runs, and every file it points at is there."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from quintic.assets import corpus_path
 from quintic.cli.app import main
+from quintic.data.drawings import draw
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,7 +22,7 @@ SHORT = ["engine.steps=2", "lm.num_layers=2"]  # appended where a command would 
 
 def commands() -> list[list[str]]:
     lines = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("quintic ")]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(("quintic ", "torchrun "))]
 
 
 def test_every_command_runs_in_order(tmp_path, monkeypatch, capsys):
@@ -27,23 +32,25 @@ def test_every_command_runs_in_order(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_notes").mkdir()
     for i in range(3):
         (tmp_path / "my_notes" / f"{i}.md").write_text(text[i * 9000 : (i + 1) * 9000], encoding="utf-8")
+    pixels, _ = draw(1, 28, 1, seed=0, label="readme")
+    Image.fromarray(pixels[0, :, :, 0]).save(tmp_path / "picture.png")
+    (tmp_path / "table.csv").write_text("name,a,b,c\nx,1,2,3\ny,2,4,6.1\nz,0,1,0\n", encoding="utf-8")
     found = commands()
-    assert {words[0] for words in found} == {
-        "train",
-        "resume",
-        "generate",
-        "evaluate",
-        "report",
-        "roles",
-        "doctor",
-        "race",
-    }
-    for words in found:
+    assert {words[1] for words in found if words[0] == "quintic"} == {
+        "train", "resume", "generate", "evaluate", "report", "roles", "doctor", "race", "verify-resume", "export",
+        "import", "plan", "codec", "matrix",
+    }  # fmt: skip
+    for program, *words in found:
+        if program == "torchrun":
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], check=True, env=environment)
+            continue
         whole = words[0] == "train" and "--out" not in words and "--settings" not in words
         with pytest.raises(SystemExit) as end:
             main([*words, *SHORT] if whole else words)
         assert not end.value.code, (words, capsys.readouterr().err)
     assert (tmp_path / "runs" / "a" / "report.html").is_file()
+    assert Image.open("decoded.png").size == (28, 28) and Path("picture.ddcm").stat().st_size <= 100
 
 
 def test_every_make_target_exists():

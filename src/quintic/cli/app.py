@@ -16,6 +16,7 @@ from rich.text import Text
 
 import quintic
 from quintic.cli import (
+    codec,
     doctor,
     evaluate,
     export,
@@ -56,6 +57,7 @@ for _verb in (
     app.command(_verb)
 app.command(import_model.import_model, name="import")
 app.command(matrix.matrix)
+app.command(codec.app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

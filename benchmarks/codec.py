@@ -1,0 +1,307 @@
+"""The picture codec: against WebP at the size of its smallest file, steps, calls of the network, time, and generation.
+
+Rates count whole files where files are compared, and bits of the codes where schedules are. Each part is kept in
+``runs/benchmarks/codec``, so that a benchmark that was stopped goes on; delete it to measure again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from benchmarks.claims import Claim, table
+from benchmarks.codec_parts import (
+    classifier,
+    coded,
+    frechet,
+    gaussian_model,
+    images,
+    mean,
+    psnrs,
+    single_matched,
+    smallest_webp,
+    some,
+    standard,
+)
+from benchmarks.fetch_data import fetch
+from benchmarks.plot import Line, draw, image
+from quintic.codec import Codec, paper_plan
+from quintic.codec.codebook import OrthogonalCodebook
+from quintic.codec.comparison import classic_file, quality_of
+from quintic.codec.guidance import generate
+from quintic.codec.models import shipped_model
+from quintic.codec.schedule import Plan
+from quintic.core.files import atomic_write
+from quintic.core.machine import describe
+from quintic.data.images import as_signed
+from quintic.diffusion import ancestral_sample, shipped_names
+
+FOLDER = Path("runs") / "benchmarks" / "codec"
+FILES, IMAGES, SAMPLES = 200, 200, 400
+"""Images coded to real files, coded for schedules, and generated."""
+PHOTOS = "photos"
+SIZES = (40, 60, 80, 100, 130, 160)
+RATES = (0.4, 0.8)
+"""Bits per value."""
+
+
+def part(name: str, make: Callable[[], Any]) -> Any:
+    path = FOLDER / f"{name}.json"
+    if not path.exists():
+        started = time.perf_counter()
+        atomic_write(path, json.dumps(make()))
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def files(name: str) -> dict[str, Any]:
+    """Real files at the total size of each image's smallest WebP."""
+    data = images(name)
+    pixels = some(data, FILES)
+    webp = [smallest_webp(p) for p in pixels]
+    arms = {"network": Codec(), "gaussian": Codec(gaussian_model(data).denoiser)}
+    found: dict[str, Any] = {"images": len(pixels), "webp_bytes": mean([len(f) for f, _ in webp])}
+    found["webp"] = [q for _, q in webp]
+    decoded = {
+        "webp": [np.asarray(Image.open(io.BytesIO(f)).convert("L" if name == "fashion28" else "RGB")) for f, _ in webp]
+    }
+    for arm, codec in arms.items():
+        made = [
+            codec.code(Image.fromarray(p.squeeze()), target_bytes=len(f))
+            for p, (f, _) in zip(pixels, webp, strict=True)
+        ]
+        assert all(len(m.data) <= len(f) for m, (f, _) in zip(made, webp, strict=True))
+        found[arm] = [m.psnr for m in made]
+        found[f"{arm}_bytes"] = mean([len(m.data) for m in made])
+        decoded[arm] = [np.asarray(m.image) for m in made]
+    if name == "fashion28":
+        net = classifier(data, FOLDER / "classifier.pt")
+        step = max(1, len(data.test) // FILES)
+        labels = data.test.labels[::step][: len(pixels)]
+        found["labels"] = {
+            arm: float((net.labels(as_signed(np.stack(shown)[..., None])) == labels).mean())
+            for arm, shown in {"original": list(pixels[..., 0]), **decoded}.items()
+        }
+        tiny = [arms["network"].code(Image.fromarray(p.squeeze()), target_bytes=40) for p in pixels]
+        found["tiny"] = {"bytes": max(len(m.data) for m in tiny), "psnr": mean([m.psnr for m in tiny])}
+    return found
+
+
+def rates(name: str) -> dict[str, Any]:
+    """Quality by the size of a file whose header and checksum take 12 bytes."""
+    data, model = images(name), shipped_model(name)
+    pixels, other = some(data, IMAGES), gaussian_model(data)
+    return {
+        kind: {size: mean(psnrs(pixels, coded(m, standard(m, 8 * (size - 12)), pixels))) for size in SIZES}
+        for kind, m in (("network", model), ("gaussian", other))
+    }
+
+
+def schedules(name: str) -> dict[str, Any]:
+    """The same model, as many calls and bits: the paper's evenly spaced steps against matched ones."""
+    data, model = images(name), shipped_model(name)
+    pixels, d = some(data, IMAGES), model.dimension
+
+    def quality(plan: Plan) -> float:
+        return mean(psnrs(pixels, coded(model, plan, pixels)))
+
+    found: dict[str, Any] = {}
+    for rate in RATES:
+        bits = round(rate * d)
+        steps = bits // 8
+        own = standard(model, bits)
+        levels = paper_plan(own.calls, 2).levels
+        hundred = standard(model, bits, 4)
+        found[str(rate)] = {
+            "paper": quality(paper_plan(steps + 1, 256)),
+            "paper_matched": quality(single_matched(model, steps, 256)),
+            "paper_calls": steps + 1,
+            "uniform_20": quality(Plan(levels, own.atoms)),
+            "matched_20": quality(own),
+            "matched_10": quality(standard(model, bits, 2)),
+            "matched_many": quality(hundred),
+            "many": hundred.calls,
+        }
+    return found
+
+
+def timing(name: str) -> dict[str, Any]:
+    """One image at a time, one thread; the best of several runs. To be run with nothing else running."""
+    torch.set_num_threads(1)
+    data, model = images(name), shipped_model(name)
+    pixels, found = some(data, 1), {}
+
+    def best(action: Callable[[], Any], runs: int = 7) -> float:
+        action()
+        spent = []
+        for _ in range(runs):
+            started = time.perf_counter()
+            action()
+            spent.append(time.perf_counter() - started)
+        return min(spent)
+
+    for preset, label in ((1, "20"), (4, "100")):
+        plan = standard(model, round(0.8 * model.dimension), preset)
+        levels = [level / 256 for level in plan.levels]
+        found[f"calls_{label}"] = plan.calls
+        found[f"encode_{label}"] = best(lambda plan=plan: coded(model, plan, pixels))
+        found[f"sample_{label}"] = best(lambda levels=levels: ancestral_sample(model.denoiser, 1, levels))
+    picture = Image.fromarray(pixels[0].squeeze())
+    codec = Codec()
+    found["plain"] = best(lambda: codec.encode(picture, target_bytes=100), 3)
+    found["exact"] = best(lambda: codec.encode(picture, target_bytes=100, exact=True), 3)
+    for d in (1 << 14, 1 << 16):
+        tracemalloc.start()
+        OrthogonalCodebook(d, 0, 0).inner(np.ones((1, d)))
+        found[f"memory_{d}"] = tracemalloc.get_traced_memory()[1] / d
+        tracemalloc.stop()
+    return found
+
+
+def generation(name: str) -> dict[str, Any]:
+    """Frechet distance of random codes to test images, in features of the classifier."""
+    data, model = images(name), shipped_model(name)
+    net, tag = classifier(data, FOLDER / "classifier.pt"), f"frechet-{model.denoiser.fingerprint[:8]}"
+    true = net.features(as_signed(some(data, 2000)))
+
+    def distance(made: Any) -> float:
+        return frechet(net.features(made), true)
+
+    found: dict[str, float] = {}
+    for shared, sizes in ((False, (2, 16, 64)), (True, (64, 1024, 8192))):
+        for size in sizes:
+            plan = paper_plan(60, size, shared=shared)
+            made = part(
+                f"{tag}-{'shared' if shared else 'separate'}-{size}",
+                lambda plan=plan: distance(generate(model.denoiser, plan, SAMPLES, batch=50)[1]),
+            )
+            found[f"{'shared' if shared else 'separate'} {size}"] = made
+    levels = [level / 256 for level in paper_plan(60, 2).levels]
+    found["normal noise"] = part(
+        f"{tag}-normal",
+        lambda: distance(
+            np.concatenate([ancestral_sample(model.denoiser, 50, levels, seed=i).numpy() for i in range(SAMPLES // 50)])
+        ),
+    )
+    found["other test images"] = distance(as_signed(data.test.images[1 :: len(data.test) // SAMPLES][:SAMPLES]))
+    return found
+
+
+def photographs() -> list[list[float]]:
+    """Photographs of 128 x 128 grey pixels at the sizes of WebP at two qualities: bytes, WebP's PSNR, ours."""
+    codec, rows = Codec(), []
+    for path in sorted(fetch(PHOTOS).rglob("*.jpg"))[:5]:
+        picture = ImageOps.fit(Image.open(path).convert("L"), (128, 128))
+        for quality in (10, 40):
+            file = classic_file(picture, "webp", quality)
+            made = codec.code(picture, target_bytes=len(file))
+            rows.append([len(file), quality_of(picture, file), made.psnr])
+    return rows
+
+
+def run() -> dict[str, Any]:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"machine": describe(torch.device("cpu"), torch.float32), "seed": 0, "models": {}}
+    for name in shipped_names():
+        fingerprint = shipped_model(name).denoiser.fingerprint[:8]
+        found: dict[str, Any] = {"fingerprint": fingerprint}
+        for make in (files, rates, schedules, timing, *([generation] if name == "fashion28" else [])):
+            found[make.__name__] = part(
+                f"{make.__name__}-{name}-{fingerprint}", lambda make=make, name=name: make(name)
+            )
+        result["models"][name] = found
+    result["photographs"] = part("photographs", photographs)
+    return result
+
+
+def section(result: dict[str, Any]) -> str:
+    parts = [
+        "## The picture codec\n\nTest images only. Sizes are of whole files, header and checksum included. WebP's are "
+        "the smallest that Pillow writes."
+    ]
+    for name, m in result["models"].items():
+        f, s, t = m["files"], m["schedules"], m["timing"]
+        rows = [("WebP, smallest", f"{f['webp_bytes']:.1f}", f"{mean(f['webp']):.2f} dB", _label(f, "webp"))]
+        for arm, title in (("network", "quintic"), ("gaussian", "quintic, Gaussian denoiser")):
+            rows.append((title, f"{f[arm + '_bytes']:.1f}", f"{mean(f[arm]):.2f} dB", _label(f, arm)))
+        parts.append(f"**{name}**, {f['images']} images, each at the size of its smallest WebP")
+        parts.append(table(("codec", "mean bytes", "mean PSNR", "labels kept"), rows))
+        if "tiny" in f:
+            parts.append(f"At most {f['tiny']['bytes']} bytes: {f['tiny']['psnr']:.2f} dB; no WebP is so small.")
+        head = (
+            "bit/value",
+            "paper's steps, K = 256",
+            "matched, K = 256",
+            "even, 20 calls",
+            "matched, 20",
+            "10",
+            "100 at most",
+        )
+        keys = ("paper", "paper_matched", "uniform_20", "matched_20", "matched_10", "matched_many")
+        parts.append(table(head, [(rate, *(f"{v[k]:.2f} dB" for k in keys)) for rate, v in s.items()]))
+        parts.append(
+            f"Encoding takes {t['encode_20'] / t['sample_20']:.3f} times as long as plain sampling with as many "
+            f"calls; 20 calls are {t['encode_100'] / t['encode_20']:.1f} times quicker than {t['calls_100']}; exact "
+            f"mode takes {t['exact'] / t['plain']:.1f} times as long. The orthogonal codebook takes "
+            f"{t['memory_16384']:.0f} bytes a value at 16384 values, {t['memory_65536']:.0f} at 65536."
+        )
+        if "generation" in m:
+            rows = [(book, f"{distance:.1f}") for book, distance in m["generation"].items()]
+            parts.append("Frechet distance of generated images by codebook, 60 steps")
+            parts.append(table(("codebook", "distance"), rows))
+        parts.append(image(f"codec_{name}", f"Quality by size of file, {name}"))
+    size, webp, own = (mean(column) for column in zip(*result["photographs"], strict=True))
+    parts.append(
+        f"Larger pictures lose: on grey photographs of 128 x 128 pixels, in tiles of the model of thumbnails, WebP has "
+        f"{webp:.1f} dB at {size:.0f} bytes, this codec {own:.1f} dB."
+    )
+    return "\n\n".join(parts)
+
+
+def _label(found: dict[str, Any], arm: str) -> str:
+    if "labels" not in found:
+        return ""
+    return f"{found['labels'][arm]:.1%} (originals {found['labels']['original']:.1%})"
+
+
+def claims(result: dict[str, Any]) -> list[Claim]:
+    made = []
+    for name, m in result["models"].items():
+        f, s, t = m["files"], m["schedules"], m["timing"]
+        gain = mean(f["network"]) - mean(f["webp"])
+        over = mean(f["network"]) - mean(f["gaussian"])
+        bar = 4.0 if name == "fashion28" else 0.0
+        rows = [
+            (f"{name}: {bar:g} dB or more over WebP at the size of its smallest file", f"{gain:+.1f} dB", gain >= bar),
+            (f"{name}: trained 1.5 dB or more over Gaussian at equal bytes", f"{over:+.1f} dB", over >= 1.5),
+        ]
+        for rate, bar in (("0.4", 2.0), ("0.8", 3.0)):
+            better = s[rate]["paper_matched"] - s[rate]["paper"]
+            title = f"{name}: matched steps {bar:g} dB or more over the paper's at {rate} bit per value, equal calls"
+            rows.append((title, f"{better:+.1f} dB", better >= bar))
+        lost = max(v["matched_many"] - v["matched_20"] for v in s.values())
+        faster = t["encode_100"] / t["encode_20"]
+        title = f"{name}: 20 calls within 0.6 dB of up to 100, and 4 times quicker"
+        rows.append((title, f"{lost:.2f} dB, {faster:.1f} times", lost <= 0.6 and faster >= 4))
+        ratio = t["encode_20"] / t["sample_20"]
+        rows.append((f"{name}: encoding takes at most 1.05 times plain sampling", f"{ratio:.3f}", ratio <= 1.05))
+        made += [Claim(claim, "own bar", measured, 0, "yes" if ok else "no", "codec") for claim, measured, ok in rows]
+    return made
+
+
+def plots(result: dict[str, Any]) -> dict[str, str]:
+    shown = {}
+    for name, m in result["models"].items():
+        lines = [Line(kind, SIZES, [m["rates"][kind][str(size)] for size in SIZES]) for kind in ("network", "gaussian")]
+        lines.append(Line("WebP, smallest", [m["files"]["webp_bytes"]], [mean(m["files"]["webp"])]))
+        shown[f"codec_{name}"] = draw(f"{name}: quality by size of file", lines, x="bytes", y="PSNR, dB")
+    return shown

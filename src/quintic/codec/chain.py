@@ -1,0 +1,123 @@
+"""The reverse chain that encoder and decoder both run: the only place where an image comes about.
+
+    x_T fixed;   at level l_i:  x_0 = clip(denoise(x));   x <- a x + b x_0 + std z_i;   the last x_0 is the image
+
+With T levels there are T - 1 noises z_i, each from its code. The encoder asks ``choose`` for the code of a step and
+goes on from it just as the decoder does: what one makes, the other makes too, bit for bit, provided that the denoiser
+answers alike. For that it is called with one image at a time, whose answer cannot depend on its neighbours in a batch;
+exact arithmetic (:mod:`quintic.codec.exact`) has no such dependence and takes batches.
+
+x and z are float64 and change by elementwise operations only; the denoiser sees float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quintic.codec.arithmetic import UNIT, step_coefficients
+from quintic.codec.codebook import Array, Codebook, start_noise
+from quintic.codec.exact import ExactArithmetic
+from quintic.codec.schedule import Plan
+from quintic.codec.selection import Ids, Single
+from quintic.core import ConfigError
+from quintic.core.counter_rng import Stream
+from quintic.diffusion.denoiser import Denoiser
+
+__all__ = ["Choose", "Direction", "aim", "replay", "run_chain"]
+
+Direction = Callable[[NDArray[np.float32], NDArray[np.float32], float], "NDArray[np.floating]"]
+"""Predictions (n, c, h, w), the noisy images they were made from, and log_snr, to what the shift should point along, of
+the same shape: x_0 minus the prediction, to compress. The score of an atom is its inner product with that."""
+Choose = Callable[[int, NDArray[np.float32], Array, Codebook], "Ids | None"]
+"""Step, predictions (n, c, h, w), noisy images (n, d), codebook of the step, to symbols; None ends the chain."""
+
+
+@torch.no_grad()
+def run_chain(
+    denoiser: Denoiser, plan: Plan, count: int, choose: Choose, *, exact: bool = False, batch: int = 1
+) -> NDArray[np.float32]:
+    """Run the chain for some images.
+
+    Args:
+        denoiser: The model.
+        plan: Levels, codebooks and rules.
+        count: Images, all of the model's shape.
+        choose: Gives the symbols of each step.
+        exact: Use exact arithmetic in the denoiser.
+        batch: Images per call. More than 1 is quicker, but without exact arithmetic an image's last bits then depend
+            on its neighbours.
+
+    Returns:
+        (count, c, h, w) in [-1, 1].
+    """
+    c, h, w = denoiser.shape
+    d = c * h * w
+    x = np.repeat(start_noise(plan.seed, d)[None], count, axis=0)
+    kept: dict[int, Codebook] = {}
+    x0 = _predict(denoiser, x.reshape(count, c, h, w), plan.levels[0], exact, batch)
+    for step, (level, following) in enumerate(itertools.pairwise(plan.levels)):
+        rule = plan.step_rule(step)
+        if rule is None:
+            z = Stream(plan.seed, "codec step without a code", step).normal(0, d)[None]
+        else:
+            book = plan.step_book(step, d, kept)
+            ids = choose(step, x0, x, book)
+            if ids is None:
+                break
+            z = rule.noise(ids, book)
+        a, b, std = step_coefficients(level, following)
+        x = a * x + b * x0.reshape(count, d).astype(np.float64) + std * z
+        x0 = _predict(denoiser, x.reshape(count, c, h, w), following, exact, batch)
+    return x0
+
+
+def aim(plan: Plan, direction: Direction, record: list[Ids], *, draw: str = "argmax", seed: int = 0) -> Choose:
+    """An encoder's choice: the symbols whose noise carries ``b / std * direction``.
+
+    Args:
+        plan: As for the chain.
+        direction: What to move along.
+        record: Receives the symbols (n, symbols) of every step in turn, (n, 0) of one without a code.
+        draw: For plans of single atoms: argmax, softmax or literal.
+        seed: Of the draws.
+    """
+    if draw != "argmax" and plan.rule != "single":
+        raise ConfigError(f"selection {draw!r} is for plans with rule single, this one has {plan.rule!r}")
+
+    def choose(step: int, x0: NDArray[np.float32], x: Array, book: Codebook) -> Ids:
+        while len(record) < step:
+            record.append(np.zeros((len(x0), 0), dtype=np.int64))
+        _, b, std = step_coefficients(plan.levels[step], plan.levels[step + 1])
+        towards = direction(x0, x.reshape(x0.shape).astype(np.float32), plan.levels[step] / UNIT)
+        wanted = (b / std) * np.asarray(towards, dtype=np.float64)
+        rule = Single(draw) if plan.rule == "single" else plan.step_rule(step)
+        assert rule is not None
+        ids = rule.choose(wanted.reshape(len(x0), -1), book, Stream(seed, "selection", step))
+        record.append(ids)
+        return ids
+
+    return choose
+
+
+def replay(plan: Plan, codes: Sequence[Ids]) -> Choose:
+    """A decoder's choice: symbols by step; the chain ends where they do."""
+
+    def choose(step: int, x0: NDArray[np.float32], x: Array, book: Codebook) -> Ids | None:
+        return codes[step] if step < len(codes) else None
+
+    return choose
+
+
+def _predict(denoiser: Denoiser, x: Array, level: int, exact: bool, batch: int) -> NDArray[np.float32]:
+    parts = []
+    with ExactArithmetic() if exact else contextlib.nullcontext():
+        for first in range(0, len(x), batch):
+            part = torch.from_numpy(x[first : first + batch]).float()
+            parts.append(denoiser.predict_x0(part, level / UNIT).float().clamp(-1.0, 1.0))
+    return torch.cat(parts).numpy()

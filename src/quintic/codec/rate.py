@@ -1,0 +1,123 @@
+"""How large a file becomes, and the search for one of a wanted size or quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from quintic.codec.container import Header, checksum_size
+from quintic.codec.schedule import Curve, atoms_that_fit, most_atoms, preset_plan
+from quintic.codec.symbols import payload_size
+from quintic.core import ConfigError
+
+__all__ = ["Coded", "Sizes", "largest_payload", "meet_psnr", "psnr"]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """What encoding made."""
+
+    data: bytes
+    """The file."""
+    image: Image.Image
+    """What :meth:`Codec.decode` will make of it."""
+    psnr: float
+    """In dB, of ``image``; not a number if what was coded is not known itself."""
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal to noise ratio of two pictures of one size and mode, in dB; infinite if they are equal."""
+    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    error = float(np.square(difference).mean())
+    return 10.0 * math.log10(255.0**2 / error) if error else math.inf
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Atoms per tile and bytes of all tiles, for a preset."""
+
+    preset: int
+    dimension: int
+    count: int
+    joint: bool
+
+    @property
+    def fewest(self) -> int:
+        """Of atoms."""
+        # A file of many tiles and no codes would be a long computation from nothing.
+        return 0 if self.count == 1 else 1
+
+    @property
+    def most(self) -> int:
+        """Of atoms."""
+        return most_atoms(self.preset, self.dimension)
+
+    def atoms(self, payload: int) -> int:
+        """Of one tile, in so many bytes of all."""
+        return atoms_that_fit(self.preset, self.dimension, 8 * payload // self.count, joint=self.joint)
+
+    def payload(self, atoms: int) -> int:
+        """Bytes of all tiles."""
+        plan = preset_plan(self.preset, _ANY_CURVE, self.dimension, atoms)
+        return payload_size(plan, self.count, self.dimension, joint=self.joint)
+
+
+# The number of bits of a plan does not depend on where its levels are.
+_ANY_CURVE = Curve(tuple(range(81)))
+
+
+def largest_payload(target: int, header: Callable[[int], Header], fits: Sizes) -> int:
+    """Payload of the largest file of at most ``target`` bytes."""
+
+    def total(payload: int) -> int:
+        made = header(payload)
+        return len(made.to_bytes()) + payload + checksum_size(made.preset, payload)
+
+    payload = fits.payload(fits.most)
+    if total(payload) > target:
+        payload = target
+        while payload > 0 and total(payload) > target:
+            payload -= 1
+        payload = min(payload, fits.payload(min(fits.most, fits.atoms(payload)) if payload else 0))
+    fewest = fits.payload(fits.fewest)
+    if total(payload) > target or payload < fewest:
+        raise ConfigError(f"this picture takes at least {total(fewest)} bytes, found target_bytes={target}")
+    return payload
+
+
+def meet_psnr(target: float, at: Callable[[int], Coded], fits: Sizes) -> Coded:
+    """The smallest file found within 0.2 dB of a PSNR."""
+    tried: dict[int, Coded] = {}
+
+    def code(atoms: int) -> float:
+        if atoms not in tried:
+            tried[atoms] = at(fits.payload(atoms))
+        return tried[atoms].psnr
+
+    low, high = fits.fewest, min(fits.most, max(8, fits.fewest))
+    if code(low) < target:
+        while code(high) < target and high < fits.most:
+            low, high = high, min(fits.most, 2 * high)
+        while high - low > 1 and abs(tried[high].psnr - target) > 0.05:
+            # Halfway in rate, or where a straight line would meet the target.
+            a, b = tried[low].psnr, tried[high].psnr
+            share = 0.5 if len(tried) % 3 == 0 or b <= a else min(0.9, max(0.1, (target - a) / (b - a)))
+            middle = min(high - 1, max(low + 1, low + round(share * (high - low))))
+            low, high = (middle, high) if code(middle) < target else (low, middle)
+    good = [atoms for atoms, made in tried.items() if abs(made.psnr - target) <= 0.2]
+    if good:
+        return tried[min(good)]
+    ends = [code(fits.fewest), max(made.psnr for made in tried.values())]
+    if ends[0] < target < ends[1]:  # quality is not quite steady in the number of atoms: look around
+        near = min(tried, key=lambda atoms: abs(tried[atoms].psnr - target))
+        for atoms in range(max(fits.fewest, near - 4), min(fits.most, near + 4) + 1):
+            if abs(code(atoms) - target) <= 0.2:
+                return tried[atoms]
+    raise ConfigError(
+        f"target_psnr={target:g} is not within reach for this picture and model: files of "
+        f"{len(tried[min(tried)].data)} to {len(tried[max(tried)].data)} bytes give {ends[0]:.2f} to {ends[1]:.2f} dB"
+    )

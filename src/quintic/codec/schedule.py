@@ -1,0 +1,299 @@
+"""Where the steps are: noise levels at equal gains of information, and how many atoms each step gets.
+
+What a noisy image tells about the clean one grows with the signal-to-noise ratio by half the denoiser's squared error,
+
+    dI / d snr = 1/2 E |x_0 - E[x_0 | x]|^2   (Guo, Shamai, Verdu 2005),   snr = exp(log_snr),
+
+so that a denoiser's own errors on validation images are its information curve; a Gaussian's is known exactly. A step
+with a budget of bits should gain in proportion to them: evenly spaced steps, the paper's, spend a third of the stream
+where a step has nothing to learn, and skip the levels where it has much. The chain stops where the curve reaches a
+share of all bits (atoms do not carry their full worth) and the prediction there is the image.
+
+Noise levels are whole numbers of 1/256 log_snr and a curve is whole numbers of 1/64 bit; levels follow from both by
+integer arithmetic, the same on every platform.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from quintic.codec.arithmetic import UNIT
+from quintic.codec.codebook import Codebook, GaussianCodebook, OrthogonalCodebook
+from quintic.codec.packing import digit_bits
+from quintic.codec.selection import Pursuit, Rule, Signed, Single
+from quintic.core import ConfigError, suggest
+
+__all__ = [
+    "BOOKS",
+    "PRESETS",
+    "RULES",
+    "Curve",
+    "Plan",
+    "Preset",
+    "atoms_that_fit",
+    "matched_levels",
+    "most_atoms",
+    "paper_plan",
+    "preset_plan",
+]
+
+BOOKS = ("orthogonal", "gaussian", "shared")
+RULES = ("signed", "single", "pursuit")
+
+_KNOT = UNIT // 4
+_FIRST, _LAST = -10 * UNIT, 10 * UNIT
+_FRACTION = 64
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Information of a noisy image about the clean one at log_snr -10, -9.75, ... 10.
+
+    Example:
+        >>> curve = Curve.from_information(lambda log_snr: 100.0 * math.log1p(math.exp(log_snr)))
+        >>> [round(curve.level(bits) / 256, 2) for bits in (100, 200, 400)]
+        [0.0, 1.09, 2.71]
+    """
+
+    knots: tuple[int, ...]
+    """In 1/64 bit per image, rising from 0."""
+
+    def __post_init__(self) -> None:
+        if len(self.knots) != 81 or self.knots[0] != 0 or any(a > b for a, b in itertools.pairwise(self.knots)):
+            raise ConfigError("an information curve is 81 whole numbers that rise from 0")
+        if not self.knots[-1]:
+            raise ConfigError("an information curve must rise: this one says that images tell nothing")
+
+    @classmethod
+    def from_information(cls, nats: Callable[[float], float]) -> Curve:
+        """From nats per image at a log_snr: the ``information`` of a GaussianDenoiser or of an ErrorCurve."""
+        start = nats(_FIRST / UNIT)
+        values = [(nats(level / UNIT) - start) / math.log(2.0) for level in cls.levels()]
+        return cls(tuple(round(_FRACTION * value) for value in values))
+
+    @staticmethod
+    def levels() -> range:
+        """The noise levels of the knots, in 1/256 of log_snr."""
+        return range(_FIRST, _LAST + 1, _KNOT)
+
+    @property
+    def bits(self) -> float:
+        """Information at the last knot."""
+        return self.knots[-1] / _FRACTION
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal SHA-256."""
+        return hashlib.sha256(",".join(map(str, self.knots)).encode()).hexdigest()
+
+    def level(self, bits: int, parts: int = 1) -> int:
+        """The noise level at which ``bits / parts`` bits are reached, linear between knots, at most the last."""
+        wanted = bits * _FRACTION
+        i = bisect.bisect_left(self.knots, wanted, key=lambda knot: knot * parts)
+        if i == 0:
+            return _FIRST
+        if i == len(self.knots):
+            return _LAST
+        low, high = self.knots[i - 1] * parts, self.knots[i] * parts
+        return _FIRST + _KNOT * (i - 1) + _KNOT * (wanted - low) // (high - low)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decoder and encoder must agree on besides the model.
+
+    Raises:
+        ConfigError: Levels that do not rise, or counts that do not fit them.
+    """
+
+    levels: tuple[int, ...]
+    """Noise levels, rising; one call of the denoiser at each."""
+    atoms: tuple[int, ...]
+    """Atoms of each step between two levels; 0 takes the start noise of that step's number and costs no bit."""
+    book: str = "orthogonal"
+    size: int = 0
+    """Atoms of a Gaussian codebook; an orthogonal one has as many as an image has values."""
+    rule: str = "signed"
+    coefficient_bits: int = 0
+    """Of matching pursuit."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.book not in BOOKS:
+            raise ConfigError(f"unknown codebook {self.book!r}{suggest(self.book, BOOKS)}")
+        if self.rule not in RULES:
+            raise ConfigError(f"unknown rule {self.rule!r}{suggest(self.rule, RULES)}")
+        if not self.levels or any(a >= b for a, b in itertools.pairwise(self.levels)):
+            raise ConfigError("noise levels of a plan must rise")
+        if min(self.levels) < -(1 << 15) or max(self.levels) >= 1 << 15:
+            raise ConfigError("noise levels of a plan must lie in -128 <= log_snr < 128")
+        if len(self.atoms) != len(self.levels) - 1 or any(m < 0 for m in self.atoms):
+            raise ConfigError(f"{len(self.levels)} noise levels need {len(self.levels) - 1} counts of atoms")
+        if (self.book == "orthogonal") != (self.size == 0):
+            raise ConfigError("the size of a codebook is set for gaussian and shared ones, and only there")
+        if self.size and not 2 <= self.size <= 1 << 20:
+            raise ConfigError(f"a codebook has 2 to 2^20 atoms, found {self.size}")
+        if (self.rule == "pursuit") != (self.coefficient_bits > 0):
+            raise ConfigError("coefficient bits are set for matching pursuit, and only there")
+        if self.rule == "single" and any(m > 1 for m in self.atoms):
+            raise ConfigError("rule single takes one atom a step; see signed and pursuit")
+        for step in range(len(self.atoms)):
+            self.step_rule(step)
+
+    @property
+    def calls(self) -> int:
+        """Calls of the denoiser for an image or a batch of them."""
+        return len(self.levels)
+
+    def step_rule(self, step: int) -> Rule | None:
+        """How a step is coded; None if it is not."""
+        m = self.atoms[step]
+        if m == 0:
+            return None
+        if self.rule == "signed":
+            return Signed(m)
+        return Pursuit(m, self.coefficient_bits) if self.rule == "pursuit" else Single()
+
+    def step_book(self, step: int, dimension: int, kept: dict[int, Codebook] | None = None) -> Codebook:
+        """The codebook of a step. A shared one is made once and put into ``kept``."""
+        if self.book == "orthogonal":
+            return _orthogonal(dimension, self.seed, step)
+        if self.book == "gaussian":
+            return GaussianCodebook(dimension, self.size, self.seed, step)
+        kept = {} if kept is None else kept
+        if dimension not in kept:
+            kept[dimension] = GaussianCodebook(dimension, self.size, self.seed, None)
+        return kept[dimension]
+
+    def step_radices(self, step: int, dimension: int, *, joint: bool = True) -> list[int]:
+        """Radices of the digits of one image at one step."""
+        rule = self.step_rule(step)
+        return [] if rule is None else rule.radices(self.size or dimension, joint=joint)
+
+    def image_bits(self, dimension: int, *, joint: bool = True) -> int:
+        """Bits of one image of d values: those of the product of all radices, or of each digit by itself."""
+        radices = [r for step in range(len(self.atoms)) for r in self.step_radices(step, dimension, joint=joint)]
+        return digit_bits(math.prod(radices)) if joint else sum(map(digit_bits, radices))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A way to make plans from a number of bits."""
+
+    calls: int
+    """Of the denoiser, at most."""
+    name: str
+    meaning: str
+
+
+PRESETS = {
+    1: Preset(20, "standard", "20 calls of the network"),
+    2: Preset(10, "fast", "10 calls"),
+    3: Preset(50, "fine", "50 calls"),
+    4: Preset(100, "finest", "100 calls"),
+}
+
+
+def most_atoms(preset: int, dimension: int) -> int:
+    """The largest number of atoms of an image: a quarter of its values at each step."""
+    return (_calls(preset) - 1) * max(1, dimension // 4)
+
+
+def atoms_that_fit(preset: int, dimension: int, bits: int, *, joint: bool = True) -> int:
+    """The largest number of atoms of one image that takes no more than ``bits``."""
+    steps, low, high = _calls(preset) - 1, 0, most_atoms(preset, dimension)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _bits(_spread(middle, steps), dimension, joint) <= bits:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def preset_plan(preset: int, curve: Curve, dimension: int, atoms: int) -> Plan:
+    """Signed atoms of orthogonal codebooks, spread over the steps, at levels matched to their bits.
+
+    Args:
+        preset: Key of :data:`PRESETS`.
+        curve: Of the model.
+        dimension: Values of an image.
+        atoms: For one image.
+
+    Raises:
+        ConfigError: No such preset.
+    """
+    counts = _spread(atoms, _calls(preset) - 1)
+    share = max(35, 64 - 3 * atoms // max(1, len(counts)))
+    return Plan(matched_levels(curve, [digit_bits(math.comb(dimension, m) << m) for m in counts], share), counts)
+
+
+def matched_levels(curve: Curve, bits: Sequence[int], share: int) -> tuple[int, ...]:
+    """Noise levels at gains of information in proportion to the bits of the steps between them.
+
+    Args:
+        curve: Of the model.
+        bits: Of each step.
+        share: Of all bits, in hundredths, at which the chain stops. About 60 is best with one atom a step, 40 with
+            eight; ten more or less cost 0.3 dB at most.
+    """
+    levels = [_FIRST]
+    for total in itertools.accumulate(bits):
+        levels.append(max(curve.level(total * share, 100), levels[-1] + 1))
+    return tuple(levels)
+
+
+def paper_plan(calls: int, size: int, *, atoms: int = 1, coefficient_bits: int = 0, shared: bool = False) -> Plan:
+    """The paper's: evenly spaced times of the linear schedule of DDPM, Gaussian codebooks, argmax.
+
+    Args:
+        calls: T, of 2 to 1000; T - 1 steps are coded.
+        size: K.
+        atoms: M, of matching pursuit if more than 1.
+        coefficient_bits: C of matching pursuit.
+        shared: One codebook for all steps.
+    """
+    if not 2 <= calls <= 1000:
+        raise ConfigError(f"the paper's plan has 2 to 1000 steps, found {calls}")
+    betas = [1e-4 + (0.02 - 1e-4) * t / 999.0 for t in range(1000)]
+    abar = list(itertools.accumulate((1.0 - beta for beta in betas), lambda p, q: p * q))
+    times = [round(999.0 * i / (calls - 1)) for i in range(calls)]
+    levels = [round(UNIT * (math.log(abar[t]) - math.log1p(-abar[t]))) for t in reversed(times)]
+    return Plan(
+        tuple(levels),
+        (atoms,) * (calls - 1),
+        book="shared" if shared else "gaussian",
+        size=size,
+        rule="pursuit" if atoms > 1 else "single",
+        coefficient_bits=coefficient_bits if atoms > 1 else 0,
+    )
+
+
+@functools.lru_cache(32)
+def _orthogonal(dimension: int, seed: int, step: int) -> OrthogonalCodebook:
+    """Kept, since every picture with a preset has the same ones."""
+    return OrthogonalCodebook(dimension, seed, step)
+
+
+def _calls(preset: int) -> int:
+    if preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset}{suggest(str(preset), map(str, PRESETS))}")
+    return PRESETS[preset].calls
+
+
+def _spread(total: int, steps: int) -> tuple[int, ...]:
+    """``total`` atoms over at most ``steps`` steps, as evenly as whole numbers can."""
+    steps = min(steps, total)
+    return tuple((i + 1) * total // steps - i * total // steps for i in range(steps))
+
+
+def _bits(atoms: Sequence[int], dimension: int, joint: bool) -> int:
+    if not joint:
+        return sum(atoms) * digit_bits(2 * dimension)
+    return digit_bits(math.prod(math.comb(dimension, m) << m for m in atoms))

@@ -1,0 +1,121 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.codec.toys import picture, smooth_model
+
+from quintic.cli.codec import app
+from quintic.codec import read_parts
+from quintic.core import CodecError, ConfigError, DataError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    smooth_model().save(tmp_path / "model.safetensors")
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        picture(15, 10 + i, "L" if i else "RGB", seed=i).save(tmp_path / "in" / f"p{i}.png")
+    return tmp_path
+
+
+def run(*arguments):
+    app([str(a) for a in arguments], exit_on_error=False, result_action="return_value")
+
+
+def test_folders_and_patterns_there_and_back(folder, capsys):
+    run("encode", "in", "--out", "coded", "--target-bytes", 70, "--model", "model.safetensors")
+    assert "3 files" in capsys.readouterr().out
+    files = sorted((folder / "coded").glob("*.qdc"))
+    assert len(files) == 3 and all(f.stat().st_size <= 70 for f in files)
+    run("decode", "coded/*.qdc", "--out", "back", "--model", "model.safetensors")
+    for i in range(3):
+        with Image.open(folder / "back" / f"p{i}.png") as back, Image.open(folder / "in" / f"p{i}.png") as original:
+            assert (back.size, back.mode) == (original.size, original.mode)
+            assert np.square(np.asarray(back, float) - np.asarray(original, float)).mean() < 900
+    with pytest.raises(ConfigError, match="--overwrite"):
+        run("encode", "in", "--out", "coded", "--model", "model.safetensors")
+
+
+def test_info_needs_no_model(folder, capsys):
+    run("encode", "in/p1.png", "--out", "a.qdc", "--quality", 30, "--robust", "--model", "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    capsys.readouterr()
+    run("info", "a.qdc", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["width"], facts["height"], facts["mode"], facts["robust"]) == (15, 11, "L", True)
+    assert facts["state"] == "whole" and facts["bytes"] == (folder / "a.qdc").stat().st_size
+    data = (folder / "a.qdc").read_bytes()
+    (folder / "a.qdc").write_bytes(data[:-3])
+    run("info", "a.qdc")
+    assert "cut" in capsys.readouterr().out
+
+
+def test_info_does_not_import_torch(folder):
+    run("encode", "in/p1.png", "--out", "a.qdc", "--model", "model.safetensors")
+    program = (
+        "import sys; from quintic.cli.codec import app; app(['info', 'a.qdc'], result_action='return_value'); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_cut_file_is_decoded_when_asked(folder):
+    run("encode", "in/p1.png", "--out", "a.qdc", "--model", "model.safetensors")
+    data = (folder / "a.qdc").read_bytes()
+    (folder / "a.qdc").write_bytes(data[: len(data) // 2 + 8])
+    with pytest.raises(CodecError, match="--partial"):
+        run("decode", "a.qdc", "--model", "model.safetensors")
+    assert not (folder / "a.png").exists()
+    run("decode", "a.qdc", "--partial", "--model", "model.safetensors")
+    assert Image.open(folder / "a.png").size == (15, 11)
+
+
+def test_one_bad_file_does_not_stop_the_others(folder):
+    run("encode", "in", "--out", "coded", "--model", "model.safetensors")
+    (folder / "coded" / "p1.qdc").write_bytes(b"no")
+    with pytest.raises(DataError, match="1 of 3 files"):
+        run("decode", "coded", "--out", "back", "--model", "model.safetensors")
+    assert sorted(p.name for p in (folder / "back").iterdir()) == ["p0.png", "p2.png"]
+
+
+def test_eval_counts_the_bytes_of_real_files(folder, capsys):
+    run("eval", "in", "--out", "e", "--sizes", 60, "--sizes", 90, "--model", "model.safetensors")
+    rows = json.loads((folder / "e" / "rates.json").read_text())
+    names = {row["codec"] for row in rows}
+    assert {"quintic", "jpeg", "webp"} <= names and all(row["pictures"] == 3 for row in rows)
+    own = [row for row in rows if row["codec"] == "quintic"]
+    assert own[0]["bytes"] <= 60 and own[1]["psnr"] > own[0]["psnr"]
+    jpeg = [row for row in rows if row["codec"] == "jpeg"]
+    assert min(row["bytes"] for row in jpeg) > 150  # its tables alone
+    assert (
+        "<svg" in (folder / "e" / "rates.html").read_text() and "| quintic |" in (folder / "e" / "rates.md").read_text()
+    )
+
+
+def test_restore_writes_the_file_and_what_it_decodes_to(folder):
+    mask = np.zeros((11, 15), np.uint8)
+    mask[:, ::2] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    run("restore", "in/p1.png", "--task", "inpaint", "--mask", "mask.png", "--out", "r.qdc",
+        "--model", "model.safetensors")  # fmt: skip
+    run("decode", "r.qdc", "--out", "again.png", "--model", "model.safetensors")
+    assert (folder / "again.png").read_bytes() == (folder / "r.png").read_bytes()
+    assert read_parts((folder / "r.qdc").read_bytes()).header.width == 15
+    with pytest.raises(ConfigError, match="--mask"):
+        run("restore", "in/p1.png", "--task", "inpaint", "--model", "model.safetensors")
+    with pytest.raises(ConfigError, match="did you mean 'deblur'"):
+        run("restore", "in/p1.png", "--task", "deblurr", "--model", "model.safetensors")
+
+
+def test_mistakes_are_named(folder):
+    with pytest.raises(DataError, match=r"no such file or folder: nothing\.png"):
+        run("encode", "nothing.png", "--model", "model.safetensors")
+    (folder / "x.png").write_text("no picture")
+    with pytest.raises(DataError, match="cannot read"):
+        run("encode", "x.png", "--model", "model.safetensors")
+    with pytest.raises(ConfigError, match="at least one"):
+        run("encode", "--model", "model.safetensors")

@@ -1,0 +1,103 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from tests.codec.toys import samples, smooth_model
+
+from quintic.codec import Curve, Plan, calibrate, paper_plan
+from quintic.codec.chain import aim, run_chain
+from quintic.codec.schedule import atoms_that_fit, most_atoms, preset_plan
+from quintic.core import ConfigError, DataError
+
+
+def curve():
+    return Curve.from_information(smooth_model().information)
+
+
+def test_a_measured_curve_is_the_exact_one():
+    """I-MMSE: errors of the denoiser, integrated, against the mutual information of a Gaussian channel."""
+    model = smooth_model()
+    measured, exact = calibrate(model, samples(300)).knots, Curve.from_information(model.information).knots
+    np.testing.assert_allclose(measured, exact, atol=0.02 * exact[-1])
+
+
+def test_steps_gain_information_in_proportion_to_their_bits():
+    plan, known = preset_plan(1, curve(), 144, 40), curve()
+    knots = np.array(known.knots) / 64
+    information = np.interp(np.array(plan.levels) / 256, np.array(known.levels()) / 256, knots)
+    bits = np.array([math.log2(math.comb(144, m) << m) for m in plan.atoms])
+    gains = np.diff(information)
+    np.testing.assert_allclose(gains / gains.mean(), np.ceil(bits) / np.ceil(bits).mean(), rtol=0.05)
+    assert sum(plan.atoms) == 40 and plan.calls == 20
+
+
+def test_levels_are_inverse_to_the_curve_and_whole():
+    known = curve()
+    for i in (1, 30, 60, 79):
+        level = known.level(known.knots[i], 64)
+        assert abs(level - known.levels()[i]) <= 1 or known.knots[i] == known.knots[i - 1]
+    assert known.level(10**9) == 2560 and known.level(0) == -2560
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_as_many_atoms_as_fit(joint):
+    for bits in (0, 5, 9, 100, 333, 5000, 10**6):
+        atoms = atoms_that_fit(1, 144, bits, joint=joint)
+        assert preset_plan(1, curve(), 144, atoms).image_bits(144, joint=joint) <= bits
+        if atoms < most_atoms(1, 144):
+            assert preset_plan(1, curve(), 144, atoms + 1).image_bits(144, joint=joint) > bits
+
+
+def test_matched_steps_beat_the_papers_at_equal_bits_and_calls():
+    """Design finding 3.1, on the exact model: 2 dB and more."""
+    x, model = samples(40), smooth_model()
+
+    def quality(plan):
+        out = run_chain(model, plan, len(x), aim(plan, lambda x0, noisy, level: x - x0, []))
+        return 10 * np.log10(4 / np.square(out - x).mean((1, 2, 3))).mean()
+
+    paper = paper_plan(21, 256)
+    matched = preset_plan(1, curve(), 144, atoms_that_fit(1, 144, paper.image_bits(144)))
+    assert matched.image_bits(144) <= paper.image_bits(144) == 160 and matched.calls < paper.calls
+    assert quality(matched) > quality(paper) + 2.0
+
+
+def test_the_papers_levels_are_those_of_the_linear_schedule():
+    plan = paper_plan(1000, 64)
+    beta = np.linspace(1e-4, 0.02, 1000)
+    abar = np.cumprod(1 - beta)
+    np.testing.assert_allclose(np.array(plan.levels[::-1]) / 256, np.log(abar / (1 - abar)), atol=0.5 / 256 + 1e-9)
+    assert len(plan.atoms) == 999  # sigma_1 = 0: T - 1 integers
+
+
+@pytest.mark.parametrize(
+    "fields,words",
+    [
+        ({"levels": (3, 3), "atoms": (1,)}, "must rise"),
+        ({"levels": (1, 2), "atoms": (1, 1)}, "need 1 counts"),
+        ({"levels": (1, 2), "atoms": (1,), "book": "gausian", "size": 4}, "did you mean 'gaussian'"),
+        ({"levels": (1, 2), "atoms": (1,), "book": "gaussian"}, "size of a codebook"),
+        ({"levels": (1, 2), "atoms": (2,), "rule": "single"}, "one atom a step"),
+        ({"levels": (1, 2), "atoms": (1,), "rule": "pursuit"}, "coefficient bits"),
+        ({"levels": (1, 40000), "atoms": (1,)}, "-128"),
+    ],
+)
+def test_impossible_plans_are_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        Plan(**fields)
+
+
+def test_impossible_curves_are_refused():
+    with pytest.raises(ConfigError, match="81 whole numbers"):
+        Curve((0, 1))
+    with pytest.raises(ConfigError, match="tell nothing"):
+        Curve((0,) * 81)
+    with pytest.raises(DataError, match=r"expected images \(n, 1, 12, 12\)"):
+        calibrate(smooth_model(), np.zeros((1, 1, 3, 3), np.float32))
+
+
+def test_steps_without_a_code_cost_nothing():
+    plan = Plan((-500, 0, 500), (0, 2))
+    assert plan.image_bits(144) == (math.comb(144, 2) * 4 - 1).bit_length()
+    assert [len(list(g)) for _, g in itertools.groupby(plan.atoms)] == [1, 1]
