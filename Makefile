@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 # A venv that failed half-way (no ensurepip, say) is made again next time.
 .DELETE_ON_ERROR:
-.PHONY: help demo install test test-full lint format bench data-small clean
+.PHONY: help demo install test test-full lint format bench bench-full data-small clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -33,8 +33,13 @@ format: $(VENV)/.installed-dev  ## put the code into its form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed-dev  ## run the benchmarks and rewrite RESULTS.md
+bench: $(VENV)/.installed-dev  ## run the quick benchmarks (20 minutes) and rewrite RESULTS.md
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks
+
+bench-full: $(VENV)/.installed-dev  ## all benchmarks and studies (hours, each can be stopped and goes on), then RESULTS.md
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks --all
 
 data-small: $(VENV)/.installed-dev  ## fetch Fashion-MNIST, emoji and photographs into datasets/ (checksummed; apt and npm)
 	$(BIN)/python -m benchmarks.fetch_data

@@ -1,34 +1,57 @@
-"""Run benchmarks by name, all without one, and collect their results."""
+"""Run benchmarks by name, the quick ones without a name, all of them with --all, and collect their results."""
 
 import importlib
 import json
 import sys
 from pathlib import Path
 
+from benchmarks.claims import claims_section
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-BENCHMARKS = ("demo", "optimizers")
+PLOTS = HERE / "plots"
+BENCHMARKS = (
+    "demo", "muon_race", "optimizers", "scale", "trust_regions", "overfitting", "clipping", "sizes", "finetuning",
+    "muon_speed", "balance", "balance_rules", "moe_speed", "tarflow_sampling", "tarflow_likelihood", "diffusion",
+    "codec", "lowrank",
+)  # fmt: skip
+"""In the order of RESULTS.md."""
+QUICK = ("demo", "muon_speed", "moe_speed", "balance_rules", "lowrank", "tarflow_sampling")
+"""What runs if nothing is named: about 20 minutes on two cores. The others are studies of up to an hour each."""
 
 
 def collect() -> None:
-    """Rewrite RESULTS.md: the section of each benchmark that has a result."""
-    parts = [
-        "# Results\n\nWritten by `python -m benchmarks` from `benchmarks/results/*.json`; do not edit by hand.\n"
-        "Timings are of the machine named beside them."
-    ]
+    """Rewrite RESULTS.md and its plots: the claims, then the section of each benchmark that has a result."""
+    claims, sections = [], []
     for name in BENCHMARKS:
         path = RESULTS / f"{name}.json"
-        if path.exists():
-            module = importlib.import_module(f"benchmarks.{name}")
-            parts.append(module.section(json.loads(path.read_text(encoding="utf-8"))))
-    (HERE.parent / "RESULTS.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
+        module = importlib.import_module(f"benchmarks.{name}")
+        sections.append(module.section(result))
+        if hasattr(module, "claims"):
+            claims += module.claims(result)
+        if hasattr(module, "plots"):
+            PLOTS.mkdir(exist_ok=True)
+            for plot, svg in module.plots(result).items():
+                (PLOTS / f"{plot}.svg").write_text(svg, encoding="utf-8")
+    head = (
+        "# Results\n\nWritten by `python -m benchmarks` from `benchmarks/results/*.json`; do not edit by hand.\n"
+        "Timings are of the machine named beside them."
+    )
+    (HERE.parent / "RESULTS.md").write_text(
+        "\n\n".join([head, claims_section(claims), *sections]) + "\n", encoding="utf-8"
+    )
 
 
 def main() -> None:
     arguments = sys.argv[1:]
-    names = [a for a in arguments if not a.startswith("-")] or list(BENCHMARKS)
+    names = [a for a in arguments if not a.startswith("-")] or list(BENCHMARKS if "--all" in arguments else QUICK)
     if unknown := set(names) - set(BENCHMARKS):
-        sys.exit(f"unknown benchmark {', '.join(unknown)}; expected one of {', '.join(BENCHMARKS)}")
+        sys.exit(f"unknown benchmark {', '.join(sorted(unknown))}; expected one of {', '.join(BENCHMARKS)}")
+    if unknown := {a for a in arguments if a.startswith("-")} - {"--collect", "--all"}:
+        sys.exit(f"unknown option {', '.join(sorted(unknown))}; expected --collect or --all")
     if "--collect" not in arguments:
         for name in names:
             print(f"== {name}", flush=True)

@@ -50,7 +50,7 @@ def test_every_command_runs_in_order(tmp_path, monkeypatch, capsys):
             main([*words, *SHORT] if whole else words)
         assert not end.value.code, (words, capsys.readouterr().err)
     assert (tmp_path / "runs" / "a" / "report.html").is_file()
-    assert Image.open("decoded.png").size == (28, 28) and Path("picture.ddcm").stat().st_size <= 100
+    assert Image.open("decoded.png").size == (28, 28) and Path("picture.qdc").stat().st_size <= 100
 
 
 def test_every_make_target_exists():

@@ -298,7 +298,7 @@ def _page(rows: list[Rate]) -> str:
     import numpy as np
 
     from quintic.report.charts import Series, line_chart
-    from quintic.report.document import document
+    from quintic.report.html import document
 
     names = dict.fromkeys(row.codec for row in rows)
     series = []

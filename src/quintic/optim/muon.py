@@ -251,6 +251,7 @@ class Muon(torch.optim.Optimizer):
         buckets: dict[Any, tuple[dict[str, Any], list[Piece]]] = {}
         scattered = []
         for group, params in active:
+            own_key = _key(group)
             for p in params:
                 assert p.grad is not None
                 state = self.state[p]
@@ -265,8 +266,7 @@ class Muon(torch.optim.Optimizer):
                     scattered.append((group, p, tensors[0]))
                 if not tensors[0].numel():
                     continue  # all of it lies with other processes
-                # A tensor (the rate) is told by its identity, anything else by its value.
-                key = tuple(id(v) if isinstance(v, Tensor) else str(v) for v in (settings[name] for name in _SETTINGS))
+                key = own_key if settings is group else _key(settings)
                 views = (matrices_in(group, t) for t in tensors)
                 for i, (part, gradient, average) in enumerate(zip(*views, strict=True)):
                     shape = (part.n, part.m, part.tensor.device, average.tensor.dtype)
@@ -319,6 +319,11 @@ class Muon(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         counts = {"_skipped": self._skipped, "_cap_factor": self._cap_factor}
         return {**super().__getstate__(), "roles": self.roles, "cap": self.cap, **counts}
+
+
+def _key(group: dict[str, Any]) -> tuple[Any, ...]:
+    """What matrices must share to be updated together; a tensor (the rate) is told by its identity."""
+    return tuple(id(v) if isinstance(v, Tensor) else str(v) for v in (group[name] for name in _SETTINGS))
 
 
 # It takes the state and not the parameter: compiled by torch 2.13, a look-up by parameter may find another's state.

@@ -31,7 +31,7 @@ class Series:
     name: str
     """For the legend and the read-out; empty for one line of a crowd."""
     x: Floats
-    """Steps, increasing."""
+    """Steps, or what else the horizontal axis counts; increasing."""
     y: Floats
     """Values; NaN leaves a gap."""
     kind: Literal["line", "raw", "dots"] = "line"
@@ -58,8 +58,9 @@ def line_chart(
     from_zero: bool = False,
     top: float | None = None,
     tall: bool = False,
+    x_name: str = "step",
 ) -> str:
-    """Draw series over steps as HTML.
+    """Draw series over steps, or over another whole number, as HTML.
 
     Args:
         series: At least one, with at least one finite value among them.
@@ -70,6 +71,7 @@ def line_chart(
         from_zero: Include 0 in a linear axis.
         top: Upper end of the values in view; what lies above runs out of the frame.
         tall: Taller than usual.
+        x_name: What the horizontal axis counts.
     """
     if log:
         series = [Series(s.name, s.x, np.where(s.y > 0, s.y, np.nan), s.kind, s.strength) for s in series]
@@ -115,10 +117,10 @@ def line_chart(
         for p, text in zip(x_place(np.array(x_ticks)), tick_labels(x_ticks), strict=True)
     )
     frame = (
-        f'<div class="frame{" tall" if tall else ""}" data-x="{x_low:.12g} {x_high:.12g}" '
+        f'<div class="frame{" tall" if tall else ""}" data-name="{escape(x_name)}" data-x="{x_low:.12g} {x_high:.12g}" '
         f'data-y="{y_ticks[0]:.12g} {y_ticks[-1]:.12g}"{" data-log" if log else ""}>{svg}{y_spans}{x_spans}</div>'
     )
-    return f'<div class="chart">{_head(unit, series, rules)}{frame}<div class="xname">step</div></div>'
+    return f'<div class="chart">{_head(unit, series, rules)}{frame}<div class="xname">{escape(x_name)}</div></div>'
 
 
 def smooth(y: Floats, half: int) -> Floats:

@@ -7,7 +7,6 @@ browser to refuse anything else, scripts that are not ours included.
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import Any
 import quintic
 from quintic.core.files import atomic_write
 from quintic.report.curves import bits_figure, gradient_figure, loss_figure, rate_figure, speed_figure
+from quintic.report.html import document
 from quintic.report.experts import balance_figure, load_figure
 from quintic.report.figure import Figure
 from quintic.report.records import Records, read_records
-from quintic.report.style import SCRIPT, STYLE
+from quintic.report.spectra import spectra_figure
+from quintic.report.style import SCRIPT
 from quintic.report.words import count, duration, plain, significant
 
 __all__ = ["render", "write_report"]
@@ -61,38 +62,24 @@ def write_report(run_folder: Path) -> Path:
 def render(records: Records) -> str:
     """The page as text."""
     title = _title(records)
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     body = "\n".join(
         [
             _header(records, title),
             _figures("How it learned", records, (bits_figure,)),
             _samples(records),
-            _figures("Optimization", records, (loss_figure, rate_figure, gradient_figure, speed_figure)),
+            _figures(
+                "Optimization", records, (loss_figure, rate_figure, gradient_figure, speed_figure, spectra_figure)
+            ),
             _figures("Experts", records, (balance_figure, load_figure)),
             _facts(records),
             _config(records),
         ]
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)} - Quintic</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-{body}
-<footer>Drawn by Quintic {escape(quintic.__version__)} from the records of {escape(records.folder.name)}.
-The page holds everything it shows and loads nothing.</footer>
-</main>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
+    footer = (
+        f"<footer>Drawn by Quintic {escape(quintic.__version__)} from the records of {escape(records.folder.name)}.\n"
+        "The page holds everything it shows and loads nothing.</footer>"
+    )
+    return document(title, f"{body}\n{footer}", SCRIPT)
 
 
 def _title(records: Records) -> str:

@@ -14,7 +14,7 @@ from quintic.core import CheckpointError
 from quintic.core.files import atomic_write
 from quintic.engine.metrics import read_metrics
 from quintic.report.charts import Series, line_chart
-from quintic.report.style import STYLE
+from quintic.report.html import document
 
 __all__ = ["write_race_report"]
 
@@ -53,29 +53,16 @@ def _page(folder: Path, race: dict[str, Any]) -> str:
         for arm in race["arms"]
     )
     sweeps = "".join(f"<tr><td>{escape(arm['name'])}</td><td>{_sweep(arm['sweep'])}</td></tr>" for arm in race["arms"])
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Race: {escape(folder.name)} - Quintic</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<header><p class="kind">Race over {race["steps"]:,} steps</p><h1>{escape(race["winner"])} has the lowest loss</h1>
+    main = f"""<header><p class="kind">Race over {race["steps"]:,} steps</p>
+<h1>{escape(race["winner"])} has the lowest loss</h1>
 {matches}</header>
 <section><h2>Result</h2>
 <table><tr><th>arm</th><th>validation loss, mean and deviation over seeds</th><th>best learning rate</th>
 <th>ms a step</th><th>settings</th></tr>{rows}</table></section>
 <section><h2>Curves</h2>{_curves(folder, race)}</section>
 <section><h2>Tuning</h2><p>Loss of the first seed by learning rate; the grid grew until the best one was inside.</p>
-<table>{sweeps}</table></section>
-</main>
-</body>
-</html>
-"""
+<table>{sweeps}</table></section>"""
+    return document(f"Race: {folder.name}", main)
 
 
 def _sweep(losses: dict[str, float]) -> str:

@@ -167,8 +167,8 @@ for (const frame of document.querySelectorAll('.frame')) {
     const x = near.reduce((a, b) => Math.abs(b[1][0] - at) < Math.abs(a[1][0] - at) ? b : a)[1][0];
     const step = p => Math.round(x0 + p / 10000 * (x1 - x0)).toLocaleString('en');
     const number = n => Math.abs(n) >= 10000 ? Math.round(n).toLocaleString('en') : String(Number(n.toPrecision(4)));
-    tip.textContent = ['step ' + step(x), ...near.map(([name, p]) => name + '  ' + number(value(p[1]))
-      + (Math.abs(p[0] - x) > 60 ? '  (step ' + step(p[0]) + ')' : ''))].join('\\n');
+    tip.textContent = [frame.dataset.name + ' ' + step(x), ...near.map(([name, p]) => name + '  ' + number(value(p[1]))
+      + (Math.abs(p[0] - x) > 60 ? '  (' + frame.dataset.name + ' ' + step(p[0]) + ')' : ''))].join('\\n');
     cursor.style.left = x / 100 + '%';
     tip.style.left = x < 5000 ? 'calc(' + x / 100 + '% + 12px)' : 'auto';
     tip.style.right = x < 5000 ? 'auto' : 'calc(' + (100 - x / 100) + '% + 12px)';

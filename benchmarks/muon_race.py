@@ -1,0 +1,251 @@
+"""Muon against AdamW on a plain character-level GPT, at two sizes; the larger one is nanoGPT's recipe for a CPU.
+
+Both sides are tuned: learning rates swept by factors of 2 until the best is interior, AdamW for several values of its
+second beta. Three seeds at the best, validation loss at the end of the schedule. How many steps Muon needs for
+AdamW's loss is measured with shorter schedules of its own, not read off a curve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.claims import Claim, holds, table
+from benchmarks.plot import Line, draw, image
+from benchmarks.study import SEEDS, Book, Run, arm_run, paired, plus_minus, race, spread, step_seconds
+from quintic.linalg.polar import choose_method
+
+SIZES = {
+    "small": (Run(steps=600), (0.95, 0.99, 0.999)),
+    "nanoGPT": (Run(layers=4, width=128, heads=4, batch=12, steps=1000), (0.95, 0.99)),
+}
+"""What is trained, and values of AdamW's second beta."""
+START = (0.008, 0.016)
+MUON = {"optim": {"name": "muon"}}
+RECIPE = {
+    "optim": {
+        "name": "adamw", "adamw_beta2": 0.99, "schedule": "cosine", "warmup_fraction": 0.05, "final_lr_fraction": 0.1,
+    }
+}  # fmt: skip
+"""nanoGPT's: lr 1e-3, beta2 0.99, cosine to a tenth after 100 of 2000 steps."""
+
+
+def run(
+    book: Book | None = None,
+    sizes: Mapping[str, tuple[Run, Sequence[float]]] = SIZES,
+    start: Sequence[float] = START,
+    seeds: Sequence[int] = SEEDS,
+    rounds: int = 30,
+) -> dict:
+    from quintic.core.machine import describe, pick_device, pick_dtype
+
+    book = book or Book("muon_race")
+    device = pick_device("cpu")
+    return {
+        "machine": describe(device, pick_dtype("float32", device)),
+        "seeds": list(seeds),
+        "sizes": {name: one_size(book, *size, start, seeds, rounds) for name, size in sizes.items()},
+    }
+
+
+def one_size(
+    book: Book, base: Run, betas: Sequence[float], start: Sequence[float], seeds: Sequence[int], rounds: int
+) -> dict[str, Any]:
+    arms = {f"adamw, beta2 {beta}": {"optim": {"name": "adamw", "adamw_beta2": beta}} for beta in betas}
+    tuned = race(book, base, arms, start, seeds)
+    best = tuned.winner
+    adamw = arms[best.name]
+    both = race(book, base, {"muon": MUON, best.name: adamw}, start, seeds, match=True)
+    muon = both.arms[0]
+    at_adamws = [book(arm_run(base, MUON, best.best_lr, seed)).loss for seed in seeds]
+    recipe = [book(arm_run(base, RECIPE, 1e-3, seed)).loss for seed in seeds]
+    runs = {"muon": arm_run(base, MUON, muon.best_lr, seeds[0]), "adamw": arm_run(base, adamw, best.best_lr, seeds[0])}
+    outcome = {name: book(each) for name, each in runs.items()}
+    (match,) = both.matches
+    by_fraction = {float(f): loss for f, loss in match["losses"].items()}
+    times = step_seconds(runs, rounds)
+    time_ratio = times["muon"] / times["adamw"]
+    return {
+        "layers": base.layers, "width": base.width, "context": base.context, "batch": base.batch, "steps": base.steps,
+        "parameters": outcome["muon"].parameters,
+        "adamw": tuned.to_json()["arms"],
+        "best_adamw": best.name,
+        "muon": both.to_json()["arms"][0],
+        "difference": paired(muon.losses, best.losses),
+        "at_adamws_lr": at_adamws,
+        "at_adamws_lr_difference": paired(at_adamws, best.losses),
+        "recipe": recipe,
+        "recipe_difference": paired(muon.losses, recipe),
+        "winner": both.winner.name,
+        "step_ratio": match["step_ratio"],
+        "by_fraction": dict(sorted(by_fraction.items())),
+        "step_seconds": times,
+        "step_flops": {"training": training_flops(base, outcome["muon"].parameters), "muon": muon_flops(base)},
+        "equal_time": interpolate(by_fraction, 1 / time_ratio) - best.mean if both.winner is muon else math.nan,
+        "entropy_higher": [
+            entropy_share(book(arm_run(base, MUON, muon.best_lr, seed)).entropies,
+                          book(arm_run(base, adamw, best.best_lr, seed)).entropies)
+            for seed in seeds
+        ],
+    }  # fmt: skip
+
+
+def training_flops(base: Run, parameters: int) -> float:
+    """Of one step: 6 a parameter and character, and the attention products, half of which are masked away."""
+    attention = 6.0 * base.layers * base.context * base.width
+    return base.batch * base.context * (6.0 * parameters + attention)
+
+
+def muon_flops(base: Run) -> float:
+    """Of Newton-Schulz in one step: five iterations, in the form that is used for a shape."""
+    total = 0.0
+    for count, n, m in ((4, base.width, base.width), (2, base.width, 4 * base.width)):
+        gram = choose_method(n, m, torch.float32) == "gram"
+        each = 2 * (2 * n * n * m) * 2 + 28 * n**3 if gram else 5 * (4 * n * n * m + 2 * n**3)
+        total += base.layers * count * each
+    return total
+
+
+def interpolate(losses: dict[float, float], fraction: float) -> float:
+    """Loss of a schedule of this fraction of the steps, on a straight line between those that were run.
+
+    Losses over steps bend upwards, so the line is above them: the estimate is on the safe side.
+    """
+    known = sorted(losses)
+    if fraction >= known[-1]:
+        return losses[known[-1]]
+    high = next(f for f in known if f >= fraction)
+    low = max((f for f in known if f < high), default=None)
+    if low is None:
+        return math.nan  # shorter than anything that was run
+    return losses[low] + (losses[high] - losses[low]) * (fraction - low) / (high - low)
+
+
+def entropy_share(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:
+    """Share of the matrices whose SVD entropy is higher in a."""
+    pairs = [(x, y) for name in a for x, y in zip(a[name], b[name], strict=True)]
+    return sum(x > y for x, y in pairs) / len(pairs)
+
+
+def section(result: dict) -> str:
+    parts = [
+        "## Muon against AdamW on a plain GPT",
+        "`python -m benchmarks muon_race`: characters of Moby Dick, rates swept by factors of 2 until the best is "
+        "interior,\nAdamW's second beta too, "
+        f"{len(result['seeds'])} seeds, nats a character at the end of the schedule on text kept out.\n"
+        "The first seed tunes: a wide interval means that its best rate was at the edge of stability for others.\n"
+        "The larger size is nanoGPT's recipe for a CPU (batch 12, context 64), where 768 characters a step make\n"
+        "Newton-Schulz dear: a step's cost does not depend on the batch. Step times are medians of steps in turns on\n"
+        f"{result['machine']['cpu']}, one thread.",
+    ]
+    for name, r in result["sizes"].items():
+        arms = [r["muon"], *r["adamw"]]
+        rows = [
+            (arm["name"], f"{arm['best_lr']:g}", "yes" if arm["interior"] else "no", plus_minus(spread(arm["losses"])))
+            for arm in arms
+        ]
+        rows.append(
+            ("muon at AdamW's best rate", f"{best_of(r)['best_lr']:g}", "", plus_minus(spread(r["at_adamws_lr"])))
+        )
+        rows.append(("nanoGPT's recipe, untouched", "0.001", "", plus_minus(spread(r["recipe"]))))
+        parts += [
+            f"### Size {name}: {r['layers']} layers, width {r['width']}, {r['parameters']:,} parameters, "
+            f"{r['steps']} steps",
+            table(("arm", "best rate", "interior", "loss"), rows),
+            f"Muon minus the best AdamW: {plus_minus(r['difference'])}. {ratios(r)}. {costs(r)}",
+            image(plot_name("rates", name), f"Loss over learning rate, size {name}"),
+            image(plot_name("steps", name), f"Loss over the length of the schedule, size {name}"),
+        ]
+    return "\n\n".join(parts)
+
+
+def best_of(r: dict) -> dict:
+    """The best AdamW of a size."""
+    return next(arm for arm in r["adamw"] if arm["name"] == r["best_adamw"])
+
+
+def ratios(r: dict) -> str:
+    """Steps, FLOPs and time to the loser's loss, in words."""
+    times, flops = r["step_seconds"], r["step_flops"]
+    if r["winner"] != "muon":
+        return f"{r['winner']} wins, and needs {r['step_ratio']:.2f} of the steps for Muon's loss"
+    time_ratio, flop_ratio = times["muon"] / times["adamw"], 1 + flops["muon"] / flops["training"]
+    return (
+        f"Muon reaches AdamW's loss in {r['step_ratio']:.2f} of the steps, {r['step_ratio'] * flop_ratio:.2f} of the "
+        f"FLOPs and {r['step_ratio'] * time_ratio:.2f} of the time"
+    )
+
+
+def costs(r: dict) -> str:
+    """What a step of either takes, in words."""
+    times, flops = r["step_seconds"], r["step_flops"]
+    words = (
+        f"A step of Muon takes {1000 * times['muon']:.1f} ms and {1 + flops['muon'] / flops['training']:.2f} times the "
+        f"FLOPs, one of AdamW {1000 * times['adamw']:.1f} ms."
+    )
+    return (
+        words if math.isnan(r["equal_time"]) else f"{words} At equal time Muon's loss is {-r['equal_time']:.3f} lower."
+    )
+
+
+def plot_name(what: str, size: str) -> str:
+    return f"muon-race-{what}-{size.lower()}"
+
+
+def plots(result: dict) -> dict[str, str]:
+    found = {}
+    for name, r in result["sizes"].items():
+        sweeps = [("muon", r["muon"]["sweep"]), *((arm["name"], arm["sweep"]) for arm in r["adamw"])]
+        lines = []
+        for arm, sweep in sweeps:
+            points = sorted((float(lr), loss) for lr, loss in sweep.items())
+            lines.append(Line(arm, [lr for lr, _ in points], [loss for _, loss in points]))
+        found[plot_name("rates", name)] = draw(
+            f"Loss by learning rate, first seed, {r['parameters']:,} parameters", lines,
+            x="learning rate", y="nats a character", log_x=True,
+            rules={"nanoGPT's recipe": spread(r["recipe"])["mean"]},
+        )  # fmt: skip
+        steps = [
+            (float(f) * r["steps"], loss) for f, loss in sorted(r["by_fraction"].items(), key=lambda p: float(p[0]))
+        ]
+        found[plot_name("steps", name)] = draw(
+            f"Shorter schedules of {r['winner']}, mean of the seeds, {r['parameters']:,} parameters",
+            [Line("", [s for s, _ in steps], [loss for _, loss in steps])],
+            x="steps of the schedule", y="nats a character",
+            rules={f"{r['best_adamw']}, {r['steps']} steps": best_of(r)["mean"]},
+        )  # fmt: skip
+    return found
+
+
+def claims(result: dict) -> list[Claim]:
+    found = []
+    n = len(result["seeds"])
+    for name, r in result["sizes"].items():
+        wins = r["winner"] == "muon"
+        found += [
+            Claim(
+                f"Muon needs about half of AdamW's steps for its loss (bar: 0.60); size {name}",
+                "post 10739: nearly 2x; Moonlight's fit: 0.52 of the FLOPs",
+                ratios(r), n, "yes" if wins and r["step_ratio"] <= 0.6 else "no", "muon_race",
+            ),
+            Claim(
+                f"At equal time Muon's loss is at least 0.08 lower than tuned AdamW's; size {name}", "quintic",
+                f"{r['equal_time']:+.3f}; at equal steps {plus_minus(r['difference'])}", n,
+                "yes" if r["equal_time"] <= -0.08 else "no", "muon_race",
+            ),
+            Claim(
+                f"Muon at AdamW's best rate, nothing else touched, is no worse; size {name}", "post 10739",
+                f"{plus_minus(r['at_adamws_lr_difference'])} nats a character against AdamW", n,
+                holds(r["at_adamws_lr_difference"]["mean"], r["at_adamws_lr_difference"]["half"]), "muon_race",
+            ),
+            Claim(
+                f"More than 90 % of the matrices end with a higher SVD entropy under Muon; size {name}",
+                "Moonlight, Figure 4",
+                f"{spread(r['entropy_higher'])['mean']:.0%} of the matrices", n,
+                "yes" if spread(r["entropy_higher"])["mean"] > 0.9 else "no", "muon_race",
+            ),
+        ]  # fmt: skip
+    return found
