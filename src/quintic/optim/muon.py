@@ -30,8 +30,9 @@ from quintic.optim.cap import cap_step_
 from quintic.optim.decay import start_top_space, top_space_shape
 from quintic.optim.groups import check_group, groups_of, matrices_in, name_of, warn_about_small_lr
 from quintic.optim.matrices import Piece, chunks, pieces_of, update_matrices
+from quintic.optim.nonfinite import NONFINITE, any_nonfinite, sift_nonfinite_
 from quintic.optim.routing import RoleTable, roles
-from quintic.optim.sharded import agree_on_any, gather, holds_whole_matrices, local, scatter_
+from quintic.optim.sharded import gather, holds_whole_matrices, local, scatter_
 from quintic.optim.split import Part
 
 __all__ = ["Muon"]
@@ -84,6 +85,8 @@ class Muon(torch.optim.Optimizer):
         adamw_betas: AdamW's decay rates.
         adamw_eps: AdamW's epsilon.
         maximize: Ascend.
+        nonfinite: What a step does if a gradient is NaN or infinite: ``skip`` (all of it), ``skip-parameter``,
+            ``raise`` or ``propagate``, see :mod:`quintic.optim.nonfinite`.
         strict: Given a module, refuse parameters whose role is ambiguous instead of warning.
         ns_coefficients: torch's name for one triple of coefficients.
         eps: torch's guard against a zero norm; accepted and not needed: msign here has none, being scale-invariant.
@@ -130,6 +133,7 @@ class Muon(torch.optim.Optimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         maximize: bool = False,
+        nonfinite: str = "skip",
         strict: bool = False,
         ns_coefficients: Sequence[float] | None = None,
         eps: float | None = None,
@@ -144,8 +148,11 @@ class Muon(torch.optim.Optimizer):
             scale = _ADJUST[adjust_lr_fn]
         if cap is not None and not cap > 0:
             raise ConfigError(f"cap = {cap}; expected a positive number, or None for no cap")
+        if nonfinite not in NONFINITE:
+            raise ConfigError(f"unknown nonfinite {nonfinite!r}{suggest(nonfinite, NONFINITE)}")
         self.roles = None
         self.cap = cap
+        self.nonfinite = nonfinite
         self._skipped: Tensor | None = None
         self._cap_factor: Tensor | None = None
         if isinstance(params, nn.Module):
@@ -214,15 +221,18 @@ class Muon(torch.optim.Optimizer):
 
         Raises:
             ConfigError: A gradient is sparse.
+            NonFiniteGradientError: A gradient is not finite, with ``nonfinite="raise"``.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         active = [(group, self._active(group)) for group in self.param_groups]
+        if self.nonfinite != "skip":
+            active = sift_nonfinite_(active, self.nonfinite)
         gradients = [p.grad for _, params in active for p in params if p.grad is not None]
         if gradients:
-            bad = agree_on_any(_any_nonfinite(gradients), gradients)
+            bad = any_nonfinite(gradients)
             if bad.device.type == "cpu" and bad and not self.skipped_steps:  # elsewhere looking would wait
                 warnings.warn("a gradient is not finite: this step, and any such step, is left out", stacklevel=2)
             self._skipped = bad.long() if self._skipped is None else self._skipped + bad
@@ -318,7 +328,7 @@ class Muon(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         counts = {"_skipped": self._skipped, "_cap_factor": self._cap_factor}
-        return {**super().__getstate__(), "roles": self.roles, "cap": self.cap, **counts}
+        return {**super().__getstate__(), "roles": self.roles, "cap": self.cap, "nonfinite": self.nonfinite, **counts}
 
 
 def _key(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -350,10 +360,3 @@ def _state_shape(group: dict[str, Any], p: Tensor, name: str, value: Tensor) -> 
             if name == _top_name(i):
                 return top_space_shape(*part[1:], value.shape[2])
     return tuple(p.shape)
-
-
-def _any_nonfinite(gradients: list[Tensor]) -> Tensor:
-    """0-d bool: some element of some gradient is NaN or infinite. One pass, no synchronisation."""
-    device = gradients[0].device
-    ends = [end.to(device) for g in map(local, gradients) if g.numel() for end in torch.aminmax(g)]
-    return ~torch.stack(ends).isfinite().all() if ends else torch.zeros((), dtype=torch.bool, device=device)
