@@ -76,14 +76,15 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
     from quintic.lm.task import generate_text
 
     known = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
-    sampling = {"max_tokens": 200} | {name: options.pop(name) for name in known if name in options}
+    sampling: dict[str, Any] = {"max_tokens": 200} | {name: options.pop(name) for name in known if name in options}
     prompt = options.pop("prompt", "")
     refuse(options, "lm")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     sys.stdout.write(prompt)
     sys.stdout.flush()
+    model: LanguageModel = loaded.model  # type: ignore[assignment]
     with loaded.precision:
-        for piece in generate_text(loaded.model, tokenizer, prompt, **sampling):
+        for piece in generate_text(model, tokenizer, prompt, **sampling):
             sys.stdout.write(piece)
             sys.stdout.flush()
     sys.stdout.write("\n")

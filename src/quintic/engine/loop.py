@@ -250,6 +250,7 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
     total, count = 0.0, 0
     own = examples[ranks.rank :: ranks.world]
     size = engine.micro_batch_size or len(own)
+    batch: Batch = {}
     for start in range(0, len(own), size):
         batch = task.batch(own[start : start + size])
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

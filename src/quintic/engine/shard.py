@@ -40,9 +40,9 @@ def divide_(model: nn.Module, ranks: Ranks) -> None:
     blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
     for module in (*blocks, model):
         # Also the root is put away after a forward pass: kept, it would outlive a change of weights in a validation.
-        fully_shard(module, mesh=ranks.mesh, shard_placement_fn=placement, reshard_after_forward=True)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # else float32 asks for an operation that gloo lacks
+        divided = fully_shard(module, mesh=ranks.mesh, shard_placement_fn=placement, reshard_after_forward=True)
+        divided.set_gradient_divide_factor(1.0)
+        divided.set_force_sum_reduction_for_comms(True)  # else float32 asks for an operation that gloo lacks
 
 
 def whole(tensor: Tensor) -> Tensor:

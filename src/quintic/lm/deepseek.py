@@ -181,7 +181,7 @@ def read_config(folder: Path, *, context: int = 0) -> LMConfig:
     values["q_rank"] = found.get("q_lora_rank") or 0
     values["rope_theta"] = float(rope.get("rope_theta", found.get("rope_theta", 10_000.0)))
     values["context"] = context or values["context"]
-    kinds = {field.name: type(field.default) for field in fields(LMConfig)}
+    kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(LMConfig)}
     return LMConfig(**{name: kinds[name](value) for name, value in values.items()})
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import quintic
 from quintic.core.files import atomic_write
 from quintic.report.curves import bits_figure, gradient_figure, loss_figure, rate_figure, speed_figure
-from quintic.report.html import document
 from quintic.report.experts import balance_figure, load_figure
 from quintic.report.figure import Figure
+from quintic.report.html import document
 from quintic.report.records import Records, read_records
 from quintic.report.spectra import spectra_figure
 from quintic.report.style import SCRIPT
