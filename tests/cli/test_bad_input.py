@@ -46,7 +46,7 @@ def run(book, tmp_path, capsys):
         (["BOOK", "optim.lr=fast"], "setting 'optim.lr' must be of type float, found 'fast'"),
         (["BOOK", "lm.num_experts=2.5"], "setting 'lm.num_experts' must be of type int, found 2.5"),
         (["BOOK", "lr=0.1"], "'lr=0.1' is not a setting; write section.field=value"),
-        (["BOOK", "lm.top_k=9"], "lm.top_k must be between 2 and lm.num_experts = 8"),
+        (["BOOK", "lm.top_k=9"], "lm.top_k must be between 1 and num_experts = 8, found 9"),
         (["BOOK", "optim.name=muonn"], "did you mean 'muon'?"),
         (["BOOK", "--size", "tinny"], "unknown size 'tinny' for task lm; did you mean 'tiny'?"),
         (["BOOK", "--task", "lmm"], "unknown task 'lmm'; did you mean 'lm'?"),
