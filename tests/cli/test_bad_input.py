@@ -151,7 +151,7 @@ def test_generate_and_evaluate_refuse_nonsense(run, capsys):
     assert "no checkpoint '99'; expected best, last or one of the saved steps: 4, 6" in fails(
         capsys, "generate", run, "--checkpoint", "99"
     )
-    assert "top_p in (0, 1]" in fails(capsys, "generate", run, "--top-p", "0")
+    assert "top_p must be in (0, 1]" in fails(capsys, "generate", run, "--top-p", "0")
     assert "unknown split 'tests'; did you mean 'test'?" in fails(capsys, "evaluate", run, "--split", "tests")
     assert "no such file" in fails(capsys, "evaluate", run, "missing.txt")
 
