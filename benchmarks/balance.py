@@ -31,7 +31,7 @@ from benchmarks.balance_rules import NEAR, longest_range
 from benchmarks.claims import Claim, holds, table
 from benchmarks.gpt import VALIDATION, text, vocabulary, windows
 from benchmarks.plot import Line, draw, image
-from benchmarks.study import BASE, paired, plus_minus, spread
+from benchmarks.study import BASE, one_thread, paired, plus_minus, spread
 from quintic.core.counter_rng import Stream
 from quintic.core.initial import initialize_
 from quintic.core.machine import describe
@@ -102,9 +102,9 @@ def build(arm: Arm) -> LanguageModel:
     return model
 
 
+@one_thread()
 def train(arm: Arm) -> dict[str, Any]:
     """Train an arm; numbers of one run."""
-    torch.set_num_threads(1)
     config = OptimConfig(**{**BASE, "lr": arm.lr})
     ids = text("moby")
     training, held_out = ids[:-VALIDATION], ids[-VALIDATION:]

@@ -34,6 +34,7 @@ from benchmarks.codec_parts import (
 )
 from benchmarks.fetch_data import fetch
 from benchmarks.plot import Line, draw, image
+from benchmarks.study import one_thread
 from quintic.codec import Codec, paper_plan
 from quintic.codec.codebook import OrthogonalCodebook
 from quintic.codec.comparison import classic_file, quality_of
@@ -134,9 +135,9 @@ def schedules(name: str) -> dict[str, Any]:
     return found
 
 
+@one_thread()
 def timing(name: str) -> dict[str, Any]:
     """One image at a time, one thread; the best of several runs. To be run with nothing else running."""
-    torch.set_num_threads(1)
     data, model = images(name), shipped_model(name)
     pixels, found = some(data, 1), {}
 

@@ -1,6 +1,7 @@
 """Every test gets a cache of its own session and leaves the user's alone."""
 
 import os
+import sys
 
 import pytest
 
@@ -14,3 +15,13 @@ def session_cache(tmp_path_factory):
         del os.environ["QUINTIC_CACHE"]
     else:
         os.environ["QUINTIC_CACHE"] = old
+
+
+@pytest.fixture(autouse=True)
+def threads_are_left_alone():
+    """The number of threads decides the last bits of a sum: a test that changes it must put it back."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else None
+    yield
+    if before is not None:
+        assert torch.get_num_threads() == before

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SUFFIXES = {".py", ".typed", ".toml", ".txt", ".md", ".json", ".safetensors"}
+SUFFIXES = {".py", ".typed", ".toml", ".txt", ".md", ".json", ".safetensors", ".png"}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,8 @@ def test_contents(wheel):
         "assets/corpus/moby_dick.txt",
         "assets/corpus/README.md",
         "assets/presets/lm/laptop.toml",
+        "assets/weights/fashion28.safetensors",
+        "assets/weights/fashion28.md",
     ):
         assert f"quintic/{needed}" in package
     assert all(".dist-info/" in name for name in others)
