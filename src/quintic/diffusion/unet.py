@@ -70,9 +70,10 @@ class UNet(nn.Module):
         self.patch = patch
         self.num_classes = num_classes
         d = 4 * width
-        self.register_buffer(
-            "frequencies", torch.exp(torch.linspace(math.log(0.05), math.log(2.0), _FREQUENCIES)), False
-        )
+        # Not by torch.exp, whose last bit depends on the processor: the codec's exact mode would inherit it.
+        ratio = math.log(2.0 / 0.05) / (_FREQUENCIES - 1)
+        frequencies = torch.tensor([0.05 * math.exp(i * ratio) for i in range(_FREQUENCIES)], dtype=torch.float32)
+        self.register_buffer("frequencies", frequencies, False)
         self.level_in = Linear(2 * _FREQUENCIES, d)
         self.level_out = Linear(d, d)
         if num_classes:
