@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from quintic.core import DataError
 from quintic.core.counter_rng import Stream
 from quintic.core.loss import Loss
-from quintic.data.images import ImageData, ImageSplit, as_pixels, as_signed, image_grid
+from quintic.data.image_task import ImageTask, image_fields
+from quintic.data.images import ImageData, as_pixels, as_signed, image_grid
 from quintic.diffusion.config import DDPMConfig
 from quintic.diffusion.network import NetworkDenoiser, make_target
 from quintic.diffusion.noise_schedule import NoiseSchedule, alpha_sigma
@@ -32,30 +32,12 @@ from quintic.diffusion.unet import UNet
 
 __all__ = ["DDPMTask", "derived_fields", "unet_arguments"]
 
-_EVAL_BATCH = 100
-_VALIDATION_IMAGES = 2000
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 def derived_fields(config: DDPMConfig, data: ImageData) -> dict[str, tuple[Any, str]]:
-    """Numbers that follow from the data: {field: (value, where it comes from)}.
-
-    Args:
-        config: With 0 for what is to be found out, and ``classes`` -1.
-        data: The images.
-
-    Raises:
-        DataError: Classes were asked for, and the images have none.
-    """
-    found: dict[str, tuple[Any, str]] = {}
-    for name, value in zip(("channels", "height", "image_width"), data.shape, strict=True):
-        if not getattr(config, name):
-            found[name] = (value, "the images")
-    if config.classes == -1:
-        if not data.class_names:
-            raise DataError("ddpm.classes = -1 wants the classes of the data, but these images have no labels")
-        found["classes"] = (len(data.class_names), "the images' labels")
-    return found
+    """Numbers that follow from the data, see :func:`quintic.data.image_task.image_fields`."""
+    return image_fields("ddpm", config, data)
 
 
 def unet_arguments(config: DDPMConfig) -> dict[str, Any]:
@@ -72,7 +54,7 @@ def unet_arguments(config: DDPMConfig) -> dict[str, Any]:
     }
 
 
-class DDPMTask:
+class DDPMTask(ImageTask):
     """A U-Net and the images it learns from.
 
     Args:
@@ -86,15 +68,8 @@ class DDPMTask:
     name = "ddpm"
 
     def __init__(self, config: DDPMConfig, data: ImageData) -> None:
-        expected = (config.channels, config.height, config.image_width)
-        if data.shape != expected:
-            raise DataError(f"the images are (channels, height, width) {data.shape}, the model is for {expected}")
-        if config.classes > 0 and len(data.class_names) != config.classes:
-            raise DataError(f"the model is for {config.classes} classes, the images have {len(data.class_names)}")
+        super().__init__(config, data)
         self.config = config
-        self.data = data
-        self.num_examples = data.num_examples
-        self.fingerprint = data.fingerprint
         self.schedule = NoiseSchedule(config.schedule, config.log_snr_min, config.log_snr_max, config.shift)
 
     def build(self, seed: int | None) -> UNet:
@@ -110,19 +85,13 @@ class DDPMTask:
         """Sizes of the splits and of the model."""
         with torch.device("meta"):
             total = sum(p.numel() for p in self.build(None).parameters())
-        c, h, w = self.data.shape
-        splits = {name: len(getattr(self.data, name)) for name in ("train", "validation", "test")}
-        lines = [f"{name:<10} {n:>9,} images of {h} x {w} pixels, {c} channels" for name, n in splits.items()]
-        if self.data.flip:
-            lines.append("every training image also mirrored")
-        lines += [f"{name}: {note}" for name, note in self.data.notes.items()]
+        lines, facts = self.describe_images()
         lines.append(f"model: {total:,} parameters, predicts {self.config.target}")
-        facts = {"images": splits, "shape": list(self.data.shape), "licence": self.data.licence}
         return lines, {"parameters_total": total, "parameters_active": total, "data": facts}
 
-    def batch(self, examples: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Training images: ``images`` (n, c, h, w) float32 in [-1, 1], and ``labels`` (n,) if classes are wanted."""
-        return self._tensors(self.data.examples(examples))
+    def pixels(self, images: NDArray[np.uint8]) -> Tensor:
+        """In [-1, 1], float32."""
+        return torch.from_numpy(as_signed(images))
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
         """Squared error of the target, summed over all values."""
@@ -136,50 +105,13 @@ class DDPMTask:
             labels = torch.where(withheld, self.config.classes, labels)
         return self._loss(model, x0, torch.randn_like(x0), levels, labels)
 
-    def after_step(self, model: nn.Module, progress: float) -> dict[str, Any]:
-        """Nothing to do."""
-        return {}
-
-    def step_metrics(self, loss: float) -> dict[str, float]:
-        """Nothing beside the loss."""
-        return {}
-
-    @torch.no_grad()
-    def evaluate(
-        self, model: nn.Module, split: str, should_stop: Callable[[], bool] = lambda: False
-    ) -> dict[str, float] | None:
-        """Mean squared error of the target on a split, at levels spread as in training; None if stopped midway.
-
-        All images of ``test`` count, and up to 2,000 of ``validation``, evenly spaced.
-        """
-        chosen: ImageSplit = getattr(self.data, split)
-        if not len(chosen):
-            return {}  # no such split was asked for
-        count = min(len(chosen), _VALIDATION_IMAGES) if split == "validation" else len(chosen)
-        numbers = np.arange(count) * len(chosen) // count
-        d = math.prod(self.data.shape)
-        stream = Stream(0, "evaluation noise", split)
-        was_training = model.training
-        model.eval()
-        device = next(model.parameters()).device
-        total, values = 0.0, 0
-        try:
-            for start in range(0, count, _EVAL_BATCH):
-                if should_stop():
-                    return None
-                part = numbers[start : start + _EVAL_BATCH]
-                labels = None if chosen.labels is None else chosen.labels[part]
-                batch = self._tensors(ImageSplit(chosen.images[part], labels))
-                noise = torch.from_numpy(stream.normal(start * d, len(part) * d)).float().view_as(batch["images"])
-                times = ((np.arange(start, start + len(part)) + 0.5) * _GOLDEN) % 1.0
-                levels = torch.tensor([self.schedule.log_snr(float(t)) for t in times], dtype=torch.float64)
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                loss = self._loss(model, batch["images"], noise.to(device), levels, batch.get("labels"))
-                total += float(loss.total)
-                values += loss.count
-        finally:
-            model.train(was_training)
-        return {f"{'val' if split == 'validation' else split}_loss": total / values}
+    def evaluation_loss(self, model: nn.Module, batch: dict[str, Tensor], noise: Stream, first: int) -> Loss:
+        """Squared error with fixed noise, at levels spread as in training."""
+        x0 = batch["images"]
+        times = ((np.arange(first, first + len(x0)) + 0.5) * _GOLDEN) % 1.0
+        levels = torch.tensor([self.schedule.log_snr(float(t)) for t in times], dtype=torch.float64)
+        drawn = self.noise(noise.normal, x0, first).to(x0)
+        return self._loss(model, x0, drawn, levels, batch.get("labels"))
 
     def sample(self, model: nn.Module, path: Path, seed: int, should_stop: Callable[[], bool]) -> str:
         """A grid of images drawn by DDIM, written to ``path.png``; a stop leaves it out."""
@@ -204,16 +136,6 @@ class DDPMTask:
         with FlopCounterMode(display=False) as counter:
             shell(x, level)
         return 3.0 * counter.get_total_flops()
-
-    def save_with(self, folder: Path) -> None:
-        """Nothing: the configuration holds all that a later use needs."""
-
-    def _tensors(self, split: ImageSplit) -> dict[str, Tensor]:
-        tensors = {"images": torch.from_numpy(as_signed(split.images))}
-        if self.config.classes:
-            assert split.labels is not None
-            tensors["labels"] = torch.from_numpy(split.labels)
-        return tensors
 
     def _loss(self, model: nn.Module, x0: Tensor, noise: Tensor, levels: Tensor, labels: Tensor | None) -> Loss:
         weight = next(model.parameters())

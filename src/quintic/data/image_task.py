@@ -1,0 +1,151 @@
+"""What all training on images has in common: the splits, their description, and a validation whose noise is fixed.
+
+The noise of validation is a pure function of the image's number, so that two validations differ by the weights alone.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from quintic.core import DataError
+from quintic.core.counter_rng import Stream
+from quintic.core.loss import Loss
+from quintic.data.images import ImageData, ImageSplit
+
+__all__ = ["ImageTask", "image_fields"]
+
+_EVAL_BATCH = 100
+_VALIDATION_IMAGES = 2000
+
+
+def image_fields(section: str, config: Any, data: ImageData) -> dict[str, tuple[Any, str]]:
+    """Numbers of a model that follow from the images: {field: (value, where it comes from)}.
+
+    Args:
+        section: Name of the settings' section, for messages.
+        config: With ``channels``, ``height``, ``image_width`` (0: to be found out) and ``classes`` (-1: likewise).
+        data: The images.
+
+    Raises:
+        DataError: Classes were asked for, and the images have none.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    for name, value in zip(("channels", "height", "image_width"), data.shape, strict=True):
+        if not getattr(config, name):
+            found[name] = (value, "the images")
+    if config.classes == -1:
+        if not data.class_names:
+            raise DataError(f"{section}.classes = -1 wants the classes of the data, but these images have no labels")
+        found["classes"] = (len(data.class_names), "the images' labels")
+    return found
+
+
+class ImageTask(ABC):
+    """Base of the tasks whose examples are images; a subclass says what the model and the loss are.
+
+    Args:
+        config: Resolved, see :func:`image_fields`.
+        data: Images of the three splits.
+
+    Raises:
+        DataError: The images are of another shape than ``config``, or lack the classes it wants.
+    """
+
+    def __init__(self, config: Any, data: ImageData) -> None:
+        expected = (config.channels, config.height, config.image_width)
+        if data.shape != expected:
+            raise DataError(f"the images are (channels, height, width) {data.shape}, the model is for {expected}")
+        if config.classes > 0 and len(data.class_names) != config.classes:
+            raise DataError(f"the model is for {config.classes} classes, the images have {len(data.class_names)}")
+        self.data = data
+        self.num_classes: int = config.classes
+        self.num_examples = data.num_examples
+        self.fingerprint = data.fingerprint
+
+    @abstractmethod
+    def pixels(self, images: NDArray[np.uint8]) -> Tensor:
+        """Images (n, h, w, c) as the model's loss wants them, (n, c, h, w)."""
+
+    @abstractmethod
+    def evaluation_loss(self, model: nn.Module, batch: dict[str, Tensor], noise: Stream, first: int) -> Loss:
+        """Loss of evaluated images number ``first`` and on, with noise that :meth:`noise` takes from the stream."""
+
+    def describe_images(self) -> tuple[list[str], dict[str, Any]]:
+        """Sizes of the splits, in lines for a person and as facts."""
+        c, h, w = self.data.shape
+        splits = {name: len(getattr(self.data, name)) for name in ("train", "validation", "test")}
+        lines = [f"{name:<10} {n:>9,} images of {h} x {w} pixels, {c} channels" for name, n in splits.items()]
+        if self.data.flip:
+            lines.append("every training image also mirrored")
+        lines += [f"{name}: {note}" for name, note in self.data.notes.items()]
+        return lines, {"images": splits, "shape": list(self.data.shape), "licence": self.data.licence}
+
+    def batch(self, examples: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Training images: ``images`` (n, c, h, w), and ``labels`` (n,) if classes are wanted."""
+        return self.tensors(self.data.examples(examples))
+
+    def tensors(self, split: ImageSplit) -> dict[str, Tensor]:
+        """Images of a split, and their labels if classes are wanted."""
+        tensors = {"images": self.pixels(split.images)}
+        if self.num_classes:
+            assert split.labels is not None
+            tensors["labels"] = torch.from_numpy(split.labels)
+        return tensors
+
+    def after_step(self, model: nn.Module, progress: float) -> dict[str, Any]:
+        """Nothing to do."""
+        return {}
+
+    def step_metrics(self, loss: float) -> dict[str, float]:
+        """Nothing beside the loss."""
+        return {}
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, split: str, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Mean loss of a split per value, and its views; None if stopped midway.
+
+        All images of ``test`` count, and up to 2,000 of ``validation``, evenly spaced. Classes are given.
+        """
+        chosen: ImageSplit = getattr(self.data, split)
+        if not len(chosen):
+            return {}  # no such split was asked for
+        count = min(len(chosen), _VALIDATION_IMAGES) if split == "validation" else len(chosen)
+        numbers = np.arange(count) * len(chosen) // count
+        noise = Stream(0, "evaluation noise", split)
+        device, was_training = next(model.parameters()).device, model.training
+        model.eval()
+        total, values = 0.0, 0
+        try:
+            for first in range(0, count, _EVAL_BATCH):
+                if should_stop():
+                    return None
+                part = numbers[first : first + _EVAL_BATCH]
+                labels = None if chosen.labels is None else chosen.labels[part]
+                batch = self.tensors(ImageSplit(chosen.images[part], labels))
+                batch = {name: tensor.to(device) for name, tensor in batch.items()}
+                loss = self.evaluation_loss(model, batch, noise, first)
+                total += float(loss.total)
+                values += loss.count
+        finally:
+            model.train(was_training)
+        prefix, mean = "val" if split == "validation" else split, total / values
+        return {f"{prefix}_{name}": value for name, value in {"loss": mean, **self.step_metrics(mean)}.items()}
+
+    def noise(self, draw: Callable[[int, int], NDArray[np.float64]], images: Tensor, first: int) -> Tensor:
+        """Numbers of a stream for images number ``first`` and on, (n, c, h, w) float64."""
+        d = math.prod(self.data.shape)
+        return torch.from_numpy(draw(first * d, len(images) * d)).view(images.shape)
+
+    def save_with(self, folder: Path) -> None:  # noqa: B027 (most have nothing to write)
+        """Nothing: the configuration holds all that a later use needs."""
