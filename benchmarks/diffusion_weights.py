@@ -4,7 +4,7 @@
     quintic train datasets/fashion-mnist --task ddpm --size fashion28 --out runs/fashion28
     python -m benchmarks.diffusion_weights runs/fashion28 fashion28
 
-The averaged weights of the best checkpoint go into ``src/quintic/assets/weights`` in half precision, with the error
+The averaged weights of the best checkpoint go into ``src/quintic/assets/weights/ddpm`` in half precision, with the error
 curve on validation images that the codec's schedule needs, a card, and a sheet of samples.
 """
 
@@ -25,7 +25,7 @@ from quintic.engine import EngineConfig, Run, Settings
 from quintic.engine.checkpoint import load_average, load_model, usable_checkpoint
 from quintic.optim import OptimConfig
 
-TARGET = Path(__file__).resolve().parent.parent / "src" / "quintic" / "assets" / "weights"
+TARGET = Path(__file__).resolve().parent.parent / "src" / "quintic" / "assets" / "weights" / "ddpm"
 LEVELS = [level / 2 for level in range(-20, 25)]
 _IMAGES = 500
 _LIMIT = 6_000_000

@@ -38,8 +38,8 @@ def test_contents(wheel):
         "assets/corpus/moby_dick.txt",
         "assets/corpus/README.md",
         "assets/presets/lm/laptop.toml",
-        "assets/weights/fashion28.safetensors",
-        "assets/weights/fashion28.md",
+        "assets/weights/ddpm/fashion28.safetensors",
+        "assets/weights/ddpm/fashion28.md",
     ):
         assert f"quintic/{needed}" in package
     assert all(".dist-info/" in name for name in others)

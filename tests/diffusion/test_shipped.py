@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
+from quintic.assets import weights_path
 from quintic.core import ConfigError
 from quintic.core.files import sha256_file
 from quintic.diffusion import NoiseSchedule, alpha_sigma, ddim_sample, shipped_denoiser, shipped_names
-from quintic.diffusion.loading import _WEIGHTS
 
 
 def test_fashion_is_among_them():
@@ -23,14 +23,14 @@ def test_unknown_names_are_refused():
 
 @pytest.mark.parametrize("name", shipped_names())
 def test_the_card_is_true_and_the_file_small(name):
-    file = _WEIGHTS / f"{name}.safetensors"
-    card = (_WEIGHTS / f"{name}.md").read_text(encoding="utf-8")
+    file = weights_path("ddpm", name)
+    card = file.with_suffix(".md").read_text(encoding="utf-8")
     assert file.stat().st_size <= 6_000_000
     assert sha256_file(file) in card
     assert shipped_denoiser(name).fingerprint in card
     for word in ("licence of the images", "validation loss", "training", "quintic train"):
         assert word in card
-    assert (_WEIGHTS / f"{name}.png").is_file()
+    assert file.with_suffix(".png").is_file()
     assert not re.search(r"/tmp|/home|/work", card)
 
 

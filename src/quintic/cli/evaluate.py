@@ -21,7 +21,7 @@ def evaluate(
     Parameters
     ----------
     run
-        The run folder.
+        The run folder; or a model that comes with the package, by its name: ddpm/fashion28, ddpm/emoji32.
     data
         Files and folders to evaluate on, whole; without any, a split of the run's own data.
     split

@@ -42,7 +42,7 @@ def generate(
     Parameters
     ----------
     run
-        The run folder.
+        The run folder; or a model that comes with the package, by its name: ddpm/fashion28, ddpm/emoji32.
     prompt
         Text to continue; without one the model starts a document of its own.
     max_tokens
@@ -74,7 +74,7 @@ def generate(
     denoise
         --no-denoise shows a flow's images with the noise it was trained on.
     out
-        PNG file of the images; their pixels go into an .npy file beside it. Default: in the run's samples.
+        PNG file of the images; their pixels go into an .npy file beside it. Default: in the run's samples, or here.
     seed
         The same seed gives the same text or images.
     checkpoint

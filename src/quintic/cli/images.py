@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quintic.engine import Settings, Task
     from quintic.flow import TarFlow
 
-__all__ = ["EMBEDDED", "NEXT", "READING", "UNIT", "build", "evaluate", "generate", "prepare", "sections"]
+__all__ = ["EMBEDDED", "NEXT", "READING", "UNIT", "build", "evaluate", "generate", "prepare", "sections", "shipped"]
 
 EMBEDDED = "drawn shapes"
 """Title of the data that comes with the package."""
@@ -76,10 +76,27 @@ def build(task: str, settings: Settings) -> nn.Module:
     return TarFlow(**flow_arguments(settings[task]), seed=None)
 
 
+def shipped(task: str, name: str) -> nn.Module:
+    """A trained model that comes with the package."""
+    if task == "ddpm":
+        from quintic.diffusion import NetworkDenoiser, shipped_denoiser
+
+        denoiser = shipped_denoiser(name)
+        assert isinstance(denoiser, NetworkDenoiser)
+        return denoiser.network
+    from quintic.flow import shipped_flow
+
+    return shipped_flow(name)
+
+
 def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None:
     """A grid of new images as PNG, and the images themselves as an array."""
     n, seed = options.pop("n", 36), options.pop("seed")
-    out = options.pop("out", None) or folder / "samples" / f"generated-seed{seed}.png"
+    out = options.pop("out", None)
+    if out is None and loaded.shipped:
+        out = Path(f"{'-'.join(folder.parts)}-seed{seed}.png")
+    elif out is None:
+        out = folder / "samples" / f"generated-seed{seed}.png"
     if n < 1:
         raise ConfigError(f"--n must be at least 1, found {n}")
     if out.suffix.lower() != ".png":
@@ -100,6 +117,8 @@ def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: st
         images = prepare_images(list(paths), every, lambda _: None)
         _score_others(loaded, images)
         return
+    if loaded.shipped:
+        raise ConfigError(f"{folder} comes without its images; name files, folders or idx files to evaluate it on")
     what = f"{split} split of {folder}"
     images = prepare_images([Path(path) for path in header["paths"]] or None, settings["data"], lambda _: None)
     task = _task(header["task"], settings, images)

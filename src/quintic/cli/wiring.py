@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from quintic.assets import preset_names, preset_text
+from quintic.assets import preset_names, preset_text, weights_names
 from quintic.cli.printing import say
 from quintic.core import CheckpointError, ConfigError, suggest
 
@@ -37,6 +37,7 @@ __all__ = [
     "pick_checkpoint",
     "refuse",
     "section_types",
+    "shipped_models",
     "split_arguments",
 ]
 
@@ -157,13 +158,39 @@ class LoadedModel(NamedTuple):
     header: dict[str, Any]
     precision: torch.autocast
     """To run it in."""
+    shipped: bool = False
+    """Whether it came with the package; there is no run then."""
+
+
+def shipped_models() -> list[str]:
+    """Names of the models that come with the package, as TASK/NAME.
+
+    Example:
+        >>> shipped_models()
+        ['ddpm/emoji32', 'ddpm/fashion28']
+    """
+    return sorted(f"{task}/{name}" for task in KINDS for name in weights_names(task))
+
+
+def _load_shipped(name: str) -> tuple[nn.Module, Settings, dict[str, Any]]:
+    """A shipped model, the settings of the preset of its name, which trained it, and the header of a run."""
+    if name not in (known := shipped_models()):
+        raise CheckpointError(
+            f"there is no folder {name}, and no such model comes with the package{suggest(name, known)}"
+        )
+    task, size = name.split("/")
+    settings, model = build_settings(task, size, []), kind_of(task).shipped(task, size)
+    values = dict(zip(("channels", "height", "image_width"), model.shape, strict=True), classes=model.num_classes)
+    for field, value in values.items():
+        settings = settings.derive(f"{task}.{field}", value, f"the weights {name}")
+    return model, settings, {"task": task}
 
 
 def load_run_model(folder: Path, checkpoint: str, device: str, dtype: str | None) -> LoadedModel:
     """The model of a run with the weights of a checkpoint, averaged ones where the run keeps them.
 
     Args:
-        folder: Run folder.
+        folder: Run folder, or one of :func:`shipped_models` where no such folder is.
         checkpoint: ``best``, ``last`` or a step number.
         device: Where to put the model.
         dtype: Of matrix products; None is the run's own.
@@ -176,18 +203,23 @@ def load_run_model(folder: Path, checkpoint: str, device: str, dtype: str | None
     from quintic.core.machine import autocast, pick_device, pick_dtype
     from quintic.engine.checkpoint import load_model, load_weights
 
-    run, settings, header = open_run(folder)
-    path = pick_checkpoint(run, checkpoint)
+    run = path = None
+    if shipped := not folder.exists() and len(folder.parts) == 2 and folder.parts[0] in KINDS:
+        model, settings, header = _load_shipped(folder.as_posix())
+    else:
+        run, settings, header = open_run(folder)
+        path = pick_checkpoint(run, checkpoint)
+        model = kind_of(header["task"]).build(header["task"], settings)
     where = pick_device(device)
-    model: nn.Module = kind_of(header["task"]).build(header["task"], settings).to(where)
+    model.to(where)
     precision = pick_dtype(dtype or settings["engine"].dtype, where)
     if precision == torch.float64:
         model.double()
-    if path is None:
-        load_weights([run.initial], model)
-    else:
+    if path is not None:
         load_model(path, model, averaged=True)
-    return LoadedModel(model.eval(), settings, header, autocast(where, precision))
+    elif run is not None:
+        load_weights([run.initial], model)
+    return LoadedModel(model.eval(), settings, header, autocast(where, precision), shipped)
 
 
 def refuse(options: dict[str, Any], task: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quintic.core import CheckpointError, ConfigError, MissingExtraError, suggest
+from quintic.assets import weights_names, weights_path
+from quintic.core import CheckpointError, ConfigError, MissingExtraError
 from quintic.diffusion.denoiser import Denoiser, GaussianDenoiser, tensors_fingerprint
 from quintic.diffusion.network import NetworkDenoiser
 from quintic.diffusion.openai import load_openai
@@ -24,7 +24,6 @@ from quintic.diffusion.stepwise import StepwiseDenoiser
 
 __all__ = ["load_denoiser", "load_diffusers", "shipped_denoiser", "shipped_names"]
 
-_WEIGHTS = Path(str(files("quintic.assets"))) / "weights"
 _PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 
@@ -68,7 +67,7 @@ def load_denoiser(path: Path | str, **options: Any) -> Denoiser:
 
 def shipped_names() -> list[str]:
     """Names of the models that come with the package."""
-    return sorted(path.stem for path in _WEIGHTS.glob("*.safetensors"))
+    return weights_names("ddpm")
 
 
 def shipped_denoiser(name: str) -> Denoiser:
@@ -77,9 +76,7 @@ def shipped_denoiser(name: str) -> Denoiser:
     Raises:
         ConfigError: No model has that name.
     """
-    if name not in (known := shipped_names()):
-        raise ConfigError(f"no model {name!r} comes with the package{suggest(name, known)}")
-    return load_denoiser(_WEIGHTS / f"{name}.safetensors")
+    return load_denoiser(weights_path("ddpm", name))
 
 
 def load_diffusers(path: Path, *, scheduler: Path | str | None = None) -> StepwiseDenoiser:

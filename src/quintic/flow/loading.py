@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from quintic.core import CheckpointError, ConfigError, suggest
+from quintic.assets import weights_names, weights_path
+from quintic.core import CheckpointError
 from quintic.core.files import atomic_write
 from quintic.flow.tarflow import TarFlow
 
 __all__ = ["load_flow", "save_flow", "shipped_flow", "shipped_flow_names"]
 
-_WEIGHTS = Path(str(files("quintic.assets"))) / "weights"
 _KIND = "tarflow"
 
 
@@ -57,7 +56,7 @@ def load_flow(path: Path | str) -> TarFlow:
 
 def shipped_flow_names() -> list[str]:
     """Names of the flows that come with the package."""
-    return sorted(path.stem.removeprefix("tarflow-") for path in _WEIGHTS.glob("tarflow-*.safetensors"))
+    return weights_names("tarflow")
 
 
 def shipped_flow(name: str) -> TarFlow:
@@ -66,6 +65,4 @@ def shipped_flow(name: str) -> TarFlow:
     Raises:
         ConfigError: No flow has that name.
     """
-    if name not in (known := shipped_flow_names()):
-        raise ConfigError(f"no flow {name!r} comes with the package{suggest(name, known)}")
-    return load_flow(_WEIGHTS / f"tarflow-{name}.safetensors")
+    return load_flow(weights_path("tarflow", name))
