@@ -19,10 +19,9 @@ import torch
 from PIL import Image, ImageOps
 
 from benchmarks.claims import Claim, table
+from benchmarks.classifier import classifier, frechet
 from benchmarks.codec_parts import (
-    classifier,
     coded,
-    frechet,
     gaussian_model,
     images,
     mean,
