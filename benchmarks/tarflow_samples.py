@@ -1,8 +1,7 @@
 """What denoising and guidance do to the samples of the shipped flow of Fashion-MNIST, measured and to be looked at.
 
-Frechet distance to test images in the features of an own classifier (:mod:`benchmarks.classifier`), the share of samples
-that the classifier takes for the class asked for, and the mean of its confidence. All samples begin from the same
-latents. The published sampler denoises by one step of the score at the training noise; here with and without.
+Frechet distance to test images in the features of an own classifier (:mod:`benchmarks.classifier`), and the share of
+samples that it takes for the class asked for. All samples begin from the same latents. The published sampler denoises by one step of the score at the training noise; here with and without.
 """
 
 from __future__ import annotations
@@ -68,9 +67,9 @@ def section(result: dict[str, Any]) -> str:
     rows = [(title, f"{row['frechet']:.1f}", f"{row['right']:.1%}") for title, row in result["arms"].items()]
     return "\n\n".join([
         "## TARFLOW: samples",
-        f"`python -m benchmarks tarflow_samples`. The shipped flow of Fashion-MNIST, {result['samples']} samples of ten "
-        "classes from the same latents. Frechet distance to 2,000 test images in the features of an own classifier (not "
-        "comparable with anybody's FID), and how often that classifier sees the class asked for.",
+        f"`python -m benchmarks tarflow_samples`. The shipped flow of Fashion-MNIST, {result['samples']} samples of "
+        "ten classes from the same latents. Frechet distance to 2,000 test images in the features of an own classifier "
+        "(not comparable with anybody's FID), and how often that classifier sees the class asked for.",
         table(("samples", "Frechet distance", "class as asked"), rows),
     ])  # fmt: skip
 
