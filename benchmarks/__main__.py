@@ -21,7 +21,7 @@ QUICK = ("demo", "muon_speed", "moe_speed", "balance_rules", "lowrank", "tarflow
 
 
 def collect() -> None:
-    """Rewrite RESULTS.md and its plots: the claims, then the section of each benchmark that has a result."""
+    """Rewrite RESULTS.md, its plots and its copies: the claims, then the section of each benchmark with a result."""
     claims, sections = [], []
     for name in BENCHMARKS:
         path = RESULTS / f"{name}.json"
@@ -43,6 +43,7 @@ def collect() -> None:
     (HERE.parent / "RESULTS.md").write_text(
         "\n\n".join([head, claims_section(claims), *sections]) + "\n", encoding="utf-8"
     )
+    importlib.import_module("docs.figures.results").main()  # the pages of the documentation show the same tables
 
 
 def main() -> None:

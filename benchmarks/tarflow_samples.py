@@ -1,7 +1,8 @@
 """What denoising and guidance do to the samples of the shipped flow of Fashion-MNIST, measured and to be looked at.
 
 Frechet distance to test images in the features of an own classifier (:mod:`benchmarks.classifier`), and the share of
-samples that it takes for the class asked for. All samples begin from the same latents. The published sampler denoises by one step of the score at the training noise; here with and without.
+samples that it takes for the class asked for. All samples begin from the same latents. The published sampler denoises
+by one step of the score at the training noise; here with and without.
 """
 
 from __future__ import annotations

@@ -1,0 +1,54 @@
+"""Tables of RESULTS.md in the pages of docs/posts: ``python -m docs.figures.results`` copies them again.
+
+What is to be copied stands in the page, between two comments:
+
+    <!-- results: claims of muon_race scale -->         rows of the table of claims, by the name of their benchmark
+    <!-- results: table 1 of Columns and rows -->       a table of a section
+    <!-- end of results -->
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = ROOT / "docs" / "posts"
+_CLAIMS = "Claims, and what was measured"
+_BLOCK = re.compile(r"(<!-- results: (.*?) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
+
+
+def filled(page: str, results: str) -> str:
+    """The text of a page with the tables that it asks for, from the text of RESULTS.md."""
+    return _BLOCK.sub(lambda found: f"{found[1]}\n{_wanted(found[2], results)}\n\n{found[4]}", page)
+
+
+def _wanted(what: str, results: str) -> str:
+    if claims := re.fullmatch(r"claims of (.+)", what):
+        names = claims[1].split()
+        head, line, *rows = _tables(_CLAIMS, results)[0].splitlines()
+        rows = [row for row in rows if re.search(r"\| `(\w+)` \|$", row)[1] in names]  # pyright: ignore[reportOptionalSubscript]
+        nothing = f"RESULTS.md has no row of this yet: `python -m benchmarks {' '.join(names)}` makes them."
+        return "\n".join([head, line, *rows]) if rows else nothing
+    number, section = re.fullmatch(r"table (\d+) of (.+)", what).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return _tables(section, results)[int(number) - 1]
+
+
+def _tables(section: str, results: str) -> list[str]:
+    start = results.index(f"## {section}\n")
+    text = results[start : (results + "\n## ").index("\n## ", start)]
+    return [block.strip() for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)]
+
+
+def main() -> None:
+    """Fill every page."""
+    results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    for path in sorted(PAGES.glob("*.md")):
+        page = path.read_text(encoding="utf-8")
+        if (new := filled(page, results)) != page:
+            path.write_text(new, encoding="utf-8")
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
