@@ -12,7 +12,7 @@ RESULTS = HERE / "results"
 PLOTS = HERE / "plots"
 BENCHMARKS = (
     "demo", "muon_race", "optimizers", "scale", "trust_regions", "overfitting", "clipping", "sizes", "finetuning",
-    "muon_speed", "balance", "balance_rules", "moe_speed", "tarflow_sampling", "tarflow_likelihood",
+    "muon_speed", "balance", "balance_rules", "experts_or_dense", "moe_speed", "tarflow_sampling", "tarflow_likelihood",
     "tarflow_samples", "diffusion", "codec", "lowrank",
 )  # fmt: skip
 """In the order of RESULTS.md."""

@@ -3,7 +3,8 @@
 A three-layer model over characters of Moby Dick, two layers of which have 16 experts, top 2 and one shared. An arm is a
 balancer and its rate; a seed fixes the initial weights and every batch, so that arms are compared in pairs. Measured:
 validation loss; MaxVio of the last fifth of the batches and of the whole validation set; the step from which batches
-stay balanced. Also: experts with normalised outputs (post 10699), and a dense model of equal active compute.
+stay balanced. Also: experts with normalised outputs (post 10699), and a dense model of equal active compute
+(:mod:`benchmarks.experts_or_dense` compares these at equal time too).
 
 Two floors stand beside a batch's MaxVio. *Random*: routing uniformly at random. *Text*: characters of one batch are
 not independent, and the same character goes to the same experts, so its load varies more than at random; this floor
@@ -341,7 +342,6 @@ def claims(result: dict) -> list[Claim]:
     soon, late = (statistics.median(arm["balanced_from"]) for arm in (default, sign))
     none = paired(default["losses"], result["finalists"][0]["losses"])
     unit = paired(result["normalized"]["losses"], default["losses"])
-    dense = paired(default["losses"], result["dense"]["losses"])
     at_least = "" if math.isfinite(late) else "at least "
     times = (late if math.isfinite(late) else result["steps"]) / soon
     source, command = "posts 10735 and 10757", "balance"
@@ -363,6 +363,4 @@ def claims(result: dict) -> list[Claim]:
                                                                          "undecided: within the noise"), command),
         Claim("Normalised experts make no difference", "post 10699", f"{plus_minus(unit)} nats", n,
               yes[abs(unit["mean"]) <= unit["half"]], command),
-        Claim("Experts are better than a dense model of equal active compute", "post 10699",
-              f"{plus_minus(dense)} nats", n, holds(dense["mean"], dense["half"]), command),
     ]  # fmt: skip

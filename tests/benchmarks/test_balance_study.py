@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from benchmarks import balance, balance_rules
+from benchmarks import balance, balance_rules, experts_or_dense
 from benchmarks.balance import Arm, Book, balance_numbers, balanced_from, train
 from benchmarks.claims import claims_section
 
@@ -29,6 +29,17 @@ def test_the_book_remembers_and_the_study_reads_it(short, tmp_path, monkeypatch)
     assert "floored-rms 0.01" in words and "nan" not in words
     for svg in balance.plots(result).values():
         ElementTree.fromstring(svg)
+
+
+def test_experts_or_dense_at_equal_time(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(experts_or_dense, "ROUNDS", 1)
+    result = experts_or_dense.run(Book(tmp_path), TOY, seeds=(0, 1), steps=4)
+    arms = result["arms"]
+    ratio = arms["dense"]["tokens_per_second"] / arms["experts"]["tokens_per_second"]
+    assert arms["dense, equal time"]["steps"] == pytest.approx(TOY.steps * ratio, abs=0.51)
+    assert arms["dense"]["steps"] == arms["experts"]["steps"] == TOY.steps
+    words = experts_or_dense.section(result) + claims_section(experts_or_dense.claims(result))
+    assert "dense, equal time" in words and "nan" not in words
 
 
 def test_a_run_is_repeatable_and_learns(short):
