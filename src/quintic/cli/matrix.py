@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from quintic.cli.compress import compress
 from quintic.cli.printing import say
 from quintic.core import ConfigError, DataError, suggest
 from quintic.core.files import atomic_write
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["matrix"]
 
-matrix = App(name="matrix", help="Say which rows and columns explain a table.")
+matrix = App(name="matrix", help="Say which rows and columns explain a table; compress a trained model.")
+matrix.command(compress)
 
 Drop = Annotated[list[str] | None, Parameter(name="--drop")]
 _SHOWN = 20  # rows of what is printed that could be as long as the table
@@ -246,9 +248,15 @@ def _headline(read: NamedTable, A: NDArray[np.float64], rank: int, error: float)
 
     least = svd(A, rank=rank).error()
     say(
-        f"{read.path.name}: {A.shape[0]:,} rows x {A.shape[1]:,} columns; rank {rank} explains {1 - error**2:.2%} of "
+        f"{read.path.name}: {A.shape[0]:,} rows x {A.shape[1]:,} columns; rank {rank} explains {_explained(error)} of "
         f"the squares; relative error {error:.3g}, the least of any rank-{rank} matrix is {least:.3g}"
     )
+
+
+def _explained(error: float) -> str:
+    """1 - error^2 in percent, which is rounded to 100 only where it is."""
+    share = f"{1 - error**2:.2%}"
+    return "more than 99.99%" if error > 0 and share == "100.00%" else share
 
 
 def _print_choice(console: Console, what: str, names: list[str], chosen: Any, errors: list[float]) -> None:

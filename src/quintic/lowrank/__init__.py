@@ -1,5 +1,7 @@
 """Skeletons: matrices from a few of their own columns and rows (posts kexue.fm/archives/10407, 10427, 10501, 10662)."""
 
+from quintic.lowrank.compression import CompressedLayer, Compression, compress, load_compressed
+from quintic.lowrank.factored import FactoredLinear
 from quintic.lowrank.interpolation import Interpolation, interpolative
 from quintic.lowrank.kernel import Nystrom, nystrom
 from quintic.lowrank.product import ProductSkeleton, cr
@@ -14,15 +16,20 @@ __all__ = [
     "RULES",
     "SVD",
     "Approximation",
+    "CompressedLayer",
+    "Compression",
+    "FactoredLinear",
     "Interpolation",
     "Nystrom",
     "OnePass",
     "ProductSkeleton",
     "RowBlocks",
     "Skeleton",
+    "compress",
     "cr",
     "cur",
     "interpolative",
+    "load_compressed",
     "nystrom",
     "read_once",
     "select_columns",

@@ -1,0 +1,481 @@
+"""Compression of trained networks: against least squares and SVDs done by numpy, and against running the networks."""
+
+import copy
+import json
+import xml.etree.ElementTree as ET
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import compression
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from quintic.cli.app import main
+from quintic.core import CheckpointError, ConfigError, DataError
+from quintic.lm import LanguageModel, LMConfig
+from quintic.lowrank import FactoredLinear, compress, load_compressed
+from quintic.lowrank.activations import Moments
+from quintic.lowrank.factored import FITS, fit_rank, rank_of_share
+from quintic.moe import MoE
+from quintic.moe.experts import Experts
+from quintic.moe.feedforward import FeedForward
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def filled(module, seed=0):
+    module = module.double()
+    for number, p in enumerate(module.parameters()):
+        p.data = randn(*p.shape, seed=seed + number) / p.shape[-1] ** 0.5
+    return module
+
+
+def mlp(*widths, bias=True, seed=0):
+    layers = []
+    for d_in, d_out in pairwise(widths):
+        layers += [nn.Linear(d_in, d_out, bias=bias), nn.ReLU()]
+    return filled(nn.Sequential(*layers[:-1]), seed)
+
+
+class Gated(nn.Module):
+    """As in transformers."""
+
+    def __init__(self, d, f):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(d, f, bias=False), nn.Linear(d, f, bias=False)
+        self.down_proj = nn.Linear(f, d, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Own(nn.Module):
+    """A form that has to be named."""
+
+    def __init__(self, d, f):
+        super().__init__()
+        self.into, self.out = nn.Linear(d, f), nn.Linear(f, d)
+
+    def forward(self, x, shift=0.0):
+        return self.out(torch.tanh(self.into(x)) + shift * 0)
+
+
+def relative(made, true):
+    return (torch.linalg.vector_norm(made - true) / torch.linalg.vector_norm(true)).item()
+
+
+# Neurons
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_next_layer_is_the_least_squares_fit_to_its_own_outputs(bias):
+    net, x = mlp(5, 12, 4, bias=bias), randn(80, 5, seed=9)
+    made = compress(net, [x[:50], x[50:]], keep=5)
+    (kept,) = made.layers[0].kept
+    H = net[1](net[0](x)).detach().numpy()[:, kept]
+    if bias:
+        H = np.column_stack([H, np.ones(len(H))])
+    best = np.linalg.lstsq(H, net(x).detach().numpy(), rcond=None)[0]
+    np.testing.assert_allclose(made.module[2].weight.detach().numpy(), best[:5].T, atol=1e-4)
+    if bias:
+        np.testing.assert_allclose(made.module[2].bias.detach().numpy(), best[5], atol=1e-4)
+    assert torch.equal(made.module[0].weight, net[0].weight[kept])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("correct", [True, False])
+def test_reported_errors_are_those_of_running_the_network(bias, correct):
+    net, x, other = mlp(5, 12, 4, bias=bias), randn(60, 5, seed=9), randn(40, 5, seed=10)
+    made = compress(net, [x], keep=6, held_out=[other], correct=correct)
+    row = made.layers[0]
+    assert row.error == pytest.approx(relative(made.module(x), net(x)), rel=1e-6)
+    assert row.held_out_error == pytest.approx(relative(made.module(other), net(other)), rel=1e-6)
+    assert row.before == (5, 12, 4) and row.after == (5, 6, 4) and row.samples == 60
+    assert row.parameters_after == made.parameters_after == sum(p.numel() for p in made.module.parameters())
+    assert "5-12-4" in repr(made) and f"{row.error:.4f}" in repr(made)
+
+
+def forms():
+    gated = filled(Gated(6, 8))
+    fused = FeedForward(6, 8).double()
+    fused.gate_up.data = torch.cat([gated.gate_proj.weight.data, gated.up_proj.weight.data])
+    fused.down.data = gated.down_proj.weight.data.clone()
+    stack = Experts(6, 8, 1).double()
+    stack.gate_up.data, stack.down.data = fused.gate_up.data[None].clone(), fused.down.data[None].clone()
+    return gated, fused, stack
+
+
+def test_the_forms_of_one_network_are_cut_alike():
+    gated, fused, stack = forms()
+    x = randn(70, 6, seed=3)
+    one = compress(gated, [x], keep=5)
+    two = compress(fused, [x], keep=5)
+    ids, gates = torch.zeros(70, 1, dtype=torch.int64), torch.ones(70, 1, dtype=torch.float64)
+    three = compress(stack, [(x, ids, gates)], keep=5)
+    for made in (two, three):
+        assert torch.equal(made.layers[0].kept[0], one.layers[0].kept[0])
+        assert made.layers[0].error == pytest.approx(one.layers[0].error, rel=1e-9)
+    torch.testing.assert_close(two.module(x), one.module(x))
+    torch.testing.assert_close(three.module(x, ids, gates), one.module(x))
+    assert one.layers[0].error == pytest.approx(relative(one.module(x), gated(x)), rel=1e-6)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_are_fitted_to_their_own_tokens_as_the_gates_weigh_them(gated):
+    experts = filled(Experts(6, 20, 3, gated=gated))  # wider than the stream: neurons are read in slices
+    x, ids = randn(90, 6, seed=1), torch.stack([torch.arange(90) % 3, (torch.arange(90) + 1) % 3], 1)
+    gates = torch.rand(90, 2, generator=torch.Generator().manual_seed(2)).double()
+    made = compress(experts, [(x, ids, gates)], keep=7)
+    off = whole = 0.0
+    for k in range(2):
+        part = ids[:, k : k + 1], gates[:, k : k + 1]
+        off += (made.module(x, *part) - experts(x, *part)).square().sum()
+        whole += experts(x, *part).square().sum()
+    assert made.layers[0].error == pytest.approx((off / whole).sqrt().item(), rel=1e-6)
+    assert made.layers[0].samples == 60 and len(made.layers[0].kept) == 3
+    # One expert by hand.
+    rows, places = (ids == 1).nonzero(as_tuple=True)
+    gate = gates[rows, places][:, None]
+    h = x[rows] @ experts.get_parameter(experts.in_name)[1].T
+    h = (F.silu(h[:, :20]) * h[:, 20:] if gated else F.silu(h)).detach()
+    H, Y = (gate * h).numpy(), (gate * (h @ experts.down[1].detach().T)).numpy()
+    best = np.linalg.lstsq(H[:, made.layers[0].kept[1]], Y, rcond=None)[0]
+    np.testing.assert_allclose(made.module.down[1].detach().numpy(), best.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", [None, "rms"])
+def test_neurons_that_others_make_up_for_cost_nothing(normalize):
+    moe = filled(MoE(6, 8, 4, 2, normalize_experts=normalize))
+    with torch.no_grad():
+        for w_in, down in ((moe.experts.gate_up, moe.experts.down), (moe.shared.gate_up, moe.shared.down)):
+            for rows in (slice(0, 8), slice(8, 16)):
+                block = w_in[..., rows, :]
+                block[..., 5:, :] = block[..., :3, :]
+            down[..., 5:] *= 0.5
+    x = randn(300, 6, seed=4)
+    made = compress(moe, [x], keep=5)
+    assert [row.after for row in made.layers] == [(6, 5, 6), (6, 5, 6)] and made.layers[0].parts == 4
+    torch.testing.assert_close(made.module.eval()(x), moe.eval()(x), atol=1e-4, rtol=1e-3)
+
+
+def test_the_choice_forgets_how_a_neuron_is_scaled():
+    net, x = mlp(5, 12, 4), randn(80, 5, seed=9)
+    scaled = copy.deepcopy(net)
+    factors = torch.logspace(-2, 2, 12, dtype=torch.float64)
+    with torch.no_grad():
+        scaled[0].weight.mul_(factors[:, None])
+        scaled[0].bias.mul_(factors)
+        scaled[2].weight.div_(factors)
+    for rule in ("quality", "norms-top", "weight-norms"):
+        first, second = (compress(each, [x], keep=5, rule=rule).layers[0].kept[0] for each in (net, scaled))
+        assert torch.equal(first, second), rule
+
+
+def test_all_hidden_layers_of_a_chain_are_cut():
+    net, x = mlp(6, 16, 14, 3), randn(400, 6, seed=2)
+    made = compress(net, [x], keep={"0": 8, "2": 0.5}, held_out=[x])
+    assert [layer.out_features for layer in made.module if isinstance(layer, nn.Linear)] == [8, 7, 3]
+    assert [row.after for row in made.layers] == [(6, 8, 7), (8, 7, 3)]
+    only = compress(net, [x], keep=8, layers=["0"])
+    assert torch.equal(only.layers[0].kept[0], made.layers[0].kept[0])
+    assert relative(made.module(x), net(x)) < relative(compress(net, [x], rule="uniform").module(x), net(x))
+
+
+def test_a_layer_norm_between_keeps_neurons_apart():
+    net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    with pytest.raises(ConfigError, match=r"name the Linear layers.*\('fc1', 'fc2'\)"):
+        compress(net, [torch.zeros(5, 4)])
+
+
+def test_linear_layers_of_any_module_can_be_named():
+    net, x = filled(Own(5, 12)), randn(60, 5, seed=1)
+    made = compress(net, [{"x": x, "shift": 1.0}], keep=6, layers=[("into", "out")])
+    assert made.layers[0].name == "into" and made.module.into.out_features == 6
+    assert made.layers[0].error == pytest.approx(relative(made.module(x), net(x)), rel=1e-6)
+    given = compress(net, [(x, None)], keep=6, layers=[("into", "out")], forward=lambda model, batch: model(batch[0]))
+    assert torch.equal(given.module.into.weight, made.module.into.weight)
+
+
+def test_correction_and_choice_each_lower_the_error():
+    net, x = mlp(6, 40, 5), randn(500, 6, seed=2)
+    errors = {
+        (rule, correct): compress(net, [x], keep=12, rule=rule, correct=correct).layers[0].error
+        for rule in ("quality", "uniform")
+        for correct in (True, False)
+    }
+    assert errors["quality", True] < errors["uniform", True] < errors["uniform", False]
+    assert errors["quality", True] < errors["quality", False]
+
+
+def test_an_expert_without_tokens_stays_finite():
+    experts = filled(Experts(6, 8, 2))
+    x, ids = randn(40, 6), torch.zeros(40, 1, dtype=torch.int64)
+    made = compress(experts, [(x, ids, torch.ones(40, 1).double())], keep=4)
+    assert made.layers[0].samples == 0 and all(torch.isfinite(p).all() for p in made.module.parameters())
+    # Nothing is known of it but its weights.
+    assert torch.allclose(made.module.down[1], experts.down[1][:, made.layers[0].kept[1]])
+
+
+# Linear layers
+
+
+def direct(net, made, x):
+    return relative(made.module(x), net(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_forms_against_numpy(bias):
+    net = filled(nn.Sequential(nn.Linear(10, 8, bias=bias)))
+    x = randn(200, 10, seed=1) @ torch.diag(torch.logspace(0, -1.5, 10, dtype=torch.float64)) + 0.3
+    other = randn(50, 10, seed=2)
+    errors = {}
+    for method in FITS:
+        made = compress(net, [x], keep=3, method=method, held_out=[other])
+        row = made.layers[0]
+        errors[method] = row.error
+        assert row.error == pytest.approx(direct(net, made, x), rel=1e-6)
+        assert row.held_out_error == pytest.approx(direct(net, made, other), rel=1e-6)
+        assert np.linalg.matrix_rank(made.module[0].weight.detach().numpy()) == 3
+        assert row.after == (10, 3, 8) and row.parameters_after == 3 * (10 + 8 - 3) + 8 * bias
+        assert made.parameters_after == sum(p.numel() for p in made.module.parameters())
+        assert isinstance(made.module[0], FactoredLinear) and torch.allclose(
+            made.module[0](x), F.linear(x, made.module[0].weight, made.module[0].bias)
+        )
+    # The best linear map of rank 3: of the centred outputs if there is a constant to choose.
+    Y = net(x).detach().numpy()
+    spectrum = np.linalg.svd(Y - Y.mean(0) if bias else Y, compute_uv=False)
+    assert errors["svd"] == pytest.approx(np.sqrt((spectrum[3:] ** 2).sum() / (Y**2).sum()), rel=1e-3)
+    assert errors["svd"] < errors["id"] < errors["cur"]
+    assert errors["svd"] < errors["svd-plain"]
+
+
+def test_the_rows_of_an_id_and_the_spaces_of_a_cur_are_those_of_the_matrix():
+    net, x = filled(nn.Sequential(nn.Linear(10, 8, bias=False))), randn(100, 10, seed=1)
+    W = net[0].weight.detach()
+    kept = compress(net, [x], keep=3, method="id").module[0].kept.detach()
+    assert all(any(torch.equal(row, w) for w in W) for row in kept)
+    made = compress(net, [x], keep=3, method="cur").module[0].weight.detach()
+    inside = [j for j in range(10) if np.linalg.matrix_rank(np.column_stack([made, W[:, j]]), tol=1e-9) == 3]
+    beside = [i for i in range(8) if np.linalg.matrix_rank(np.vstack([made, W[i]]), tol=1e-9) == 3]
+    assert len(inside) == 3 and len(beside) == 3
+
+
+def test_pruning_keeps_the_largest_weights():
+    net, x = mlp(6, 10, 4), randn(30, 6)
+    made = compress(net, [x], keep=0.3, method="magnitude", layers=["0"])
+    W, pruned = net[0].weight.detach(), made.module[0].weight.detach()
+    assert int(pruned.count_nonzero()) == 18 and made.layers[0].parameters_after == 18 + 10
+    assert W[pruned == 0].abs().max() < pruned[pruned != 0].abs().min()
+    assert torch.equal(pruned[pruned != 0], W[pruned != 0]) and torch.equal(made.module[2].weight, net[2].weight)
+
+
+@pytest.mark.parametrize("method", FITS)
+def test_the_whole_share_changes_nothing(method):
+    net, x = mlp(6, 10, 4), randn(30, 6)
+    made = compress(net, [x], keep=1.0, method=method)
+    torch.testing.assert_close(made.module(x), net(x))
+    assert made.parameters_after == made.parameters_before
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+@settings(max_examples=30, deadline=None)
+def test_compact_factors_hold_any_matrix_of_the_rank(m, n, data):
+    rank = data.draw(st.integers(1, min(m, n)))
+    W = randn(m, n, seed=17 * m + n)
+    kept, rest, order = fit_rank(W, torch.eye(n, dtype=torch.float64), rank, "svd-plain")
+    layer = FactoredLinear.of(W, kept, rest, order, None)
+    assert sorted(order.tolist()) == list(range(m)) and kept.numel() + rest.numel() == rank * (m + n - rank)
+    left = torch.linalg.svdvals(W)[rank:]
+    assert float(torch.linalg.vector_norm(W - layer.weight.detach())) == pytest.approx(float(left.norm()), abs=1e-9)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0.01, 1.0))
+@settings(deadline=None)
+def test_the_rank_of_a_share_is_the_largest_that_fits(m, n, share):
+    rank = rank_of_share(m, n, share)
+    assert rank == 1 or rank * (m + n - rank) <= share * m * n * (1 + 1e-6)
+    assert rank == min(m, n) or (rank + 1) * (m + n - rank - 1) > share * m * n * (1 - 1e-6)
+
+
+# What holds for all
+
+
+def test_moments_are_those_of_all_rows():
+    x = randn(50, 4) + 2
+    moments = Moments(4)
+    for part in x.split(7):
+        moments.add(part)
+    v = randn(4, 1, seed=3)
+    for centred in (True, False):
+        y = (x - x.mean(0) if centred else x) @ v
+        size = torch.linalg.vector_norm(moments.factor(centred=centred) @ v)
+        assert float(size) == pytest.approx(float(torch.linalg.vector_norm(y)), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["neurons", "id", "magnitude"])
+def test_the_original_is_untouched_unless_in_place(method):
+    net, x = mlp(5, 12, 4).train(), randn(30, 5)
+    before = copy.deepcopy(net.state_dict())
+    made = compress(net, [x], method=method)
+    assert made.module is not net and made.module.training
+    assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in [*net.modules(), *made.module.modules()])
+    same = compress(net, [x], method=method, in_place=True)
+    assert same.module is net and torch.equal(net(x), made.module(x)) and net.training
+    net(x).sum().backward()  # and it can be trained on
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("method", ["neurons", "svd", "magnitude"])
+def test_a_state_dict_loads_back(method, tmp_path):
+    net, x = mlp(5, 12, 10, 4), randn(60, 5)
+    made = compress(net, [x], method=method).module
+    torch.save(made.state_dict(), tmp_path / "state.pt")
+    again = load_compressed(mlp(5, 12, 10, 4, seed=5), torch.load(tmp_path / "state.pt"))
+    assert torch.equal(again(x), made(x)) and repr(again) == repr(made)
+    with pytest.raises(CheckpointError):
+        load_compressed(mlp(5, 12, 4), made.state_dict())
+    with pytest.raises(CheckpointError):
+        load_compressed(nn.Sequential(nn.ReLU(), nn.Linear(5, 4)).double(), made.state_dict())
+
+
+def test_a_seed_decides_everything():
+    net, x = mlp(6, 40, 40, 5), randn(100, 6)
+
+    def kept(rule, seed):
+        return [row.kept[0].tolist() for row in compress(net, [x], rule=rule, seed=seed).layers]
+
+    for rule in ("uniform", "quality"):
+        assert kept(rule, 3) == kept(rule, 3)
+    assert kept("uniform", 3) != kept("uniform", 4)
+    assert kept("uniform", 3)[0] != kept("uniform", 3)[1]
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    return LanguageModel(LMConfig(vocab_size=40, context=16, d_model=16, d_ff=24, d_expert=8, num_experts=4))
+
+
+def test_a_language_model_keeps_its_architecture(language_model):
+    ids = torch.randint(40, (16, 16), generator=torch.Generator().manual_seed(0))
+    made = compress(language_model, [ids[:8], ids[8:]], keep={"blocks.*.ffn": 12, "blocks.*.ffn.*": 4})
+    smaller = LanguageModel(LMConfig(vocab_size=40, context=16, d_model=16, d_ff=12, d_expert=4, num_experts=4), seed=1)
+    smaller.load_state_dict(made.module.state_dict())
+    torch.testing.assert_close(smaller(ids), made.module(ids))
+    again = load_compressed(copy.deepcopy(language_model), made.module.state_dict())
+    torch.testing.assert_close(again(ids), made.module(ids))
+    whole = compress(language_model, [ids], keep=1.0).module
+    torch.testing.assert_close(whole(ids), language_model(ids), atol=1e-5, rtol=1e-4)
+
+
+def test_the_attention_of_a_language_model_takes_low_ranks(language_model):
+    ids = torch.randint(40, (8, 16), generator=torch.Generator().manual_seed(0))
+    made = compress(language_model, [ids], keep=1.0, method="svd", layers=["blocks.*.attention.q"])
+    assert len(made.layers) == 3
+    torch.testing.assert_close(made.module(ids), language_model(ids), atol=1e-4, rtol=1e-3)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 13}, "keep = 13 for layer '0'; expected a share of its neurons up to 1.0, or a number from 1 to 12"),
+        ({"keep": 0}, "keep = 0 "),
+        ({"keep": 0.0}, "keep = 0.0 "),
+        ({"keep": 1.5}, "keep = 1.5 "),
+        ({"keep": True}, "keep = True "),
+        ({"keep": {"0": "half"}}, "keep = 'half' "),
+        ({"keep": 5, "method": "svd"}, "number from 1 to 4"),
+        ({"keep": 5, "method": "magnitude"}, "share of its weights up to 1.0$"),
+        ({"method": "neuron"}, "did you mean 'neurons'"),
+        ({"rule": "qualty"}, "unknown rule 'qualty'; did you mean 'quality'"),
+        ({"rule": "weight-norms", "method": "id"}, "unknown rule 'weight-norms'"),
+        ({"keep": {"2": 3}, "layers": ["0"], "method": "id"}, "keep says nothing of layer '0'"),
+        ({"layers": ["net.0"]}, "no layer of a known form is named 'net.0'"),
+        ({"layers": [("0", "3")]}, "no layer '3'"),
+        ({"layers": [("0", "1")]}, "'1' is a ReLU; expected a Linear layer"),
+        ({"layers": [("2", "0")]}, "'0' reads 5 neurons and the layers before it have 4"),
+        ({"layers": [("0",)]}, "the layers that go in and the one that reads"),
+        ({"layers": [("0", "2")], "method": "svd"}, "tuples are for method='neurons'"),
+    ],
+)
+def test_unusable_arguments_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        compress(mlp(5, 12, 4), [randn(30, 5)], **options)
+
+
+def test_unusable_data_is_named():
+    net, x = mlp(5, 12, 4), randn(30, 5)
+    with pytest.raises(DataError, match="the calibration data is empty"):
+        compress(net, [])
+    with pytest.raises(DataError, match="the held-out data is empty"):
+        compress(net, [x], held_out=[])
+    bad = x.clone()
+    bad[3, 2] = torch.inf
+    with pytest.raises(DataError, match="the calibration data, batch 1: an activation of layer '0' is not finite"):
+        compress(net, [x, bad], in_place=True)
+    assert not any(module._forward_pre_hooks for module in net.modules())
+    assert net[0].out_features == 12
+
+
+def test_layers_that_are_never_reached_or_shared_are_named():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = mlp(5, 6, 5), mlp(5, 6, 5)
+
+        def forward(self, x):
+            return self.used(x)
+
+    x = randn(30, 5)
+    with pytest.raises(ConfigError, match=r"never reached layer 'idle.0'"):
+        compress(Lazy(), [x])
+    assert compress(Lazy(), [x], layers=["used.*"]).layers[0].name == "used.0"
+    tied = mlp(6, 6, 6)
+    tied[2].weight = tied[0].weight
+    with pytest.raises(ConfigError, match="shared with another layer"):
+        compress(tied, [randn(30, 6)])
+    linear = nn.Linear(6, 6).double()
+    with pytest.raises(ConfigError, match="shared with another layer"):
+        compress(nn.Sequential(linear, nn.ReLU(), linear), [randn(30, 6)], method="svd")
+    with pytest.raises(ConfigError, match="no linear layer within it"):
+        compress(nn.Sequential(nn.ReLU()), [x], method="svd")
+
+
+# The benchmark
+
+
+def quintic(*arguments):
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    assert not end.value.code
+
+
+def test_the_benchmark_at_a_small_size(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    names = ("neurons by ID", "by ID, next layer as it was", "neurons by chance", "ranks by SVD of outputs")
+    monkeypatch.setattr(compression, "METHODS", {name: compression.METHODS[name] for name in names})
+    monkeypatch.setattr(compression, "PLOTTED", names)
+    (tmp_path / "book.txt").write_text("".join(map(chr, 97 + np.random.default_rng(0).integers(0, 9, 20_000))))
+    tiny = (str(tmp_path / "book.txt"), "--size", "tiny", "engine.steps=2", "lm.num_layers=2")
+    monkeypatch.setattr(compression.demo, "quintic", quintic)
+    found = compression.run((0, 1), (0,), 5, tiny, tmp_path, ((0.5,), (0.5,)), 1000, tmp_path, 1)
+    found = json.loads(json.dumps(found))
+    sizes = {(row["method"], row["real"]) for row in found["digits"] + found["model"] if row["method"] != "whole"}
+    assert {name for name, _ in sizes} == set(names) and all(0.45 < real <= 0.5 for _, real in sizes)
+    right = {name: compression.values(found["digits"], name, 0.5, "right") for name in names}
+    text = compression.section(found)
+    assert f"{sum(right['neurons by ID']) / 2:.1%}" in text and "`python -m benchmarks compression`" in text
+    assert [claim.command for claim in compression.claims(found)] == ["compression"] * 2
+    assert found["recovery"]["steps"] == 1 and f"{found['recovery']['after']:.3f} after" in text
+    for name, svg in compression.plots(found).items():
+        ET.fromstring(svg)
+        assert f"benchmarks/plots/{name}.svg" in text
