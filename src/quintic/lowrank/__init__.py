@@ -6,6 +6,7 @@ from quintic.lowrank.interpolation import Interpolation, interpolative
 from quintic.lowrank.kernel import Nystrom, nystrom
 from quintic.lowrank.product import ProductSkeleton, cr
 from quintic.lowrank.result import Approximation
+from quintic.lowrank.retrieval import CurIndex, SearchResult
 from quintic.lowrank.row_blocks import RowBlocks
 from quintic.lowrank.selection import RULES, select_columns, select_rows
 from quintic.lowrank.singular import SVD, svd
@@ -18,12 +19,14 @@ __all__ = [
     "Approximation",
     "CompressedLayer",
     "Compression",
+    "CurIndex",
     "FactoredLinear",
     "Interpolation",
     "Nystrom",
     "OnePass",
     "ProductSkeleton",
     "RowBlocks",
+    "SearchResult",
     "Skeleton",
     "compress",
     "cr",
