@@ -48,6 +48,8 @@ SEEN = {
     "ddpm/emoji32": "about a quarter are people that are plainly faces with hair and clothes; a few standing "
     "figures, flags and round yellow things; the rest has an emoji's colours, outline and white ground, but is no "
     "object that one could name. 3,125 pictures of 3,000 kinds are few; as a code of real emoji it does better.",
+    "tarflow/fashion28": "every image is the garment that was asked for, and nearly all could be worn: tops with "
+    "sleeves and collars, trousers, dresses, boots, sneakers; cloth is flat or streaked, sandals and some bags torn.",
 }
 """What one sees on the sheets of samples; to be written after looking."""
 

@@ -40,6 +40,7 @@ def test_contents(wheel):
         "assets/presets/lm/laptop.toml",
         "assets/weights/ddpm/fashion28.safetensors",
         "assets/weights/ddpm/fashion28.md",
+        "assets/weights/tarflow/fashion28.safetensors",
     ):
         assert f"quintic/{needed}" in package
     assert all(".dist-info/" in name for name in others)

@@ -135,7 +135,7 @@ def test_a_full_run_shows_everything_it_recorded(tmp_path):
         "finished",
         f"{final['val_bits_per_byte']:.3f}",
         "200 steps in 1 min 40 s on Abacus 9000",
-        "200 k tokens trained on",
+        "tokens trained on 200 k",
         "5.0 passes over the data",
         "1.94 M",
         "812 k work on a token",
@@ -184,6 +184,34 @@ def test_a_dense_image_run_has_only_the_sections_it_has_data_for(tmp_path):
     assert "Diffusion image model" in document.text and "What it draws" in document.text
     (shown,) = [attributes["src"] for tag, attributes in document.tags if tag == "img"]
     assert base64.b64decode(shown.removeprefix("data:image/png;base64,")) == image.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("task", "unit"), [("tarflow", "nats per pixel value"), ("ddpm", "mean squared error"), ("lm", "nats per token")]
+)
+def test_a_loss_without_bits_comes_first_and_has_a_unit(tmp_path, task, unit):
+    rows = [row(step, moe=False, text=False) for step in range(1, 101)]
+    page = page_of(make_run(tmp_path / "run", rows, run={"task": task}))
+    assert page.index("How it learned") < page.index("<h3>Loss</h3>") < page.index("Optimization")
+    assert f"{rows[-1]['val_loss']:.3f}</b> {unit}" in page and f'<span class="unit">{unit}</span>' in page
+
+
+def test_the_bits_of_a_flow_are_told_before_its_loss(tmp_path):
+    rows = [row(step, moe=False, text=False) | {"bits_per_dim": 5.0 + 1 / step} for step in range(1, 101)]
+    rows[49]["val_bits_per_dim"], rows[99]["val_bits_per_dim"] = 5.5, 5.25
+    page = page_of(make_run(tmp_path / "run", rows, run={"task": "tarflow"}))
+    text = Document(page).text
+    assert "On images it never saw it needs 5.250 bits per dimension ; raw pixels take 8." in text
+    assert "validation bits per dimension 5.250 the best of the run" in text
+    assert page.index("<h3>Bits per dimension</h3>") < page.index("Optimization") < page.index("<h3>Loss</h3>")
+
+
+def test_an_odd_narrow_figure_is_made_wide(tmp_path):
+    """Three narrow ones would leave a hole beside the last."""
+    page = page_of(make_run(tmp_path / "run", [row(s, moe=False, text=False) for s in range(1, 60)]))
+    assert re.findall(r'<figure class="(\w*)"><h3>(.*?)</h3>', page) == [
+        ("wide", "Loss"), ("", "Learning rate"), ("", "Gradient norm"), ("wide", "Speed"),
+    ]  # fmt: skip
 
 
 def test_only_a_few_of_many_samples_are_shown_first_and_last_among_them(tmp_path):

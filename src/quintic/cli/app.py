@@ -1,16 +1,20 @@
-"""The ``quintic`` command: verbs, and what an error looks like.
+"""The ``quintic`` command: verbs, their help, and what an error looks like.
 
-A user's mistake is one short message on standard error and exit code 2, never a traceback; training that
-cannot go on is exit code 1. Verbs import torch inside their bodies, so that ``--help`` is quick.
+A user's mistake is one short message on standard error and exit code 2, never a traceback; the other codes are in
+:data:`EXIT_CODES` and at the end of ``quintic --help``. Verbs import torch inside their bodies, so that ``--help`` is
+quick. Examples stand at the end of a verb's docstring and of its help.
 """
 
 from __future__ import annotations
 
+import inspect
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.text import Text
 
@@ -33,13 +37,26 @@ from quintic.cli import (
 )
 from quintic.core import QuinticError, UserError
 
-__all__ = ["app", "main"]
+__all__ = ["EXIT_CODES", "app", "main"]
+
+EXIT_CODES = {
+    0: "done, or stopped on request with everything saved",
+    1: "training cannot go on, or a proof failed",
+    2: "a mistake that you can mend; the message says how",
+    130: "interrupted by Ctrl-C",
+    141: "the reader of the output went away",
+}
+"""What a script may rely on."""
 
 app = App(
     name="quintic",
     help="Pretrain mixture-of-experts language models with Muon on your own text; train flows and diffusion models of "
     "images; code images; explain matrices.",
+    help_format="plaintext",
+    help_epilogue="Exit codes:\n" + "\n".join(f"  {code:>3}  {words}" for code, words in EXIT_CODES.items()),
     version=quintic.__version__,
+    default_parameter=Parameter(negative_iterable=()),
+    suppress_keyboard_interrupt=False,  # it is told in words below
 )
 for _verb in (
     train.train,
@@ -66,29 +83,67 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Without the program's name; ``None`` takes ``sys.argv``.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets a question mark instead of an error.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """The exit code of a command."""
     errors = Console(stderr=True)
     try:
-        app(arguments, exit_on_error=False, print_error=True, error_console=errors)
+        app(arguments, exit_on_error=False, print_error=True, error_console=errors, result_action="return_none")
+        sys.stdout.flush()
     except CycloptsError:
-        sys.exit(2)
+        return 2
     except UserError as error:
         errors.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-        sys.exit(2)
+        return 2
     except QuinticError as error:
         errors.print(Text.assemble(("stopped: ", "bold red"), str(error)), soft_wrap=True)
-        sys.exit(1)
+        return 1
     except KeyboardInterrupt:
-        errors.print("interrupted; the last checkpoint is intact")
-        sys.exit(130)
+        errors.print("\ninterrupted; what was saved before is intact")
+        return 130
     except BrokenPipeError:
-        # The reader (head, less) went away; that is no error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        return _reader_left()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # how rich says it
+            return _reader_left()
+        raise
     except OSError as error:
         errors.print(Text.assemble(("error: ", "bold red"), _words(error)), soft_wrap=True)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+def _reader_left() -> int:
+    """The reader (head, less) went away, which is no error of ours: nothing more is written there."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def _words(error: OSError) -> str:
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}; what was saved before is intact"
+
+
+def _examples(function: Callable[..., Any]) -> str:
+    """The section "Examples" of a docstring, which is shown below the options."""
+    _, _, text = inspect.cleandoc(function.__doc__ or "").partition("\nExamples\n--------\n")
+    return "Examples:\n" + "\n".join(f"  {line}" for line in text.strip().splitlines()) if text else ""
+
+
+def _add_examples(commands: App) -> None:
+    """To every verb below, which has its own after its parameters."""
+    for name in commands:
+        verb = commands[name]
+        if verb.default_command is not None:
+            verb.help_epilogue = _examples(verb.default_command)
+        _add_examples(verb)
+
+
+_add_examples(app)
+app.register_install_completion_command(help="Complete verbs and options in your shell (bash, zsh, fish, PowerShell).")

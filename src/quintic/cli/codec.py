@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import glob
-import io
 import json
-from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
+from quintic.cli.picture_files import PICTURES, find_files, open_picture, png_bytes, progress, target_paths
 from quintic.cli.printing import say
 from quintic.codec.container import MODES, read_parts
 from quintic.codec.schedule import PRESETS
@@ -24,12 +22,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from quintic.codec import Codec
-    from quintic.codec.comparison import Rate
 
 __all__ = ["app"]
 
 SUFFIX = ".qdc"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+_EXAMPLES = 4  # pictures shown on the page of an evaluation
 
 app = App(name="codec", help="Compress pictures with a diffusion model: encode, decode, info, eval, restore.")
 
@@ -49,8 +46,6 @@ def encode(
     overwrite: bool = False,
 ) -> None:
     """Code pictures as .qdc files.
-
-    Example: quintic codec encode photo.png --target-bytes 100
 
     Parameters
     ----------
@@ -76,13 +71,20 @@ def encode(
         A denoiser of your own (.safetensors); decoding needs the same.
     overwrite
         Replace files that exist.
+
+    Examples
+    --------
+    quintic codec encode photo.png --target-bytes 100
+    quintic codec encode shots/ --quality 70 --out coded/
+    quintic codec encode "shots/*.png" --target-psnr 30 --exact
     """
-    files = _find(paths, PICTURES)
-    targets = _targets(files, out, SUFFIX, overwrite)
+    _check_bytes([] if target_bytes is None else [target_bytes])
+    files = find_files(paths, PICTURES)
+    targets = target_paths(files, out, SUFFIX, overwrite)
     codec = _codec(model, preset)
     pixels = coded = 0
-    for path, target in _progress(list(zip(files, targets, strict=True)), "encoding"):
-        picture = _open(path)
+    for path, target in progress(list(zip(files, targets, strict=True)), "encoding"):
+        picture = open_picture(path)
         made = codec.code(
             picture, target_bytes, target_psnr, quality, exact=exact, robust=robust, roi=_roi(roi, picture)
         )
@@ -116,14 +118,19 @@ def decode(
         The denoiser they were coded with, if it is not one of this package.
     overwrite
         Replace files that exist.
+
+    Examples
+    --------
+    quintic codec decode photo.qdc --out photo.png
+    quintic codec decode coded/ --out back/
     """
-    files = _find(paths, (SUFFIX,))
-    targets = _targets(files, out, ".png", overwrite)
+    files = find_files(paths, (SUFFIX,))
+    targets = target_paths(files, out, ".png", overwrite)
     codec = _codec(model, "standard")
     failed = []
-    for path, target in _progress(list(zip(files, targets, strict=True)), "decoding"):
+    for path, target in progress(list(zip(files, targets, strict=True)), "decoding"):
         try:
-            atomic_write(target, _png(codec.decode(path.read_bytes(), strict=not partial)))
+            atomic_write(target, png_bytes(codec.decode(path.read_bytes(), strict=not partial)))
         except UserError as error:
             if len(files) == 1:
                 raise
@@ -136,7 +143,7 @@ def decode(
 
 
 @app.command
-def info(*paths: str, as_json: Annotated[bool, Parameter(name="--json")] = False) -> None:
+def info(*paths: str, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
     """Say what is in .qdc files; needs no model.
 
     Parameters
@@ -145,8 +152,13 @@ def info(*paths: str, as_json: Annotated[bool, Parameter(name="--json")] = False
         Files, folders or patterns.
     as_json
         One JSON object a line.
+
+    Examples
+    --------
+    quintic codec info photo.qdc
+    quintic codec info coded/ --json
     """
-    for path in _find(paths, (SUFFIX,)):
+    for path in find_files(paths, (SUFFIX,)):
         data = path.read_bytes()
         parts = read_parts(data, strict=False)
         h = parts.header
@@ -183,10 +195,11 @@ def evaluate(
     limit: int = 100,
     preset: str = "standard",
     model: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Rate and distortion against JPEG, WebP and AVIF, by the real sizes of files.
 
-    Writes rates.json, a table in Markdown and a page with a plot.
+    Writes rates.json, a table in Markdown and a page with plot, pictures and tables.
 
     Parameters
     ----------
@@ -202,21 +215,38 @@ def evaluate(
         As for encode.
     model
         As for encode.
+    as_json
+        Print the rates as JSON instead of a table.
+
+    Examples
+    --------
+    quintic codec eval shots/ --sizes 60 --sizes 100 --out runs/rates
+    quintic codec eval shots/ --json
     """
     from quintic.codec.comparison import compare, rates_table
+    from quintic.codec.tiles import read_image
+    from quintic.report.rates import Example, write_rates_report
 
-    files = _find(paths, PICTURES)
+    if limit < 1:
+        raise ConfigError(f"--limit must be at least 1, found {limit}")
+    _check_bytes(sizes or [])
+    files = find_files(paths, PICTURES)
     files = files[:: max(1, -(-len(files) // limit))]
     codec = _codec(model, preset)
-    pictures = [_open(path) for path in files]
-    rows = compare(codec, _progress(pictures, "comparing"), sizes or [40, 60, 80, 100, 150, 200])
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / "rates.json", json.dumps([row.__dict__ for row in rows], indent=1))
-    table = rates_table(rows)
-    atomic_write(out / "rates.md", table + "\n")
-    atomic_write(out / "rates.html", _page(rows))
-    say(table)
-    say(f"{len(files)} pictures; {out / 'rates.html'}, {out / 'rates.md'}, {out / 'rates.json'}")
+    pictures = [open_picture(path) for path in files]
+    aims = sorted(set(sizes or [40, 60, 80, 100, 150, 200]))
+    rows = compare(codec, progress(pictures, "comparing"), aims)
+    shown = sorted({aims[0], aims[len(aims) // 2], aims[-1]})
+    examples = []
+    for picture in pictures[:_EXAMPLES]:
+        made = [codec.code(picture, target_bytes=size) for size in shown]
+        examples.append(Example(read_image(picture)[0], [(len(m.data), m.psnr, m.image) for m in made]))
+    page = write_rates_report(out, rows, examples)
+    if as_json:
+        say(json.dumps([asdict(row) for row in rows]))
+        return
+    say(rates_table(rows))
+    say(f"{len(files)} pictures; report: {page}, with rates.md and rates.json beside it")
 
 
 @app.command
@@ -260,96 +290,49 @@ def restore(
         As for encode.
     overwrite
         Replace files that exist.
+
+    Examples
+    --------
+    quintic codec restore grey.png --task colourise
+    quintic codec restore torn.png --task inpaint --mask known.png --target-bytes 150
     """
     import numpy as np
 
     from quintic.codec.guidance import Blurred, Greyed, Masked, Operator, Shrunk
     from quintic.codec.tiles import to_values
 
+    _check_bytes([] if target_bytes is None else [target_bytes])
     tasks = ("inpaint", "enlarge", "colourise", "deblur")
     if task not in tasks:
         raise ConfigError(f"unknown task {task!r}{suggest(task, tasks)}")
     if (mask is not None) != (task == "inpaint"):
         raise ConfigError("--mask belongs to --task inpaint, which needs it")
-    picture = _open(path)
+    picture = open_picture(path)
     grey = picture.mode in ("1", "L", "LA") or task == "colourise"
     values = to_values(picture.convert("L" if grey else "RGB"))
     observed: Operator
     if task == "inpaint":
         assert mask is not None
-        observed = Masked(values, np.asarray(_open(mask).convert("L")) > 127)
+        observed = Masked(values, np.asarray(open_picture(mask).convert("L")) > 127)
     elif task == "enlarge":
         observed = Shrunk(values, factor)
     elif task == "colourise":
         observed = Greyed(values)
     else:
         observed = Blurred(values, sigma)
-    targets = [_targets([path], out, suffix, overwrite)[0] for suffix in (SUFFIX, f".{task}.png")]
+    targets = [target_paths([path], out, suffix, overwrite)[0] for suffix in (SUFFIX, f".{task}.png")]
     if out is not None:
         targets[1] = out.with_suffix(".png")
     made = _codec(model, preset).restore(observed, target_bytes, quality)
     atomic_write(targets[0], made.data)
-    atomic_write(targets[1], _png(made.image))
+    atomic_write(targets[1], png_bytes(made.image))
     say(f"{targets[0]}: {len(made.data)} bytes; {targets[1]}")
 
 
-def _page(rows: list[Rate]) -> str:
-    """Plot and table."""
-    import numpy as np
-
-    from quintic.report.charts import Series, line_chart
-    from quintic.report.html import document
-
-    names = dict.fromkeys(row.codec for row in rows)
-    series = []
-    for number, name in enumerate(names):
-        points = sorted((row.bytes, row.psnr) for row in rows if row.codec == name)
-        x, y = np.array(points).T
-        series.append(Series(name, x, y, strength=1.0 - 0.22 * number))
-    label = "PSNR against the mean size of files"
-    chart = line_chart(series, unit="dB", label=label, tall=True, x_name="bytes")
-    cells = "".join(
-        f"<tr><td>{row.codec}</td><td>{row.setting}</td><td>{row.bytes:.1f}</td><td>{row.psnr:.2f}</td></tr>"
-        for row in rows
-    )
-    head = "<tr><th>codec</th><th>setting</th><th>bytes</th><th>dB</th></tr>"
-    return document("Rate and distortion", f"<h1>Rate and distortion</h1>{chart}<table>{head}{cells}</table>")
-
-
-def _find(paths: Iterable[str], suffixes: tuple[str, ...]) -> list[Path]:
-    found: dict[Path, None] = {}
-    for text in paths:
-        path = Path(text)
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.name.lower().endswith(suffixes) and p.is_file()]
-            if not inside:
-                raise DataError(f"no {' '.join(suffixes)} files in {path}")
-        elif path.exists():
-            inside = [path]
-        else:
-            inside = sorted(Path(name) for name in glob.glob(text, recursive=True))
-            if not inside:
-                raise DataError(f"no such file or folder: {text}")
-        found |= dict.fromkeys(inside)
-    if not found:
-        raise ConfigError("name at least one file, folder or pattern")
-    return list(found)
-
-
-def _targets(files: list[Path], out: Path | None, suffix: str, overwrite: bool) -> list[Path]:
-    if out is None:
-        targets = [path.with_suffix(suffix) for path in files]
-    elif len(files) == 1 and not out.is_dir() and out.suffix:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        targets = [out]
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        targets = [out / path.with_suffix(suffix).name for path in files]
-    if len(set(targets)) < len(targets):
-        raise ConfigError("two of the files would be written to the same place; code them apart")
-    if not overwrite and (there := next((t for t in targets if t.exists()), None)):
-        raise ConfigError(f"{there} exists; --overwrite replaces it")
-    return targets
+def _check_bytes(sizes: list[int]) -> None:
+    for size in sizes:
+        if size < 1:
+            raise ConfigError(f"a file has at least 1 byte, found {size}")
 
 
 def _codec(model: Path | None, preset: str) -> Codec:
@@ -362,35 +345,12 @@ def _codec(model: Path | None, preset: str) -> Codec:
     return Codec(load_denoiser(model), preset=preset)
 
 
-def _open(path: Path) -> Image.Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened)
-    except (UnidentifiedImageError, SyntaxError, OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read {path} as a picture: {error}") from error
-
-
 def _roi(path: Path | None, picture: Image.Image) -> Any:
     if path is None:
         return None
     import numpy as np
 
-    mask = np.asarray(_open(path).convert("L"), dtype=np.float64)
+    mask = np.asarray(open_picture(path).convert("L"), dtype=np.float64)
     if mask.shape != (picture.height, picture.width):
         raise ConfigError(f"{path} has {mask.shape[1]} x {mask.shape[0]} pixels, the picture {picture.size}")
     return 1.0 + 3.0 * mask / 255.0
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _progress(items: list[Any], words: str) -> Iterable[Any]:
-    console = Console(stderr=True)
-    if len(items) < 2 or not console.is_terminal:
-        return items
-    return track(items, words, console=console, transient=True)

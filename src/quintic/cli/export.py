@@ -23,6 +23,11 @@ def export(run: Path, folder: Path, /, *, checkpoint: str = "best") -> None:
         Folder to create; it must not exist.
     checkpoint
         best (lowest validation loss), last, or a step number.
+
+    Examples
+    --------
+    quintic export runs/book exported
+    quintic export runs/book exported --checkpoint last
     """
     from quintic.cli.wiring import load_run_model
     from quintic.data.tokenizer import Tokenizer

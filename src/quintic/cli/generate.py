@@ -37,12 +37,11 @@ def generate(
 ) -> None:
     """Text from a language model, to standard output as it is made; a grid of images from an image model.
 
-    Examples: quintic generate runs/book --prompt "Call me" - quintic generate runs/shapes --n 64
-
     Parameters
     ----------
     run
-        The run folder; or a model that comes with the package, by its name: ddpm/fashion28, ddpm/emoji32.
+        The run folder; or a model that comes with the package, by its name: ddpm/fashion28, ddpm/emoji32,
+        tarflow/fashion28.
     prompt
         Text to continue; without one the model starts a document of its own.
     max_tokens
@@ -83,6 +82,13 @@ def generate(
         auto, cpu, cuda, cuda:1 or mps.
     dtype
         auto, float32, bfloat16 or float64; the run's own if left out.
+
+    Examples
+    --------
+    quintic generate runs/book --prompt "Call me" --max-tokens 100
+    quintic generate runs/book --temperature 0 --checkpoint last
+    quintic generate runs/shapes --n 64 --out shapes.png
+    quintic generate runs/flow --class 3 --guidance 2
     """
     from quintic.cli.wiring import kind_of, load_run_model
 

@@ -63,6 +63,16 @@ def prepare(
     return _task(task, settings, images), settings, images.warnings
 
 
+def with_shape(task: str, settings: Settings) -> Settings:
+    """Settings of a model that can be built without data: what its images would tell is assumed."""
+    side = settings["data"].size or 28
+    assumed = {"channels": 3 if settings["data"].channels == "rgb" else 1, "height": side, "image_width": side}
+    for name, value in (*assumed.items(), ("classes", 0)):
+        if getattr(settings[task], name) in (0, -1):
+            settings = settings.derive(f"{task}.{name}", value, "assumed without images")
+    return settings
+
+
 def build(task: str, settings: Settings) -> nn.Module:
     """The model, uninitialised."""
     if task == "ddpm":
@@ -105,8 +115,8 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
     _write_images(make(loaded, n, seed, options), out)
 
 
-def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str) -> None:
-    """Print the loss on a split of the run's own images, or scores of others."""
+def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str) -> tuple[list[str], dict[str, Any]]:
+    """The loss on a split of the run's own images, or scores of others: for a person, and for a script."""
     from quintic.data.images import prepare_images
 
     if split not in ("test", "validation"):
@@ -115,8 +125,7 @@ def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: st
     if paths:
         every = replace(settings["data"], validation_fraction=0.0, test_fraction=1.0, flip=False)
         images = prepare_images(list(paths), every, lambda _: None)
-        _score_others(loaded, images)
-        return
+        return _score_others(loaded, images)
     if loaded.shipped:
         raise ConfigError(f"{folder} comes without its images; name files, folders or idx files to evaluate it on")
     what = f"{split} split of {folder}"
@@ -129,8 +138,9 @@ def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: st
     if not values:
         raise DataError(f"there are no {split} images to evaluate on in {folder}")
     prefix = "val" if split == "validation" else split
-    bits = values.get(f"{prefix}_bits_per_dim")
-    say(f"{what}: loss {values[f'{prefix}_loss']:.5f}" + (f", {bits:.4f} bits per dimension" if bits else ""))
+    loss, bits = values[f"{prefix}_loss"], values.get(f"{prefix}_bits_per_dim")
+    line = f"{what}: loss {loss:.5f}" + ("" if bits is None else f", {bits:.4f} bits per dimension")
+    return [line], {"data": what, "loss": loss, **({} if bits is None else {"bits_per_dim": bits})}
 
 
 def _diffuse(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) -> NDArray[np.uint8]:
@@ -186,7 +196,7 @@ def _flow(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) -> ND
     return as_pixels(found.images.float().cpu().numpy())
 
 
-def _score_others(loaded: LoadedModel, images: ImageData) -> None:
+def _score_others(loaded: LoadedModel, images: ImageData) -> tuple[list[str], dict[str, Any]]:
     """Likelihood and strangeness of images under a flow; the loss under a diffusion model."""
     import numpy as np
 
@@ -195,21 +205,23 @@ def _score_others(loaded: LoadedModel, images: ImageData) -> None:
         with loaded.precision:
             values = _task(task, loaded.settings, images).evaluate(loaded.model, "test", lambda: False)
         assert values is not None
-        say(f"{len(split)} images: loss {values['test_loss']:.5f}")
-        return
+        loss = values["test_loss"]
+        return [f"{len(split)} images: loss {loss:.5f}"], {"images": len(split), "loss": loss}
     from quintic.flow import score_images
 
     scores = score_images(loaded.model, split.images, None)  # type: ignore[arg-type]
     bits, strange = np.asarray(scores.bits_per_dim), np.asarray(scores.outlier)
+    lines = []
     if len(split) <= _SHOWN:
-        say("image  bits per dimension  outlier score")
-        for number in range(len(split)):
-            say(f"{number:>5}  {bits[number]:>18.4f}  {strange[number]:>13.4f}")
+        lines.append("image  bits per dimension  outlier score")
+        lines += [f"{i:>5}  {bits[i]:>18.4f}  {strange[i]:>13.4f}" for i in range(len(split))]
     low, middle, high = np.percentile(strange, (25, 50, 75))
-    say(
+    lines.append(
         f"{len(split)} images: {bits.mean():.4f} bits per dimension; outlier score (bits of the flow beyond those of "
         f"PNG, higher is stranger) quartiles {low:.3f}, {middle:.3f}, {high:.3f}"
     )
+    facts = {"images": len(split), "bits_per_dim": float(bits.mean())}
+    return lines, facts | {"bits_per_dim_of_each": bits.tolist(), "outlier_score_of_each": strange.tolist()}
 
 
 def _write_images(images: NDArray[np.uint8], out: Path) -> None:

@@ -23,6 +23,10 @@ def import_model(folder: Path, /, *, out: Annotated[Path, Parameter(name=["--out
         With config.json, safetensors (one file, or shards with an index) and tokenizer.json.
     out
         Run folder to create.
+
+    Examples
+    --------
+    quintic import exported --out runs/imported
     """
     from quintic.cli.origin import open_origin
     from quintic.cli.wiring import build_settings

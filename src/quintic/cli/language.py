@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quintic.cli.printing import say
 from quintic.core import ConfigError, DataError, suggest
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from quintic.lm import LanguageModel
     from quintic.lm.task import LanguageModelTask
 
-__all__ = ["EMBEDDED", "NEXT", "READING", "UNIT", "build", "evaluate", "generate", "prepare", "sections"]
+__all__ = ["EMBEDDED", "NEXT", "READING", "UNIT", "build", "evaluate", "generate", "prepare", "sections", "with_shape"]
 
 EMBEDDED = "Moby Dick"
 """Title of the data that comes with the package."""
@@ -62,6 +61,11 @@ def prepare(
     return made, settings, data.warnings
 
 
+def with_shape(task: str, settings: Settings) -> Settings:
+    """Settings of a model that can be built without data; text needs nothing."""
+    return settings
+
+
 def build(task: str, settings: Settings) -> LanguageModel:
     """The model, uninitialised."""
     from quintic.lm import LanguageModel
@@ -79,6 +83,10 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
     sampling: dict[str, Any] = {"max_tokens": 200} | {name: options.pop(name) for name in known if name in options}
     prompt = options.pop("prompt", "")
     refuse(options, "lm")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"--prompt is not UTF-8 text ({error.reason} at character {error.start})") from error
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     sys.stdout.write(prompt)
     sys.stdout.flush()
@@ -90,8 +98,8 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
     sys.stdout.write("\n")
 
 
-def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str) -> None:
-    """Print loss and bits per byte on a split of the run's own data, or on other text."""
+def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str) -> tuple[list[str], dict[str, Any]]:
+    """Loss and bits per byte on a split of the run's own data, or on other text: for a person, and for a script."""
     from quintic.data import prepare as prepare_text
     from quintic.lm.task import LanguageModelTask
 
@@ -116,4 +124,5 @@ def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: st
         raise DataError(f"the {split} split of {folder} is empty; name the text to evaluate on")
     prefix = "val" if split == "validation" else split
     loss, bits = values[f"{prefix}_loss"], values[f"{prefix}_bits_per_byte"]
-    say(f"{what}: loss {loss:.4f} nats a token, {bits:.4f} bits per byte")
+    line = f"{what}: loss {loss:.4f} nats a token, {bits:.4f} bits per byte"
+    return [line], {"data": what, "loss": loss, "bits_per_byte": bits}

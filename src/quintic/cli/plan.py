@@ -29,8 +29,6 @@ def plan(
 ) -> None:
     """Parameters, bytes per rank, communication per step and hours for a language model, without allocating it.
 
-    Example: quintic plan --size moonlight-16b-a3b --ranks 64 --memory-gib 80 --tokens 5.7e12 --peak-tflops 989
-
     Parameters
     ----------
     arguments
@@ -51,12 +49,28 @@ def plan(
         Share of the peak that training reaches.
     as_json
         Print the numbers as JSON.
+
+    Examples
+    --------
+    quintic plan --size laptop
+    quintic plan --size moonlight-16b-a3b --ranks 64 --memory-gib 80 --tokens 5.7e12 --peak-tflops 989
+    quintic plan --size small --json
     """
     paths, overrides = split_arguments(arguments)
     if paths:
         raise ConfigError(f"plan takes settings only, found the path {paths[0]}")
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu must be in (0, 1], found {mfu}")
+    if ranks < 1:
+        raise ConfigError(f"--ranks must be at least 1, found {ranks}")
+    for name, value in (
+        ("shards", shards),
+        ("memory-gib", memory_gib),
+        ("tokens", tokens),
+        ("peak-tflops", peak_tflops),
+    ):
+        if not value >= 0:
+            raise ConfigError(f"--{name} must be 0 or more, found {value:g}")
     settings = build_settings("lm", size, overrides)
 
     import torch

@@ -35,8 +35,6 @@ def race(
 ) -> None:
     """Compare arms fairly: learning rates swept until the best is interior, several seeds, end-of-schedule losses.
 
-    Example: quintic race book.txt --out runs/race --arm "muon: optim.name=muon" --arm "adamw: optim.name=adamw"
-
     A race that was stopped continues with the same command.
 
     Parameters
@@ -52,17 +50,25 @@ def race(
     seeds
         Runs at the best rate of each arm.
     task
-        What to train: lm.
+        What to train: lm, tarflow or ddpm.
     size
         Preset: tiny, laptop, small.
     match
         Also measure how many steps the winner needs for the losses of the others.
+
+    Examples
+    --------
+    quintic race book.txt --out runs/race
+    quintic race --task ddpm --out runs/images --lr 0.002 --lr 0.004 --seeds 2
+    quintic race --out runs/r --arm "m: optim.name=muon" --arm "a: optim.name=adamw"
     """
     from quintic.engine.race import run_race
     from quintic.report.race import write_race_report
 
     if seeds < 1:
         raise ConfigError(f"--seeds must be at least 1, found {seeds}")
+    if any(not rate > 0 for rate in lr or ()):
+        raise ConfigError(f"--lr must be above 0, found {' '.join(f'{rate:g}' for rate in lr or ())}")
     console = Console()
     paths, overrides = split_arguments(arguments)
     arms = [_parse_arm(text) for text in arm or DEFAULT_ARMS]
@@ -137,6 +143,8 @@ def _run_one(
     if not outcome.finished:
         raise KeyboardInterrupt
     row = read_metrics(run.metrics_file)[-1]  # rounded there: a continued race sees the same numbers
+    if row.get("val_loss") is None:
+        raise ConfigError("a race compares validation losses: keep data.validation_fraction above 0")
     return Finish(row["val_loss"], row["seconds"], steps)
 
 

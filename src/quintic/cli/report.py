@@ -1,4 +1,4 @@
-"""``quintic report``: one self-contained page about a run."""
+"""``quintic report``: one self-contained page about a run or a race."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ __all__ = ["report"]
 
 
 def report(run: Path, /) -> None:
-    """Write RUN/report.html from the run's records and print where it is.
+    """Write the page of a run or of a race from its records, and print where it is.
 
     Parameters
     ----------
     run
-        The run folder; it may still be training.
+        A run folder, which may still be training, or the folder of a finished race.
+
+    Examples
+    --------
+    quintic report runs/book
+    quintic report runs/race
     """
     from quintic.report import write_report
+    from quintic.report.race import write_race_report
 
-    say(f"report: {write_report(run)}")
+    say(f"report: {write_race_report(run) if (run / 'race.json').exists() else write_report(run)}")

@@ -12,7 +12,7 @@ from quintic.core import CheckpointError, DataError
 __all__ = ["resume"]
 
 
-def resume(run: Path, /, *, device: str | None = None) -> None:
+def resume(run: Path, /, *, device: str | None = None, log: str | None = None) -> None:
     """Continue a stopped run to its last step, bit for bit as if it had never stopped.
 
     Parameters
@@ -21,6 +21,12 @@ def resume(run: Path, /, *, device: str | None = None) -> None:
         The run folder.
     device
         Continue on another device than the run's own.
+    log
+        Send the metrics to tensorboard, trackio or wandb too, as for train.
+
+    Examples
+    --------
+    quintic resume runs/book
     """
     from quintic.cli.train import run_training
     from quintic.cli.wiring import build_task, open_run
@@ -28,14 +34,15 @@ def resume(run: Path, /, *, device: str | None = None) -> None:
     from quintic.engine.checkpoint import list_checkpoints
     from quintic.engine.mesh import join_ranks
     from quintic.engine.metrics import read_metrics
+    from quintic.engine.sinks import check_sink
 
+    if log is not None:
+        check_sink(log)
     folder, settings, header = open_run(run)
     rows = read_metrics(folder.metrics_file)
     steps = settings["engine"].steps
-    if header.get("size") == "imported":
-        raise CheckpointError(
-            f"{run} was imported, not trained; train it further with: quintic train TEXT --from {run}"
-        )
+    if (made := header.get("size")) in ("imported", "compressed"):
+        raise CheckpointError(f"{run} was {made}, not trained; train it further with: quintic train TEXT --from {run}")
     if rows and rows[-1]["step"] >= steps and steps in list_checkpoints(folder.checkpoints):
         say(f"{run} is finished: all {steps} steps are done; nothing to resume")
         return
@@ -51,4 +58,4 @@ def resume(run: Path, /, *, device: str | None = None) -> None:
                 f"the data of {run} has changed since it was started, so a resume would not continue the same run; "
                 f"put the text back as it was ({source}), or start a new run with quintic train"
             )
-        run_training(Console(quiet=not ranks.is_main), task, settings, folder, ranks)
+        run_training(Console(quiet=not ranks.is_main), task, settings, folder, ranks, log)

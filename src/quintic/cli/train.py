@@ -29,11 +29,10 @@ def train(
     device: str | None = None,
     dtype: str | None = None,
     seed: int | None = None,
+    log: str | None = None,
     settings: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Train a model on text or images; without a path, on the embedded corpus (Moby Dick) or drawn shapes.
-
-    Examples: quintic train my_notes/ --size laptop - quintic train book.txt optim.lr=0.01 lm.num_experts=32
 
     Parameters
     ----------
@@ -55,8 +54,20 @@ def train(
         Of matrix products: auto, float32, bfloat16 or float64.
     seed
         Initial weights, data order and samples follow from it.
+    log
+        Send the metrics to tensorboard (files in the run folder), trackio or wandb too; each is an extra.
     settings
         List every setting with its meaning and its value for this size, and exit.
+
+    Examples
+    --------
+    quintic train my_notes/ --size laptop
+    quintic train book.txt --out runs/book optim.lr=0.01 lm.num_experts=32
+    quintic train --task tarflow --size tiny pictures/
+    quintic train book.txt --from runs/book --out runs/more optim.lr=0.002
+    quintic train book.txt --log tensorboard
+    quintic train --settings
+    torchrun --nproc-per-node 8 -m quintic train book.txt
     """
     paths, overrides = split_arguments(arguments)
     for name, value in (("device", device), ("dtype", dtype), ("seed", seed)):
@@ -69,7 +80,10 @@ def train(
 
     from quintic.core.machine import pick_device, pick_dtype
     from quintic.engine.mesh import join_ranks
+    from quintic.engine.sinks import check_sink
 
+    if log is not None:
+        check_sink(log)
     engine = resolved["engine"]
     where = pick_device(engine.device)
     chosen = pick_dtype(engine.dtype, where)
@@ -79,11 +93,18 @@ def train(
         resolved = resolved.derive("engine.dtype", name, f"fastest safe one on {where.type} here")
     folder = _free_folder(_title(task, paths), size) if out is None else out
     with join_ranks(where, engine.shards) as ranks:
-        _new_run(task, size, paths, resolved, folder, start, ranks)
+        _new_run(task, size, paths, resolved, folder, start, ranks, log)
 
 
 def _new_run(
-    task: str, size: str, paths: list[Path], settings: Settings, folder: Path, start: Path | None, ranks: Ranks
+    task: str,
+    size: str,
+    paths: list[Path],
+    settings: Settings,
+    folder: Path,
+    start: Path | None,
+    ranks: Ranks,
+    log: str | None,
 ) -> None:
     """Prepare data and folder, say what will happen, and train."""
     from quintic.cli.origin import open_origin
@@ -121,16 +142,18 @@ def _new_run(
         run.record(task=task, size=size, title=_title(task, paths), seed=settings["engine"].seed, **facts)
     ranks.wait()
     say(f"run folder: {folder}", console=console)
-    run_training(console, made, settings, Run(folder), ranks)
+    run_training(console, made, settings, Run(folder), ranks, log)
 
 
-def run_training(console: Console, task: Task, settings: Settings, run: Run, ranks: Ranks) -> None:
+def run_training(
+    console: Console, task: Task, settings: Settings, run: Run, ranks: Ranks, log: str | None = None
+) -> None:
     """Train, write the report and say how it ended."""
     from quintic.engine.loop import train as train_loop
     from quintic.report import write_report
 
     kind = kind_of(task.name)
-    outcome = train_loop(task, settings, run, console, ranks=ranks)
+    outcome = train_loop(task, settings, run, console, ranks=ranks, log=log or "")
     report = write_report(run.folder) if outcome.recorded and ranks.is_main else None
 
     if outcome.sample:

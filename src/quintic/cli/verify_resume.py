@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
+from cyclopts import Parameter
 from rich.console import Console
 
 from quintic.cli.printing import say
@@ -13,7 +17,14 @@ from quintic.core import QuinticError
 __all__ = ["verify_resume"]
 
 
-def verify_resume(run: Path, /, *, steps: int = 6, cut: int = 3) -> None:
+def verify_resume(
+    run: Path,
+    /,
+    *,
+    steps: int = 6,
+    cut: int = 3,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
     """Train a run's first steps twice, once with a stop and a resume in between, and compare every bit.
 
     The run itself is only read. Exit code 0 means: weights, optimizer, balance of the experts, random generators
@@ -27,6 +38,13 @@ def verify_resume(run: Path, /, *, steps: int = 6, cut: int = 3) -> None:
         Steps to train.
     cut
         Step after which one of the two is stopped and resumed.
+    as_json
+        Print the result as JSON; the exit code is 1 where something differs all the same.
+
+    Examples
+    --------
+    quintic verify-resume runs/book
+    quintic verify-resume runs/book --steps 20 --cut 7
     """
     from quintic.cli.wiring import build_task, open_run
     from quintic.engine.verification import verify_resume as verify
@@ -35,12 +53,16 @@ def verify_resume(run: Path, /, *, steps: int = 6, cut: int = 3) -> None:
     task, settings, _ = build_task(header["task"], [Path(path) for path in header["paths"]], settings)
     with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("training a few steps, twice"):
         result = verify(task, settings, Path(folder), steps=steps, cut=cut)
+    if as_json:
+        say(json.dumps({"exact": not result.differences, **asdict(result)}))
     if result.differences:
         shown = "".join(f"\n  {name}" for name in result.differences[:10])
         raise QuinticError(
             f"{result.steps} steps and {result.cut} steps + resume differ in {len(result.differences)} places:{shown}\n"
             "please report this with the run's config.toml and machine.json"
         )
+    if as_json:
+        return
     say(
         f"exact: {result.steps} steps equal {result.cut} steps, a stop and a resume, bit for bit "
         f"({result.tensors} tensors and all metrics compared)"

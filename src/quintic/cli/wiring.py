@@ -146,7 +146,10 @@ def open_run(folder: Path) -> tuple[Run, Settings, dict[str, Any]]:
 
     run = Run.open(folder)
     header = run.header()
-    settings = Settings.from_toml(run.settings_text(), section_types(header.get("task", "lm")))
+    for key, kind in (("task", str), ("paths", list), ("fingerprint", str)):
+        if not isinstance(header.get(key), kind):
+            raise CheckpointError(f"{run.config_file} is not of a run: it lacks {key!r}; give another folder")
+    settings = Settings.from_toml(run.settings_text(), section_types(header["task"]))
     return run, settings, header
 
 
@@ -167,7 +170,7 @@ def shipped_models() -> list[str]:
 
     Example:
         >>> shipped_models()
-        ['ddpm/emoji32', 'ddpm/fashion28']
+        ['ddpm/emoji32', 'ddpm/fashion28', 'tarflow/fashion28']
     """
     return sorted(f"{task}/{name}" for task in KINDS for name in weights_names(task))
 
@@ -229,7 +232,8 @@ def refuse(options: dict[str, Any], task: str) -> None:
         ConfigError: There are any.
     """
     for name in options:
-        raise ConfigError(f"--{name.replace('_', '-')} has no meaning for a run of task {task}")
+        shown = "class" if name == "label" else name.replace("_", "-")
+        raise ConfigError(f"--{shown} has no meaning for a run of task {task}")
 
 
 def pick_checkpoint(run: Run, wanted: str) -> Path | None:

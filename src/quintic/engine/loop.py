@@ -43,6 +43,7 @@ from quintic.engine.progress import Display
 from quintic.engine.run import Run
 from quintic.engine.shard import divide_
 from quintic.engine.signals import stop_requests
+from quintic.engine.sinks import open_sink
 from quintic.engine.spikes import SPIKE, remember, spike_score
 from quintic.engine.task import Batch, Task
 from quintic.optim import GradientClipping, OptimConfig, build_optimizer, diagnose, lr_factor, momentum_at, snapshot
@@ -81,6 +82,7 @@ def train(
     quiet_peak: bool = False,
     stop_at: int | None = None,
     ranks: Ranks = ALONE,
+    log: str = "",
 ) -> Outcome:
     """Train from the newest checkpoint of a run, or from the start if it has none.
 
@@ -92,6 +94,7 @@ def train(
         quiet_peak: Skip the measurement of the matrix-product peak (MFU is then null).
         stop_at: Save and stop after this step, as a signal would make it.
         ranks: The processes that train together; all of them call this with the same arguments.
+        log: Where metrics go besides the run folder, one of :data:`quintic.engine.sinks.SINKS`; empty for nowhere.
 
     Raises:
         TrainingError: Loss or gradient is not finite; the weights of the last checkpoint are intact.
@@ -104,7 +107,7 @@ def train(
             f"use a multiple of {ranks.world}"
         )
     with run.locked() if ranks.is_main else contextlib.nullcontext():
-        return _train(task, settings, run, console, quiet_peak, stop_at, ranks)
+        return _train(task, settings, run, console, quiet_peak, stop_at, ranks, log)
 
 
 def _train(
@@ -115,6 +118,7 @@ def _train(
     quiet_peak: bool,
     stop_at: int | None,
     ranks: Ranks,
+    log: str,
 ) -> Outcome:
     engine: EngineConfig = settings["engine"]
     optim: OptimConfig = settings["optim"]
@@ -151,7 +155,9 @@ def _train(
             average.load_state_dict(load_average(checkpoint))
             display.note(f"continuing from step {state.step}")
         order = Order(task.num_examples, engine.seed, task.fingerprint)
-        metrics = MetricsFile(run.metrics_file, keep_through=state.step, write=ranks.is_main)
+        sink = open_sink(log, run, state.step, display.note) if log and ranks.is_main else None
+        told = None if sink is None else sink.write
+        metrics = MetricsFile(run.metrics_file, keep_through=state.step, write=ranks.is_main, sink=told)
         if metrics.last_step == state.step:
             state.row = metrics.last_row  # complete, with its validation
         clipping = optim.make_clipping()
@@ -168,7 +174,8 @@ def _train(
             save_checkpoint(run.checkpoints, model, optimizer, state, average.state_dict(), ranks)
             saved = state.step
 
-        with stop_requests(display.note) as asked_here, display.live(state.step):
+        telling = contextlib.nullcontext() if sink is None else contextlib.closing(sink)
+        with telling, stop_requests(display.note) as asked_here, display.live(state.step):
 
             def should_stop() -> bool:
                 return ranks.any(asked_here())  # all stop at the same place

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,14 @@ class MetricsFile:
         path: The file; created if absent.
         keep_through: Rows of later steps are dropped first.
         write: False only follows the steps: of several ranks one writes.
+        sink: Is given every new row as it is written.
     """
 
-    def __init__(self, path: Path, *, keep_through: int, write: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, keep_through: int, write: bool = True, sink: Callable[[Row], None] | None = None
+    ) -> None:
         self.last_row: Row = {}
+        self._sink = sink if write else None
         kept = []
         for row in iter_metrics(path):
             if row["step"] <= keep_through:
@@ -76,6 +80,8 @@ class MetricsFile:
             self._file.write(_line(row))
             self._file.flush()
         self.last_row = row
+        if self._sink is not None:
+            self._sink(_plain(row))
 
     def close(self) -> None:
         """Close the file."""

@@ -139,9 +139,16 @@ class Run:
         return min(losses, key=lambda step: (losses[step], -step), default=None)
 
     def record(self, **facts: Any) -> None:
-        """Merge facts into ``run.json``."""
+        """Merge facts into ``run.json``.
+
+        Raises:
+            CheckpointError: The file is damaged.
+        """
         path = self.folder / "run.json"
-        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged ({error}); delete it and repeat") from error
         atomic_write(path, json.dumps({**old, **facts}, indent=1, ensure_ascii=False))
 
     def record_machine(self, facts: Mapping[str, Any]) -> None:

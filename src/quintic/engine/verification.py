@@ -58,9 +58,9 @@ def verify_resume(task: Task, settings: Settings, folder: Path, *, steps: int = 
         settings = settings.derive(f"engine.{name}", value, "verification")
     whole, parted = (Run.create(folder / name, settings, {"task": task.name}) for name in ("whole", "parted"))
     quiet = Console(quiet=True)
-    train(task, settings, whole, quiet, quiet_peak=True, stop_at=steps)
-    train(task, settings, parted, quiet, quiet_peak=True, stop_at=cut)
-    train(task, settings, parted, quiet, quiet_peak=True, stop_at=steps)
+    for run, until in ((whole, steps), (parted, cut), (parted, steps)):
+        if train(task, settings, run, quiet, quiet_peak=True, stop_at=until).step < until:
+            raise KeyboardInterrupt  # told to stop: that is no difference
     return Verification(steps, cut, *differences(whole, parted))
 
 

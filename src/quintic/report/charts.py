@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Literal
 
@@ -37,7 +37,14 @@ class Series:
     kind: Literal["line", "raw", "dots"] = "line"
     """line: strong; raw: thin and light, behind; dots: one mark per point."""
     strength: float = 1.0
-    """Opacity of the stroke, to tell lines of one kind apart."""
+    """Opacity of the stroke, to tell lines apart that have an order, such as layers."""
+    hue: int = 0
+    """Colour and dashes, of a round of six, to tell lines apart that have none."""
+
+    @property
+    def style(self) -> str:
+        """Its classes in the style sheet."""
+        return f"{self.kind} hue{self.hue % 6}" if self.hue % 6 else self.kind
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def line_chart(
         x_name: What the horizontal axis counts.
     """
     if log:
-        series = [Series(s.name, s.x, np.where(s.y > 0, s.y, np.nan), s.kind, s.strength) for s in series]
+        series = [replace(s, y=np.where(s.y > 0, s.y, np.nan)) for s in series]
     values = np.concatenate([s.y for s in series] + [np.array([rule.y for rule in rules])])
     values = values[np.isfinite(values)]
     assert len(values), "a chart needs a finite value"
@@ -102,7 +109,7 @@ def line_chart(
         fade = "" if s.strength == 1.0 else f' stroke-opacity="{s.strength:.2f}"'
         d = _path(x_place(x), y_place(y), joined=s.kind != "dots")
         name = f' data-name="{escape(s.name)}"' if s.name else ""
-        parts.append(f'<path class="{s.kind}"{name}{fade} d="{d}"/>')
+        parts.append(f'<path class="{s.style}"{name}{fade} d="{d}"/>')
     svg = (
         f'<svg viewBox="0 0 {_SIZE} {_SIZE}" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">'
         + "".join(parts)
@@ -284,11 +291,11 @@ def _path(x: Floats, y: Floats, *, joined: bool) -> str:
 
 
 def _head(unit: str, series: Sequence[Series], rules: Sequence[Rule]) -> str:
-    named: list[tuple[str, str, float]] = [(s.name, s.kind, s.strength) for s in series if s.name]
+    named: list[tuple[str, str, float]] = [(s.name, s.style, s.strength) for s in series if s.name]
     named += [(rule.name, "rule", 1.0) for rule in rules]
     keys = [
-        f'<span class="key"><i class="{kind}" style="opacity:{strength:.2f}"></i>{escape(name)}</span>'
-        for name, kind, strength in named
+        f'<span class="key"><i class="{style}" style="opacity:{strength:.2f}"></i>{escape(name)}</span>'
+        for name, style, strength in named
         if len(named) > 1
     ]
     return f'<div class="head"><span class="unit">{escape(unit)}</span><span class="keys">{"".join(keys)}</span></div>'

@@ -16,13 +16,17 @@ __all__ = ["bits_figure", "gradient_figure", "loss_figure", "rate_figure", "spee
 
 
 def bits_figure(records: Records) -> Figure | None:
-    """Bits per byte of training and validation."""
+    """Bits per byte or per dimension of training and validation."""
+    bits = records.bits
+    if bits is None:
+        return None
+    alike = "whatever the tokenizer" if bits.data == "text" else "whatever the model"
     return _quality(
         records,
-        "bits_per_byte",
-        title="Bits per byte",
+        bits.key,
+        title=bits.unit.capitalize(),
         unit="",
-        caption="Lower is better, whatever the tokenizer; raw text takes 8. Dots are text kept out of training: "
+        caption=f"Lower is better, {alike}; {bits.raw}. Dots are {bits.data} kept out of training: "
         "if they rise while the line falls, the model learns by heart.",
         wide=True,
     )
@@ -30,15 +34,15 @@ def bits_figure(records: Records) -> Figure | None:
 
 def loss_figure(records: Records) -> Figure | None:
     """Loss of training and validation."""
-    text = "bits_per_byte" in records.rows[-1]
+    first = records.bits is None  # nothing says it better
     return _quality(
         records,
         "loss",
         title="Loss",
-        unit="nats per token" if text else "loss",
+        unit=records.loss_unit or "loss",
         caption="What the optimizer lowers"
-        + ("." if text else "; if the dots, validation, rise while the line falls, the model learns by heart."),
-        wide=not text,
+        + ("; if the dots, validation, rise while the line falls, the model learns by heart." if first else "."),
+        wide=first,
     )
 
 

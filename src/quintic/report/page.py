@@ -6,21 +6,18 @@ browser to refuse anything else, scripts that are not ours included.
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import quintic
 from quintic.core.files import atomic_write
 from quintic.report.curves import bits_figure, gradient_figure, loss_figure, rate_figure, speed_figure
 from quintic.report.experts import balance_figure, load_figure
-from quintic.report.figure import Figure
-from quintic.report.html import document
+from quintic.report.html import Card, document, header, number_table, picture, section, table
+from quintic.report.machine import machine_table
 from quintic.report.records import Records, read_records
 from quintic.report.spectra import spectra_figure
-from quintic.report.style import SCRIPT
 from quintic.report.words import count, duration, plain, significant
 
 __all__ = ["render", "write_report"]
@@ -28,17 +25,6 @@ __all__ = ["render", "write_report"]
 _KINDS = {"lm": "Language model", "tarflow": "TARFLOW image model", "ddpm": "Diffusion image model"}
 _SAMPLES = 6
 _SAMPLE_CHARACTERS = 4000
-_MACHINE = {
-    "cpu": ("Processor", "{}"),
-    "threads": ("Threads", "{}"),
-    "device": ("Device", "{}"),
-    "dtype": ("Precision", "{}"),
-    "matmul_gflops": ("Matrix product", "{} GFLOP/s, measured"),
-    "peak_memory_mb": ("Peak memory", "{} MiB"),
-    "platform": ("System", "{}"),
-    "python": ("Python", "{}"),
-    "torch": ("PyTorch", "{}"),
-}
 
 
 def write_report(run_folder: Path) -> Path:
@@ -61,29 +47,30 @@ def write_report(run_folder: Path) -> Path:
 
 def render(records: Records) -> str:
     """The page as text."""
-    title = _title(records)
+    title = str(records.run.get("title") or records.folder.absolute().name)
+    bits, loss = bits_figure(records), loss_figure(records)
+    learned, more = (bits, loss) if bits is not None else (loss, None)
     body = "\n".join(
         [
             _header(records, title),
-            _figures("How it learned", records, (bits_figure,)),
+            section("How it learned", [learned]),
             _samples(records),
-            _figures(
-                "Optimization", records, (loss_figure, rate_figure, gradient_figure, speed_figure, spectra_figure)
+            section(
+                "Optimization",
+                [
+                    more,
+                    rate_figure(records),
+                    gradient_figure(records),
+                    speed_figure(records),
+                    spectra_figure(records),
+                ],
             ),
-            _figures("Experts", records, (balance_figure, load_figure)),
+            section("Experts", [balance_figure(records), load_figure(records)]),
             _facts(records),
             _config(records),
         ]
     )
-    footer = (
-        f"<footer>Drawn by Quintic {escape(quintic.__version__)} from the records of {escape(records.folder.name)}.\n"
-        "The page holds everything it shows and loads nothing.</footer>"
-    )
-    return document(title, f"{body}\n{footer}", SCRIPT)
-
-
-def _title(records: Records) -> str:
-    return str(records.run.get("title") or records.folder.absolute().name)
+    return document(title, body, records.folder.name)
 
 
 def _header(records: Records, title: str) -> str:
@@ -93,11 +80,7 @@ def _header(records: Records, title: str) -> str:
     state = str(run.get("status", ""))
     if state == "stopped":
         state = f"stopped at step {records.step:,}"
-    shown = f' <span class="state">{escape(state)}</span>' if state else ""
-    return (
-        f'<header><p class="kind">{escape(kind + size)}{shown}</p><h1>{escape(title)}</h1>'
-        f'<p class="lead">{_summary(records)}</p>{_cards(records)}</header>'
-    )
+    return header(kind + size, title, _summary(records), _cards(records), state=state)
 
 
 def _summary(records: Records) -> str:
@@ -108,20 +91,23 @@ def _summary(records: Records) -> str:
     if cpu := records.machine.get("cpu"):
         device = str(records.machine.get("device", "cpu"))
         took += f" on {escape(str(cpu) if device == 'cpu' else device)}"
-    bits, loss = records.last("val_bits_per_byte"), records.last("val_loss")
-    if bits is not None:
-        result = f"On text it never saw it needs <b>{bits:.3f} bits per byte</b>; raw text takes 8."
+    found = records.bits
+    bits = None if found is None else records.last(f"val_{found.key}")
+    loss = records.last("val_loss")
+    if found is not None and bits is not None:
+        result = f"On {found.data} it never saw it needs <b>{bits:.3f} {found.unit}</b>; {found.raw}."
     elif loss is not None:
-        result = f"On data it never saw its loss is <b>{significant(loss, 4)}</b>."
+        unit = f" {records.loss_unit}" if records.loss_unit else ""
+        result = f"On data it never saw its loss is <b>{significant(loss, 4)}</b>{unit}."
     else:
         result = "It was not validated yet."
     return f"{took}. {result}"
 
 
-def _cards(records: Records) -> str:
+def _cards(records: Records) -> list[Card]:
     run = records.run
     things = records.things
-    cards: list[tuple[str, str, str]] = []
+    cards: list[Card] = []
 
     def best(key: str, digits: int) -> str:
         found = records.best(key)
@@ -129,8 +115,9 @@ def _cards(records: Records) -> str:
             return "the best of the run" if found else ""
         return f"best {found[1]:.{digits}f} at step {found[0]:,}"
 
-    if (bits := records.last("val_bits_per_byte")) is not None:
-        cards.append((f"{bits:.3f}", "validation bits per byte", best("val_bits_per_byte", 3)))
+    found = records.bits
+    if found is not None and (bits := records.last(f"val_{found.key}")) is not None:
+        cards.append((f"{bits:.3f}", f"validation {found.unit}", best(f"val_{found.key}", 3)))
     if (loss := records.last("val_loss")) is not None:
         cards.append((f"{loss:.3f}", "validation loss", "" if cards else best("val_loss", 3)))
     planned = records.config.get("engine", {}).get("steps")
@@ -148,11 +135,7 @@ def _cards(records: Records) -> str:
         cards.append((count(total), "parameters", note))
     if isinstance(memory := records.machine.get("peak_memory_mb"), int | float):
         cards.append((f"{memory:,.0f} MiB", "peak memory", ""))
-    items = "".join(
-        f"<div><dd>{value}</dd><dt>{name}</dt>" + (f"<dt><small>{note}</small></dt>" if note else "") + "</div>"
-        for value, name, note in cards
-    )
-    return f'<dl class="cards">{items}</dl>'
+    return cards
 
 
 def _passes(run: Mapping[str, Any], tokens: float) -> str:
@@ -161,19 +144,6 @@ def _passes(run: Mapping[str, Any], tokens: float) -> str:
     train = data.get("train") if isinstance(data, Mapping) else None
     size = train.get("tokens") if isinstance(train, Mapping) else None
     return f"{tokens / size:.1f} passes over the data" if isinstance(size, int) and size > 0 else ""
-
-
-def _figures(heading: str, records: Records, makers: Sequence[Callable[[Records], Figure | None]]) -> str:
-    figures = [figure for make in makers if (figure := make(records)) is not None]
-    if not figures:
-        return ""
-    lone = len(figures) == 1
-    items = "".join(
-        f'<figure class="{"wide" if figure.wide or lone else ""}"><h3>{escape(figure.title)}</h3>{figure.body}'
-        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
-        for figure in figures
-    )
-    return f'<section><h2>{heading}</h2><div class="figures">{items}</div></section>'
 
 
 def _samples(records: Records) -> str:
@@ -211,25 +181,14 @@ def _text_sample(step: int, path: Path) -> str:
 
 
 def _image_sample(step: int, path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    alt = f"Images sampled after step {step}"
-    return (
-        f'<figure><img alt="{alt}" src="data:image/png;base64,{data}">'
-        f"<figcaption>after step {step:,}</figcaption></figure>"
-    )
+    return picture(path.read_bytes(), f"Images sampled after step {step}", f"after step {step:,}")
 
 
 def _facts(records: Records) -> str:
-    tables = []
-    if data := records.run.get("data"):
-        tables.append(f"<div><h3>Data</h3>{_data_table(data)}</div>")
-    rows = [
-        (label, form.format(plain(records.machine[key])))
-        for key, (label, form) in _MACHINE.items()
-        if records.machine.get(key) is not None
-    ]
-    if rows:
-        tables.append(f"<div><h3>Machine</h3>{_table(rows)}</div>")
+    data = records.run.get("data")
+    tables = [f"<div><h3>Data</h3>{_data_table(data)}</div>"] if data else []
+    if machine := machine_table(records.machine):
+        tables.append(machine)
     if not tables:
         return ""
     return (
@@ -242,22 +201,15 @@ def _data_table(data: object) -> str:
     if not isinstance(data, Mapping):
         return f"<p>{escape(plain(data))}</p>"
     if not all(isinstance(value, Mapping) for value in data.values()):
-        return _table(list(data.items()))
+        return table([(str(name), plain(value)) for name, value in data.items()])
     columns = list(dict.fromkeys(key for value in data.values() for key in value))
-    head = "".join(f"<th>{escape(str(column))}</th>" for column in columns)
-    rows = "".join(
-        f"<tr><th>{escape(str(name))}</th>"
-        + "".join(f"<td>{escape(plain(value[c])) if c in value else ''}</td>" for c in columns)
-        + "</tr>"
-        for name, value in data.items()
+    return number_table(
+        [str(column) for column in columns],
+        [
+            (escape(str(name)), [escape(plain(value[c])) if c in value else "" for c in columns])
+            for name, value in data.items()
+        ],
     )
-    table = f'<table class="num"><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table>'
-    return f'<div class="scroll">{table}</div>'
-
-
-def _table(rows: Sequence[tuple[Any, Any]]) -> str:
-    cells = "".join(f"<tr><th>{escape(str(name))}</th><td>{escape(plain(value))}</td></tr>" for name, value in rows)
-    return f"<table><tbody>{cells}</tbody></table>"
 
 
 def _config(records: Records) -> str:

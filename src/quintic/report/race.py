@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from html import escape
 from pathlib import Path
@@ -14,7 +13,10 @@ from quintic.core import CheckpointError
 from quintic.core.files import atomic_write
 from quintic.engine.metrics import read_metrics
 from quintic.report.charts import Series, line_chart
-from quintic.report.html import document
+from quintic.report.figure import Figure
+from quintic.report.html import document, header, number_table, section
+from quintic.report.machine import machine_table
+from quintic.report.records import json_object
 
 __all__ = ["write_race_report"]
 
@@ -29,61 +31,93 @@ def write_race_report(folder: Path) -> Path:
         The page's path.
 
     Raises:
-        CheckpointError: The folder holds no finished race.
+        CheckpointError: The folder holds no finished race, or its record is damaged.
     """
     source = folder / "race.json"
     if not source.is_file():
         raise CheckpointError(f"{folder} holds no finished race (no race.json); run quintic race with --out {folder}")
-    race = json.loads(source.read_text(encoding="utf-8"))
     path = folder / "race.html"
-    atomic_write(path, _page(folder, race))
+    atomic_write(path, _page(folder, json_object(source, f"repeat the race with --out {folder}")))
     return path
 
 
 def _page(folder: Path, race: dict[str, Any]) -> str:
-    matches = "".join(
-        f"<p>{escape(m['winner'])} reaches the loss of {escape(m['against'])} in <b>{m['step_ratio']:.2f}</b> of its "
-        f"steps and <b>{m['time_ratio']:.2f}</b> of its time, measured with shorter schedules.</p>"
+    arms = sorted(race["arms"], key=lambda arm: arm["mean"])
+    seeds = len(arms[0]["losses"])
+    matches = " ".join(
+        f"{escape(m['winner'])} reaches the loss of {escape(m['against'])} in <b>{m['step_ratio']:.2f}</b> of its "
+        f"steps and <b>{m['time_ratio']:.2f}</b> of its time, measured with shorter schedules."
         for m in race["matches"]
     )
-    rows = "".join(
-        f"<tr><td>{escape(arm['name'])}</td><td>{arm['mean']:.4f} &plusmn; {arm['spread']:.4f}</td>"
-        f"<td>{arm['best_lr']:g}{'' if arm['interior'] else ' (edge of the grid)'}</td>"
-        f"<td>{1000 * arm['seconds_per_step']:.1f}</td><td>{escape(' '.join(arm['overrides']))}</td></tr>"
-        for arm in race["arms"]
-    )
-    sweeps = "".join(f"<tr><td>{escape(arm['name'])}</td><td>{_sweep(arm['sweep'])}</td></tr>" for arm in race["arms"])
-    main = f"""<header><p class="kind">Race over {race["steps"]:,} steps</p>
-<h1>{escape(race["winner"])} has the lowest loss</h1>
-{matches}</header>
-<section><h2>Result</h2>
-<table><tr><th>arm</th><th>validation loss, mean and deviation over seeds</th><th>best learning rate</th>
-<th>ms a step</th><th>settings</th></tr>{rows}</table></section>
-<section><h2>Curves</h2>{_curves(folder, race)}</section>
-<section><h2>Tuning</h2><p>Loss of the first seed by learning rate; the grid grew until the best one was inside.</p>
-<table>{sweeps}</table></section>"""
-    return document(f"Race: {folder.name}", main)
+    lead = f"{matches} Every arm had the same data and steps, and learning rates of its own."
+    cards = [(f"{arm['mean']:.4f}", f"validation loss of {arm['name']}", _spread(arm, seeds)) for arm in arms]
+    main = [
+        header(f"Race over {race['steps']:,} steps", f"{race['winner']} has the lowest loss", lead.strip(), cards),
+        section("Curves", [_curves(folder, race)]),
+        f"<section><h2>Arms</h2>{_arms(arms)}</section>",
+        f"<section><h2>Tuning</h2>{_sweeps(arms)}"
+        '<p class="note">Validation loss of the first seed by learning rate. The grid grows by factors of two until '
+        "the best rate has a worse one on either side.</p></section>",
+    ]
+    if machine := machine_table(json_object(_best_run(folder, race, arms[0]) / "machine.json")):
+        main.append(f"<section><h2>Made of</h2>{machine}</section>")
+    return document(f"Race: {folder.absolute().name}", "\n".join(main), folder.absolute().name)
 
 
-def _sweep(losses: dict[str, float]) -> str:
-    by_rate = sorted((float(lr), loss) for lr, loss in losses.items())
-    return ", ".join(f"{lr:g}: {_loss(loss)}" for lr, loss in by_rate)
+def _spread(arm: dict[str, Any], seeds: int) -> str:
+    return f"deviation {arm['spread']:.4f} over {seeds} seeds" if seeds > 1 else "one seed"
 
 
-def _loss(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "diverged"
+def _arms(arms: list[dict[str, Any]]) -> str:
+    rows = [
+        (
+            f"{escape(arm['name'])}<small>{escape(' '.join(arm['overrides']))}</small>",
+            [
+                f"{arm['mean']:.4f}",
+                f"{arm['spread']:.4f}",
+                f"{arm['best_lr']:g}" + ("" if arm["interior"] else "<small>edge of the grid</small>"),
+                f"{1000 * arm['seconds_per_step']:.1f}",
+            ],
+        )
+        for arm in arms
+    ]
+    return number_table(["mean loss", "deviation", "best rate", "ms a step"], rows)
 
 
-def _curves(folder: Path, race: dict[str, Any]) -> str:
+def _sweeps(arms: list[dict[str, Any]]) -> str:
+    """Loss by arm and learning rate."""
+    rates = sorted({float(lr) for arm in arms for lr in arm["sweep"]})
+    rows = []
+    for arm in arms:
+        losses = {float(lr): loss for lr, loss in arm["sweep"].items()}
+        cells = []
+        for lr in rates:
+            text = "" if lr not in losses else f"{losses[lr]:.4f}" if math.isfinite(losses[lr]) else "diverged"
+            cells.append(f'<span class="best">{text}</span>' if lr == arm["best_lr"] else text)
+        rows.append((escape(arm["name"]), cells))
+    return number_table([f"{lr:g}" for lr in rates], rows)
+
+
+def _curves(folder: Path, race: dict[str, Any]) -> Figure | None:
     series = []
-    for arm in race["arms"]:
-        run = folder / f"{arm['name']}-lr{arm['best_lr']:g}-seed0-steps{race['steps']}"
-        rows = [row for row in read_metrics(run / "metrics.jsonl") if row.get("val_loss") is not None]
+    for hue, arm in enumerate(race["arms"]):
+        rows = read_metrics(_best_run(folder, race, arm) / "metrics.jsonl")
+        rows = [row for row in rows if row.get("val_loss") is not None]
         if rows:
             x, y = np.array([(row["step"], row["val_loss"]) for row in rows], dtype=np.float64).T
-            series.append(Series(arm["name"], x, y))
+            series.append(Series(arm["name"], x, y, hue=hue))
     if not series:
-        return ""
-    return line_chart(
-        series, unit="validation loss", label="validation loss over steps, first seed of each arm", tall=True
+        return None
+    ends = ", ".join(f"{s.name} ends at {s.y[-1]:.4f}" for s in series)
+    label = f"Validation loss over {race['steps']} steps: {ends}"
+    caption = (
+        "The first seed of every arm at its best learning rate. Only the ends compare: in mid-schedule a curve "
+        "depends on how its learning rate falls."
     )
+    chart = line_chart(series, unit="", label=label, tall=True)
+    return Figure("Validation loss", chart, caption, wide=True)
+
+
+def _best_run(folder: Path, race: dict[str, Any], arm: dict[str, Any]) -> Path:
+    """The run of an arm's first seed at its best rate."""
+    return folder / f"{arm['name']}-lr{arm['best_lr']:g}-seed0-steps{race['steps']}"

@@ -16,9 +16,29 @@ from quintic.core import CheckpointError, DataError
 from quintic.engine.metrics import read_metrics
 from quintic.engine.run import Run
 
-__all__ = ["Floats", "Records", "read_records"]
+__all__ = ["Bits", "Floats", "Records", "json_object", "read_records"]
 
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Bits:
+    """A view of the loss that compares across models: bits per unit of the raw data."""
+
+    key: str
+    """In the metrics; that of the validation has ``val_`` before it."""
+    unit: str
+    data: str
+    """What is measured on."""
+    raw: str
+    """What the data takes as it is."""
+
+
+_BITS = (
+    Bits("bits_per_byte", "bits per byte", "text", "raw text takes 8"),
+    Bits("bits_per_dim", "bits per dimension", "images", "raw pixels take 8"),
+)
+_LOSS_UNITS = {"lm": "nats per token", "tarflow": "nats per pixel value", "ddpm": "mean squared error"}
 
 
 @dataclass(frozen=True)
@@ -79,8 +99,18 @@ class Records:
 
     @property
     def things(self) -> str:
-        """What the loss is counted over: tokens of text, elements of anything else."""
-        return "tokens" if self.run.get("task", "lm") == "lm" else "elements"
+        """What the loss is counted over: tokens of text, values of pixels."""
+        return "tokens" if self.run.get("task", "lm") == "lm" else "pixel values"
+
+    @property
+    def bits(self) -> Bits | None:
+        """The bits that the metrics hold, if any."""
+        return next((bits for bits in _BITS if any(bits.key in row for row in self.rows)), None)
+
+    @property
+    def loss_unit(self) -> str:
+        """What the loss is measured in; empty where that is not known."""
+        return _LOSS_UNITS.get(str(self.run.get("task", "lm")), "")
 
     @property
     def step(self) -> int:
@@ -111,8 +141,8 @@ def read_records(folder: Path) -> Records:
         rows=rows,
         config=config,
         config_text=run.config_file.read_text(encoding="utf-8"),
-        run=_json_object(folder / "run.json"),
-        machine=_json_object(folder / "machine.json"),
+        run=json_object(folder / "run.json"),
+        machine=json_object(folder / "machine.json"),
         samples=_samples(run.samples),
     )
 
@@ -123,10 +153,18 @@ def _samples(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path, remedy: str = "the report can do without it: delete it and repeat") -> dict[str, Any]:
+    """A file of one JSON object; empty if there is no such file.
+
+    Args:
+        path: The file.
+        remedy: What a person can do about a damaged one.
+
+    Raises:
+        CheckpointError: It holds something else.
+    """
     if not path.exists():
         return {}
-    remedy = "the report can do without it: delete it and repeat"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -7,10 +7,14 @@ STYLE = """
   color-scheme: light dark;
   --paper: #ffffff; --tint: #f4f6f7; --line: #e3e7ea; --ink: #15191d; --soft: #5b656e; --accent: #0b7285;
   --less: #1c7ec4; --more: #dd6b20;
+  --hue1: #c2410c; --hue2: #7e22ce; --hue3: #15803d; --hue4: #a16207; --hue5: #be185d;
 }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #101418; --tint: #191f24; --line: #2a323a; --ink: #e9edf0; --soft: #9ba7b1; --accent: #4fc3d7; }
+  :root { --paper: #101418; --tint: #191f24; --line: #2a323a; --ink: #e9edf0; --soft: #9ba7b1; --accent: #4fc3d7;
+    --hue1: #ff9b61; --hue2: #c792ff; --hue3: #4ade80; --hue4: #facc15; --hue5: #ff7ab8; }
 }
+.hue1 { --accent: var(--hue1); } .hue2 { --accent: var(--hue2); } .hue3 { --accent: var(--hue3); }
+.hue4 { --accent: var(--hue4); } .hue5 { --accent: var(--hue5); }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body {
@@ -33,15 +37,17 @@ p { margin: 0; }
 .cards {
   display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 26px 32px; margin: 44px 0 0; padding: 0;
 }
-.cards div { border-top: 1px solid var(--line); padding-top: 12px; }
+.cards div { border-top: 1px solid var(--line); padding-top: 12px; display: flex; flex-direction: column; }
 .cards div:first-child { border-top-color: var(--accent); box-shadow: inset 0 1px var(--accent); }
+.cards dt { order: 1; font-size: 14px; color: var(--soft); }
 .cards dd {
-  margin: 0; font-size: 26px; line-height: 1.25; font-weight: 600; letter-spacing: -0.015em; white-space:
-  nowrap;
+  margin: 0; font-size: 26px; line-height: 1.25; font-weight: 600; letter-spacing: -0.015em; white-space: nowrap;
 }
 .cards div:first-child dd { color: var(--accent); }
-.cards dt { font-size: 14px; color: var(--soft); }
-.cards small { display: block; font-size: 13px; line-height: 1.45; color: var(--soft); margin-top: 3px; }
+.cards div .note, .cards div:first-child .note {
+  order: 2; font-size: 13px; line-height: 1.45; font-weight: 400; letter-spacing: 0; white-space: normal;
+  color: var(--soft); margin-top: 3px;
+}
 .figures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 52px 44px; }
 figure { margin: 0; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
@@ -58,6 +64,8 @@ figcaption { color: var(--soft); font-size: 14.5px; line-height: 1.5; margin-top
 }
 .key i.raw { border-top: 5px solid color-mix(in srgb, var(--accent) 35%, transparent); }
 .key i.dots { width: 8px; height: 8px; border: 0; border-radius: 50%; background: var(--ink); }
+.key i.hue1, .key i.hue4, .key i.hue5 { border-top-style: dashed; }
+.key i.hue2, .key i.hue3 { border-top-style: dotted; }
 .key i.rule { border-top: 1.5px dashed var(--ink); }
 .frame { position: relative; height: 210px; margin: 0 6px 0 46px; touch-action: pan-y; }
 .frame.tall { height: 330px; }
@@ -68,6 +76,9 @@ figcaption { color: var(--soft); font-size: 14.5px; line-height: 1.5; margin-top
 .frame path { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round; stroke-linecap: round; }
 .frame .grid { stroke: var(--line); stroke-width: 1; stroke-linecap: butt; }
 .frame .line { stroke: var(--accent); stroke-width: 2; }
+.frame .hue1 { stroke-dasharray: 7 4; } .frame .hue2 { stroke-dasharray: 2 4; }
+.frame .hue3 { stroke-dasharray: 10 4 2 4; } .frame .hue4 { stroke-dasharray: 14 4; }
+.frame .hue5 { stroke-dasharray: 4 2; }
 .frame .raw { stroke: var(--accent); stroke-width: 1; stroke-opacity: 0.3; }
 .frame .dots { stroke: var(--ink); stroke-width: 8; }
 .frame .rule {
@@ -104,6 +115,7 @@ figcaption { color: var(--soft); font-size: 14.5px; line-height: 1.5; margin-top
 }
 details .sample { border-left-color: var(--line); margin: 22px 0 0; }
 .images { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 28px; }
+.images.four { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 20px; margin-bottom: 26px; }
 .images img { display: block; width: 100%; image-rendering: pixelated; border-radius: 6px; background: var(--tint); }
 summary { cursor: pointer; color: var(--accent); font-weight: 550; padding: 6px 0; width: fit-content; }
 summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; border-radius: 4px; }
@@ -116,8 +128,14 @@ th, td {
 th { color: var(--soft); }
 tbody th { width: 30%; }
 .num tbody th { width: auto; }
-.num th, .num td { overflow-wrap: normal; }
-.num td, .num thead th:not(:first-child) { text-align: right; padding: 9px 0 9px 18px; }
+.num th, .num td { overflow-wrap: normal; white-space: nowrap; }
+.num td, .num thead th { text-align: right; padding: 9px 0 9px 18px; }
+.num td:first-child { padding-left: 0; }
+.num tbody th { color: var(--ink); }
+.num small { display: block; color: var(--soft); font-size: 13px; }
+.num .best { color: var(--accent); font-weight: 600; }
+.note { color: var(--soft); font-size: 14.5px; margin-top: 10px; max-width: 60em; }
+.scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
 .two { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 44px; }
 pre.config {
   font: 13.5px/1.65 ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: var(--tint); border-radius:
@@ -134,10 +152,13 @@ footer {
   h2 { font-size: 22px; margin: 56px 0 18px; }
   .lead { font-size: 17px; }
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 22px 20px; margin-top: 32px; }
-  .cards dd { font-size: 22px; }
+  .cards dd:not(.note) { font-size: 22px; }
   .figures, .two { grid-template-columns: minmax(0, 1fr); gap: 44px; }
   .frame.tall { height: 250px; }
   .sample { padding-left: 16px; }
+  .images.four { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
+  .num td, .num thead th { padding-left: 10px; }
+  .num td:first-child { padding-left: 0; }
   .sample pre { font-size: 16px; }
 }
 @media print { details { display: none; } h2 { break-after: avoid; } figure { break-inside: avoid; } }

@@ -1,0 +1,99 @@
+"""Pictures and coded files on the command line: found by name, folder or pattern, opened, and named when written."""
+
+from __future__ import annotations
+
+import glob
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import track
+
+from quintic.core import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["PICTURES", "find_files", "open_picture", "png_bytes", "progress", "target_paths"]
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+"""Names of pictures end so."""
+
+
+def find_files(paths: Iterable[str], suffixes: tuple[str, ...]) -> list[Path]:
+    """Files of these endings that are named, in named folders, or match a pattern; each once.
+
+    Raises:
+        DataError: Something named is not there.
+        ConfigError: Nothing is named.
+    """
+    found: dict[Path, None] = {}
+    for text in paths:
+        path = Path(text)
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.name.lower().endswith(suffixes) and p.is_file()]
+            if not inside:
+                raise DataError(f"no {' '.join(suffixes)} files in {path}")
+        elif path.exists():
+            inside = [path]
+        else:
+            inside = sorted(Path(name) for name in glob.glob(text, recursive=True))
+            if not inside:
+                raise DataError(f"no such file or folder: {text}")
+        found |= dict.fromkeys(inside)
+    if not found:
+        raise ConfigError("name at least one file, folder or pattern")
+    return list(found)
+
+
+def target_paths(files: list[Path], out: Path | None, suffix: str, overwrite: bool) -> list[Path]:
+    """Where to write what becomes of each file.
+
+    Raises:
+        ConfigError: Two have one target, or a target exists and may not be replaced.
+    """
+    if out is None:
+        targets = [path.with_suffix(suffix) for path in files]
+    elif len(files) == 1 and not out.is_dir() and out.suffix:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        targets = [out]
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        targets = [out / path.with_suffix(suffix).name for path in files]
+    if len(set(targets)) < len(targets):
+        raise ConfigError("two of the files would be written to the same place; code them apart")
+    if not overwrite and (there := next((t for t in targets if t.exists()), None)):
+        raise ConfigError(f"{there} exists; --overwrite replaces it")
+    return targets
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture, upright.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened)
+    except (UnidentifiedImageError, SyntaxError, OSError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read {path} as a picture: {error}") from error
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """A picture as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def progress(items: list[Any], words: str) -> Iterable[Any]:
+    """The items, with a bar on standard error where that is a terminal."""
+    console = Console(stderr=True)
+    if len(items) < 2 or not console.is_terminal:
+        return items
+    return track(items, words, console=console, transient=True)

@@ -1,0 +1,220 @@
+"""The door: help with examples, exit codes, JSON, pipes, colours, completion; and no traceback for a user."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from quintic.cli.app import EXIT_CODES, app, main
+
+SMALL = ["--size", "tiny", "engine.steps=2", "lm.num_layers=2"]
+TEXT = "the whale swam under the ship and the captain looked at the sea.\n" * 40
+
+
+def verbs(commands=app, before=()):
+    """Every verb with the words that call it."""
+    found = {}
+    for name in commands:
+        if not name.startswith("-"):
+            words = (*before, name)
+            if commands[name].default_command is not None:
+                found[words] = commands[name]
+            found |= verbs(commands[name], words)
+    return found
+
+
+def quintic(*arguments):
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code or 0
+
+
+def process(*arguments, **options):
+    settings = {"env": {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}}
+    return subprocess.Popen([sys.executable, "-m", "quintic", *map(str, arguments)], **settings, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("door")
+    (folder / "book.txt").write_text(TEXT, encoding="utf-8")
+    assert quintic("train", folder / "book.txt", *SMALL, "--out", folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("words", verbs(), ids=" ".join)
+def test_help_of_every_verb_shows_examples_that_parse(words, capsys):
+    assert quintic(*words, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.replace("\n", " ").split())
+    assert f"Usage: quintic {' '.join(words)}" in shown
+    examples = re.findall(r"^\s*(?:Example: )?(quintic .*|torchrun .*)$", verbs()[words].default_command.__doc__, re.M)
+    assert examples and any(example.startswith(f"quintic {' '.join(words)}") for example in examples)
+    for example in examples:
+        assert " ".join(example.split()) in shown
+        tokens = shlex.split(example.split("-m quintic ")[-1].removeprefix("quintic "))
+        app.parse_args(tokens, exit_on_error=False, print_error=False)
+
+
+def test_help_names_every_verb_and_every_exit_code(capsys):
+    assert quintic("--help") == 0
+    shown = capsys.readouterr().out
+    for words in verbs():
+        assert re.search(rf"│ {words[0]} ", shown), words
+    for code in EXIT_CODES:
+        assert re.search(rf"^ +{code}  ", shown, re.M), code
+
+
+def test_exit_code_1_where_training_cannot_go_on(run, tmp_path, capsys):
+    book = run.parent / "book.txt"
+    assert quintic("train", book, *SMALL, "engine.steps=9", "optim.lr=1e30", "--out", tmp_path / "wild") == 1
+    assert "stopped: " in capsys.readouterr().err
+
+
+def test_exit_code_2_for_what_a_user_can_mend(capsys):
+    for arguments in (["trian"], ["train", "--sizee", "tiny"], ["report"], ["report", "nowhere"]):
+        assert quintic(*arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.err and not captured.out, arguments
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signals")
+def test_exit_code_130_after_ctrl_c(run):
+    # More than a minute of text.
+    asked = process("generate", run, "--max-tokens", 10**6, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert asked.stdout.read(1)
+    time.sleep(0.2)
+    asked.send_signal(signal.SIGINT)
+    _, errors = asked.communicate(timeout=60)
+    assert asked.returncode == 130 and errors.decode().split("; ")[0].strip() == "interrupted"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["codec", "encode", "--help"], ["roles", "--size", "tiny"], ["generate", "RUN"]]
+)
+def test_exit_code_141_when_the_reader_goes_away(run, arguments):
+    arguments = [run if word == "RUN" else word for word in arguments]
+    told = process(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    told.stdout.close()  # as head does when it has seen enough
+    errors = told.stderr.read()
+    assert told.wait(60) == 141 and errors == b""
+
+
+def test_json_where_a_script_wants_it(run, tmp_path, capsys):
+    def asked(*arguments):
+        assert quintic(*arguments, "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    found = asked("doctor")
+    assert found["versions"]["torch"] and found["matmul_gflops"] > 0 and found["cpu_count"] >= 1
+    assert found["cache"]["folder"] == os.environ["QUINTIC_CACHE"] and found["cache"]["bytes"] > 0
+    rows = asked("roles", "--size", "tiny")
+    (row,) = [row for row in rows if row["name"] == "embedding.weight"]
+    assert (row["shape"], row["role"], row["algorithm"]) == ([264, 64], "embedding", "adamw")
+    assert asked("plan", "--size", "tiny")["tokens_per_step"] > 100
+    found = asked("evaluate", run, run.parent / "book.txt")
+    assert found["run"] == str(run) and found["bits_per_byte"] > 0 and found["loss"] > 0
+    found = asked("verify-resume", run, "--steps", "2", "--cut", "1")
+    assert found["exact"] is True and found["differences"] == [] and found["tensors"] > 10
+
+
+def test_doctor_says_what_there_is_and_how_to_clear_the_cache(capsys):
+    assert quintic("doctor") == 0
+    shown = capsys.readouterr().out
+    for word in ("quintic", "torch", "tensorboard", "cores", "memory", "instructions", "matrix product", "GFLOP/s"):
+        assert re.search(rf"^.*{word}", shown, re.M), word
+    (command,) = re.findall("safe to delete: (.*)", shown)
+    assert os.environ["QUINTIC_CACHE"] in command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "RUN", "--prompt", "a\udcff"], "--prompt is not UTF-8 text"),
+        (["generate", "RUN", "--class", "3"], "--class has no meaning for a run of task lm"),
+        (["plan", "--ranks", "0"], "--ranks must be at least 1, found 0"),
+        (["plan", "--tokens", "-1"], "--tokens must be 0 or more, found -1"),
+        (["race", "BOOK", "--out", "OUT", "--lr", "0"], "--lr must be above 0, found 0"),
+        (["race", "BOOK", "--out", "OUT", *SMALL, "--lr", "0.01", "--seeds", "1", "data.validation_fraction=0"],
+         "keep data.validation_fraction above 0"),
+        (["codec", "encode", "x.png", "--target-bytes", "-5"], "a file has at least 1 byte, found -5"),
+        (["codec", "eval", "x.png", "--limit", "0"], "--limit must be at least 1"),
+        (["resume", "FOREIGN"], "lacks 'task'"),
+        (["verify-resume", "FOREIGN"], "lacks 'task'"),
+        (["report", "FILE/x"], "does not exist"),
+        (["export", "RUN", "FILE/x"], "File exists"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_a_line_and_no_traceback(run, tmp_path, capsys, arguments, message):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.toml").write_text("", encoding="utf-8")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    places = {"RUN": run, "BOOK": run.parent / "book.txt", "OUT": tmp_path / "out", "FOREIGN": tmp_path / "foreign"}
+    arguments = [str(places.get(word, word)).replace("FILE", str(tmp_path / "file")) for word in arguments]
+    assert quintic(*arguments) == 2
+    errors = " ".join(capsys.readouterr().err.split())
+    assert message in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("task", ["lm", "tarflow", "ddpm"])
+def test_roles_of_every_task(task, capsys):
+    assert quintic("roles", "--task", task, "--size", "tiny") == 0
+    assert re.search(r"total: [\d,]+ parameters, .* under Muon", capsys.readouterr().out)
+
+
+def test_a_terminal_that_cannot_show_a_letter_gets_a_question_mark(run):
+    told = process("generate", run, "--prompt", "Ahab \u2014 the", "--max-tokens", 3, stdout=subprocess.PIPE,
+                   stderr=subprocess.PIPE, env={"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    output, errors = told.communicate(timeout=60)
+    assert told.returncode == 0 and output.startswith(b"Ahab ? the") and not errors
+
+
+def in_terminal(*arguments, **environment):
+    """What a command writes to a terminal."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    clean = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    started = subprocess.Popen(
+        [sys.executable, "-m", "quintic", *arguments], stdout=theirs, stderr=theirs, stdin=theirs,
+        env={**clean, "TERM": "xterm-256color", **environment},
+    )  # fmt: skip
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        written += part
+    os.close(ours)
+    started.wait(60)
+    return written.decode()
+
+
+def test_colours_are_for_terminals_and_can_be_refused(capsys):
+    colour = re.compile(r"\x1b\[[\d;]*3[0-8][\d;]*m")
+    assert colour.search(in_terminal("report", "nowhere"))
+    assert not colour.search(in_terminal("report", "nowhere", NO_COLOR="1"))
+    assert quintic("report", "nowhere") == 2 and quintic("--help") == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.err + captured.out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_the_verbs_and_options(shell, tmp_path):
+    script = app.generate_completion(shell=shell)
+    for word in ("verify-resume", "generate", "codec", "target-bytes", "max-tokens"):
+        assert word in script, word
+    home = {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path / "share"), "SHELL": f"/bin/{shell}"}
+    told = process("--install-completion", "--shell", shell, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=home)
+    output, _ = told.communicate(timeout=60)
+    assert told.returncode == 0, output
+    assert any("quintic" in path.name for path in tmp_path.rglob("*"))
