@@ -1,5 +1,6 @@
 """Skeletons: matrices from a few of their own columns and rows (posts kexue.fm/archives/10407, 10427, 10501, 10662)."""
 
+from quintic.lowrank.attention import NystromAttention, nystrom_attention
 from quintic.lowrank.compression import CompressedLayer, Compression, compress, load_compressed
 from quintic.lowrank.factored import FactoredLinear
 from quintic.lowrank.interpolation import Interpolation, interpolative
@@ -23,6 +24,7 @@ __all__ = [
     "FactoredLinear",
     "Interpolation",
     "Nystrom",
+    "NystromAttention",
     "OnePass",
     "ProductSkeleton",
     "RowBlocks",
@@ -34,6 +36,7 @@ __all__ = [
     "interpolative",
     "load_compressed",
     "nystrom",
+    "nystrom_attention",
     "read_once",
     "select_columns",
     "select_rows",
