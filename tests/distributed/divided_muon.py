@@ -3,6 +3,7 @@
 import sys
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,16 +72,64 @@ def check(ranks, dtype, tolerance, **options):
         assert abs(float(optimizers[0].cap_factor) - float(optimizers[1].cap_factor)) < 1e-9
 
 
-class Counted(TorchDispatchMode):
-    """Bytes that gathers bring to this process."""
+def check_owners(ranks, dtype, tolerance, **options):
+    """Owners and gathering take the same steps."""
+    models = []
+    for distributed in ("gather", "owner"):
+        torch.manual_seed(0)
+        model = Model(dtype)
+        divide_(model, ranks)
+        optimizer = Muon(model, lr=0.02, distributed=distributed, **options)
+        for _ in range(3):
+            gradients = {name: torch.randn(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+            step(model, optimizer, GradientClipping("none"), gradients)
+        models.append(model)
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(
+            local(q), local(p), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
-    bytes = 0
+
+class Counted(TorchDispatchMode):
+    """Bytes of matrices that come to this process from others, by collective."""
+
+    def __init__(self, shards):
+        super().__init__()
+        self.shards, self.bytes = shards, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if "all_gather" in str(func):
-            self.bytes += out.numel() * out.element_size()
+        name = func.name()
+        if "all_gather" in name and isinstance(out, torch.Tensor):
+            self.add("gather", out.numel() * out.element_size() * (self.shards - 1) // self.shards)
+        elif "alltoall_base" in name:
+            received, _, _, sizes = args[:4]
+            others = sum(sizes) - sizes[dist.get_rank() % self.shards]
+            self.add("all-to-all", others * received.element_size())
         return out
+
+    def add(self, kind, number):
+        self.bytes[kind] = self.bytes.get(kind, 0) + number
+
+
+class Equal(nn.Module):
+    """Eight equal matrices, so that nothing is padded and the owners' shares are even."""
+
+    def __init__(self):
+        super().__init__()
+        for i in range(8):
+            setattr(self, f"w{i}", nn.Parameter(torch.randn(16, 16)))
+            declare(self, f"w{i}", Role.MATRIX, Normal(1.0))
+
+
+def count(model, ranks, shards, distributed):
+    """Bytes received by this process in one step of Muon."""
+    divide_(model, ranks)
+    optimizer = Muon(model, lr=0.02, distributed=distributed)
+    gradients = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
+    with Counted(shards) as counted:
+        step(model, optimizer, GradientClipping("none"), gradients)
+    return counted.bytes
 
 
 def main():
@@ -95,21 +144,34 @@ def main():
         check(ranks, torch.float32, 1e-5)
         check(ranks, torch.bfloat16, 2e-2)
 
+        check_owners(ranks, f64, 1e-10)
+        check_owners(ranks, f64, 1e-10, decay="spectral")
+        check_owners(ranks, torch.bfloat16, 2e-2)
+        check(ranks, f64, 1e-10, distributed="gather")
+
         # Only matrices travel, once each; stacks divided by expert stay.
-        torch.manual_seed(0)
-        model = Model(torch.float32)
-        divide_(model, ranks)
-        optimizer, clip = Muon(model, lr=0.02), GradientClipping("none")
-        gradients = {name: torch.randn(p.shape) for name, p in model.named_parameters()}
-        step(model, optimizer, clip, gradients)
-        with Counted() as counted:
-            step(model, optimizer, clip, gradients)
-        if int(sys.argv[1]) > 1:
-            moved = ("odd", "wide", "fused", "columns", "few")
-            most = sum(4 * (p.numel() + 4 * p[0].numel()) for name, p in model.named_parameters() if name in moved)
-            assert 0 < counted.bytes <= most, (counted.bytes, most)  # rows are padded to equal shards
+        shards = int(sys.argv[1])
+        gathered = count(Model(torch.float32), ranks, shards, "gather")
+        owned = count(Model(torch.float32), ranks, shards, "owner")
+        if shards > 1 and ranks.mesh is not None:
+            moved = [
+                p
+                for name, p in Model(torch.float32).named_parameters()
+                if name in ("odd", "wide", "fused", "columns", "few")
+            ]
+            assert set(gathered) == {"gather"} and set(owned) == {"all-to-all"}, (gathered, owned)
+            most = sum(4 * (p.numel() + shards * p[0].numel()) for p in moved)  # rows are padded to equal shards
+            assert 0 < gathered["gather"] <= most, (gathered, most)
+            sum_of_all = torch.tensor(owned["all-to-all"])
+            dist.all_reduce(sum_of_all, group=ranks.mesh["shard"].get_group())
+            assert sum_of_all <= 2 * 4 * sum(p.numel() for p in moved)  # there and back, uneven parts unpadded
+
+            # AdamW reduces gradients and gathers weights, (S-1)/S of all bytes each.
+            adamw = 2 * 4 * 8 * 256 * (shards - 1) / shards
+            ratios = {how: 1 + sum(count(Equal(), ranks, shards, how).values()) / adamw for how in ("gather", "owner")}
+            assert ratios == {"gather": 1.5, "owner": 1 + 1 / shards}, ratios
         if ranks.is_main:
-            print("all agree", counted.bytes)
+            print("all agree", gathered, owned)
 
 
 if __name__ == "__main__":

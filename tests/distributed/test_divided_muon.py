@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from quintic.core import ConfigError
+from quintic.optim import Muon
 
 
-@pytest.mark.parametrize(("ranks", "shards"), [(2, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("ranks", "shards"), [(2, 2), (2, 1), (4, 2), (4, 4)])
 def test_divided_and_whole_agree(ranks, shards):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
@@ -16,3 +20,8 @@ def test_divided_and_whole_agree(ranks, shards):
         capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0 and "all agree" in done.stdout, done.stderr[-3000:]
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(ConfigError, match="unknown distributed 'owners'; did you mean 'owner'"):
+        Muon([torch.nn.Parameter(torch.zeros(2, 2))], distributed="owners")

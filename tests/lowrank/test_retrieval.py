@@ -113,6 +113,26 @@ def test_items_come_and_go():
     assert len(index) == 70 and index.search(ask).scored.equal(CurIndex(S[:50, :70], noise=1e-3).search(ask).scored)
 
 
+def test_proposed_items_take_the_place_of_the_skeleton():
+    """Of a cheap search that is mostly right: together better than either."""
+    S = scores(150, 800, rank=20, noise=0.5, seed=2)
+    index, truth = CurIndex(S[:100], first=0.5), S[100:]
+    cheap = truth + 2.0 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0), dtype=truth.dtype)
+
+    def share(asked):
+        return sum(
+            len(set(a.tolist()) & set(row.topk(10).indices.tolist())) for a, row in zip(asked, truth, strict=True)
+        )
+
+    both = [
+        index.search(lambda items, r=row: r[items], proposed=c.topk(99).indices)
+        for row, c in zip(truth, cheap, strict=True)
+    ]
+    assert all(f.scored[:25].equal(c.topk(99).indices[:25]) and f.calls == 50 for f, c in zip(both, cheap, strict=True))
+    alone = [index.search(lambda items, r=row: r[items]).scored for row in truth]
+    assert share([f.scored for f in both]) > max(share(alone), share([c.topk(50).indices for c in cheap]))
+
+
 def test_several_queries():
     S = scores(60, 100)
     index = CurIndex(S[:50])
@@ -147,8 +167,12 @@ def test_bad_numbers_are_named():
         CurIndex(S, rounds=0)
     with pytest.raises(ConfigError, match="noise"):
         CurIndex(S, noise=-1.0)
-    with pytest.raises(DataError, match="numbered 0 to 29"):
+    with pytest.raises(ConfigError, match="numbered 0 to 29"):
         index.remove_items([30])
+    with pytest.raises(ConfigError, match="no item would be left"):
+        index.remove_items(range(30))
+    with pytest.raises(ConfigError, match="different items"):
+        index.search(lambda items: S[0][items], proposed=torch.tensor([1, 1]))
     with pytest.raises(DataError, match="new items"):
         index.add_items(S[:5])
 

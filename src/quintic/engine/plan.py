@@ -7,10 +7,11 @@ block at a time. Per step a rank sends, with P parameters (in elements):
     gather of the weights, forward and backward      2 (S-1)/S P   in the compute dtype, once per micro-batch
     sum of the gradients over the shards               (S-1)/S P   in float32, once per micro-batch
     sum of the gradients over the replicas      2 (R-1)/R P / S    in float32
-    Muon: matrices whole for their msign               (S-1)/S P2  in float32, P2 without expert stacks, which are
+    Muon: matrices to their owners and back        2 (S-1)/S^2 P2  in float32, P2 without expert stacks, which are
                                                                    sharded by expert and stay where they are
 
-so Muon adds at most the share P2 / (3 P) to the volume of AdamW. Activations are an estimate, tested to a quarter.
+so with one micro-batch in float32 Muon adds 2 P2 / (3 S P) to the volume of AdamW. Activations
+are an estimate, tested to a quarter.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def make_plan(
     tables = sum(n for name, n in sizes.items() if found[name].role in (Role.EMBEDDING, Role.HEAD))
     under_muon = {row.name for row in route(model) if row.algorithm == "muon"} if optimizer == "muon" else set()
     muon = sum(sizes[name] for name in under_muon)
-    gathered_by_muon = sum(sizes[name] for name in under_muon if found[name].role is not Role.EXPERT_STACK)
+    owned_by_muon = sum(sizes[name] for name in under_muon if found[name].role is not Role.EXPERT_STACK)
     largest = max(_block_sizes(model), default=total)
     replicas = ranks // shards
     tokens = micro_batch * tokens_per_example
@@ -161,7 +162,7 @@ def make_plan(
         {
             "weights": int(2 * share * total * compute_bytes * micro_batches),
             "gradients": int(share * total * 4 * micro_batches + 2 * (replicas - 1) / replicas * total / shards * 4),
-            "muon": int(share * gathered_by_muon * 4),
+            "muon": int(2 * share / shards * owned_by_muon * 4),
         },
         examples_per_step * tokens_per_example,
         micro_batch,

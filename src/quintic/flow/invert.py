@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError
-from quintic.flow.folded import FoldedBlock
+from quintic.flow.folded import FoldedBlock, Room
 from quintic.flow.guidance import Guidance
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Workspace:
         heads = arguments["width"] // arguments["head_width"]
         weight = model.stack[0].position
         shape = (arguments["layers"], 3, batch * (2 if self.guidance else 1), heads, model.tokens)
-        self.room = torch.empty(*shape, arguments["head_width"], dtype=weight.dtype, device=weight.device)
+        self.room = Room(torch.empty(*shape, arguments["head_width"], dtype=weight.dtype, device=weight.device))
         self.mask = torch.ones(model.tokens, model.tokens, dtype=torch.bool, device=weight.device).tril()
         self.weights = torch.empty(0)
         if self.guidance:

@@ -131,7 +131,7 @@ def _sweep_costs(workspace: Workspace, block: FlowBlock, x_bnd: Tensor) -> tuple
     Widths whose two sweeps, the least that guessing takes, cost more than the sequential inverse are left out.
     """
     folded = workspace.fold(block)
-    workspace.room.zero_()
+    workspace.room.array.zero_()
     last = x_bnd.shape[1] - 1
     found: dict[int, float] = {}
     for width in sorted({1, *(w for w in _WINDOWS if w < last), last}):

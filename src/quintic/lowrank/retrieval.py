@@ -124,23 +124,27 @@ class CurIndex:
         settings = f"first={self.first:g}, rounds={self.rounds}, noise={self.noise:.3g}"
         return f"CurIndex({n} items, {q} anchor queries, {settings})"
 
-    def search(self, scorer: Callable[[Tensor], Any], k: int = 10, budget: int = 50) -> SearchResult:
+    def search(
+        self, scorer: Callable[[Tensor], Any], k: int = 10, budget: int = 50, *, proposed: Tensor | None = None
+    ) -> SearchResult:
         """The best k items of one query.
 
         Args:
             scorer: Exact scores of the items whose numbers (m,) int64 it is given, (m,).
             k: How many are wanted.
             budget: Exact scores that may be asked for; of all items if there are fewer.
+            proposed: Items (p,) int64 that a cheaper search holds for good, say a bi-encoder, best first; they are
+                scored in the place of the skeleton, as many as its part of the budget.
 
         Raises:
-            ConfigError: k is not in 1 .. budget.
+            ConfigError: k is not in 1 .. budget, or proposed items do not exist or come twice.
             DataError: The scorer gives another number of scores, or ones that are not finite.
         """
         budget = min(budget, len(self))
         if not 1 <= k <= budget:
             raise ConfigError(f"k must lie between 1 and the {budget} scores that may be asked for, found {k}")
         start = max(1, round(self.first * budget))
-        scored = self.skeleton(start)
+        scored = self.skeleton(start) if proposed is None else self._checked(proposed)[:start]
         exact = _ask(scorer, scored, self.mean)
         predicted = self.predict(scored, exact)
         for left in range(self.rounds, 0, -1):
@@ -160,6 +164,16 @@ class CurIndex:
     ) -> list[SearchResult]:
         """:meth:`search` for each of several queries, with a scorer of (query, item numbers)."""
         return [self.search(lambda items, query=query: scorer(query, items), k, budget) for query in queries]
+
+    def _checked(self, items: Tensor) -> Tensor:
+        items = torch.as_tensor(items, dtype=torch.int64, device=self.mean.device)
+        if items.ndim != 1 or not len(items) or len(items.unique()) < len(items):
+            raise ConfigError(f"expected one or more different items, found {tuple(items.shape)}")
+        if int(items.min()) < 0 or int(items.max()) >= len(self):
+            raise ConfigError(
+                f"items are numbered 0 to {len(self) - 1}, found {int(items.min())} to {int(items.max())}"
+            )
+        return items
 
     def skeleton(self, size: int) -> Tensor:
         """The first items that every query is scored with, (size,) int64; chosen once, at most one per anchor query."""
@@ -193,16 +207,13 @@ class CurIndex:
         """Take items away; those behind them move up. The skeleton is chosen anew.
 
         Raises:
-            DataError: There is no such item, or none would be left.
+            ConfigError: There is no such item, one is named twice, or none would be left.
         """
-        gone = torch.as_tensor(items, dtype=torch.int64)
-        if len(gone) and (int(gone.min()) < 0 or int(gone.max()) >= len(self)):
-            raise DataError(f"items are numbered 0 to {len(self) - 1}, found {int(gone.min())} to {int(gone.max())}")
-        keep = torch.ones(len(self), dtype=torch.bool)
-        keep[gone] = False
+        keep = torch.ones(len(self), dtype=torch.bool, device=self.mean.device)
+        keep[self._checked(torch.as_tensor(items))] = False
         if not keep.any():
-            raise DataError("no item would be left")
-        self._set(self.anchor_scores[:, keep.to(self.anchor_scores.device)])
+            raise ConfigError("no item would be left")
+        self._set(self.anchor_scores[:, keep])
 
     def save(self, path: Path | str) -> None:
         """Write the index as one safetensors file. The rule must be one that has a name."""

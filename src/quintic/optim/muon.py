@@ -32,7 +32,7 @@ from quintic.optim.groups import check_group, groups_of, matrices_in, name_of, w
 from quintic.optim.matrices import Piece, chunks, pieces_of, update_matrices
 from quintic.optim.nonfinite import NONFINITE, any_nonfinite, sift_nonfinite_
 from quintic.optim.routing import RoleTable, roles
-from quintic.optim.sharded import gather, holds_whole_matrices, local, scatter_
+from quintic.optim.sharded import DISTRIBUTED, Divided, assemble, holds_whole_matrices, local, scatter_
 from quintic.optim.split import Part
 
 __all__ = ["Muon"]
@@ -84,6 +84,8 @@ class Muon(torch.optim.Optimizer):
         ns_dtype: Dtype of msign's products; ``None`` picks by capability.
         adamw_betas: AdamW's decay rates.
         adamw_eps: AdamW's epsilon.
+        distributed: How msign of matrices divided among processes (DTensor) is taken: ``owner`` (each by one process,
+            two all-to-alls) or ``gather`` (by all), see :mod:`quintic.optim.sharded`. The results are the same.
         maximize: Ascend.
         nonfinite: What a step does if a gradient is NaN or infinite: ``skip`` (all of it), ``skip-parameter``,
             ``raise`` or ``propagate``, see :mod:`quintic.optim.nonfinite`.
@@ -132,6 +134,7 @@ class Muon(torch.optim.Optimizer):
         ns_dtype: torch.dtype | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
+        distributed: str = "owner",
         maximize: bool = False,
         nonfinite: str = "skip",
         strict: bool = False,
@@ -150,8 +153,11 @@ class Muon(torch.optim.Optimizer):
             raise ConfigError(f"cap = {cap}; expected a positive number, or None for no cap")
         if nonfinite not in NONFINITE:
             raise ConfigError(f"unknown nonfinite {nonfinite!r}{suggest(nonfinite, NONFINITE)}")
+        if distributed not in DISTRIBUTED:
+            raise ConfigError(f"unknown distributed {distributed!r}{suggest(distributed, DISTRIBUTED)}")
         self.roles = None
         self.cap = cap
+        self.distributed = distributed
         self.nonfinite = nonfinite
         self._skipped: Tensor | None = None
         self._cap_factor: Tensor | None = None
@@ -259,35 +265,37 @@ class Muon(torch.optim.Optimizer):
     def _muon(self, active: list[tuple[dict[str, Any], list[Tensor]]], bad: Tensor) -> None:
         """Update matrices, all of one shape and with the same settings at a time."""
         buckets: dict[Any, tuple[dict[str, Any], list[Piece]]] = {}
-        scattered = []
+        ready: list[tuple[dict[str, Any], dict[str, Any], Tensor, Sequence[Tensor]]] = []
+        divided: list[Divided] = []
         for group, params in active:
-            own_key = _key(group)
             for p in params:
                 assert p.grad is not None
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = new_state(p)
                 tensors = (p.detach(), p.grad, state["momentum_buffer"])
-                settings = group
                 if holds_whole_matrices(p):
-                    tensors = tuple(local(t) for t in tensors)
+                    ready.append((group, group, p, [local(t) for t in tensors]))
                 else:
-                    settings, *tensors = gather(group, *tensors, bad)
-                    scattered.append((group, p, tensors[0]))
-                if not tensors[0].numel():
-                    continue  # all of it lies with other processes
-                key = own_key if settings is group else _key(settings)
-                views = (matrices_in(group, t) for t in tensors)
-                for i, (part, gradient, average) in enumerate(zip(*views, strict=True)):
-                    shape = (part.n, part.m, part.tensor.device, average.tensor.dtype)
-                    top = _top_space(settings, state, i, part)
-                    pieces = buckets.setdefault((*shape, key), (settings, []))[1]
-                    pieces.extend(pieces_of(part, gradient, average, top))
+                    divided.append(Divided(group, p, *tensors[1:]))
+        gathered = assemble(divided, bad, self.distributed)
+        for (group, p, *_), stand_in in zip(divided, gathered, strict=True):
+            if stand_in is not None:
+                ready.append((group, stand_in.group, p, stand_in[1:]))
+        for group, settings, p, tensors in ready:
+            if not tensors[0].numel():
+                continue  # all of it lies with other processes
+            key, state = _key(settings), self.state[p]
+            views = (matrices_in(group, t) for t in tensors)
+            for i, (part, gradient, average) in enumerate(zip(*views, strict=True)):
+                shape = (part.n, part.m, part.tensor.device, average.tensor.dtype)
+                top = _top_space(settings, state, i, part)
+                pieces = buckets.setdefault((*shape, key), (settings, []))[1]
+                pieces.extend(pieces_of(part, gradient, average, top))
         for group, pieces in buckets.values():
             for chunk in chunks(pieces):
                 update_matrices(group, chunk, bad)
-        for group, p, result in scattered:
-            scatter_(group, p, result, bad)
+        scatter_(divided, [each and each.weights for each in gathered], bad, self.distributed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state dict; tensors are copied, in the dtype in which they were saved.
@@ -328,7 +336,14 @@ class Muon(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         counts = {"_skipped": self._skipped, "_cap_factor": self._cap_factor}
-        return {**super().__getstate__(), "roles": self.roles, "cap": self.cap, "nonfinite": self.nonfinite, **counts}
+        return {
+            **super().__getstate__(),
+            "roles": self.roles,
+            "cap": self.cap,
+            "nonfinite": self.nonfinite,
+            "distributed": self.distributed,
+            **counts,
+        }
 
 
 def _key(group: dict[str, Any]) -> tuple[Any, ...]:
