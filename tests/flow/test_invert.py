@@ -62,6 +62,17 @@ def test_every_method_gives_the_slow_inverse(make_flow, method, guidance):
     assert all(r.residual is not None and not r.finished_sequentially for r in inversion.blocks)
 
 
+@pytest.mark.parametrize("method", ["sequential", "window:3"])
+@pytest.mark.parametrize("guidance", [None, Guidance(0.7, temperature=0.5)])
+@pytest.mark.parametrize(("head_width", "n"), [(8, 1), (16, 1), (16, 2), (16, 5)])
+def test_every_way_to_lay_out_keys_gives_the_slow_inverse(make_flow, head_width, n, guidance, method):
+    flow = make_flow((1, 6, 6), num_classes=3, head_width=head_width)
+    z, labels = latents(flow, n), torch.arange(n) % 3
+    found, inversion = flow.decode(z, labels, method=method, guidance=guidance, certify=True)
+    assert (to_tokens(found, flow.patch) - slow_inverse(flow, z, labels, guidance)).abs().max() < 1e-9
+    assert not any(r.finished_sequentially for r in inversion.blocks)
+
+
 @settings(max_examples=15, deadline=None)
 @given(window=st.integers(1, 11), n=st.integers(1, 5), seed=st.integers(0, 99), coarse=st.booleans())
 def test_any_window_and_any_tolerance_ends_within_its_certificate(window, n, seed, coarse):

@@ -3,9 +3,9 @@
 What can be computed once is: gains and shifts of norms and 1 / sqrt(head width) are multiplied into the matrices behind
 them, and matrices lie as the product wants them. GELU is u (1 + erf u) with u = x / sqrt(2), its factors in the
 matrices too. With one head the mixing matrix goes into the values, whose weights sum to 1, and its bias with it. Keys
-and values of earlier tokens lie in one preallocated array that all blocks use in turn (queries too, where they are of no use, so that a step writes
-but once); the views of it that a step of one token needs are made at the first block and kept with it. Nothing is kept on the model: two samplings may run at once,
-and an exception leaves no trace.
+and values of earlier tokens lie in one preallocated array that all blocks use in turn (queries too, where they are of
+no use, so that a step writes but once); the views of it that a step needs are made once and kept with it. Nothing is
+kept on the model: two samplings may run at once, and an exception leaves no trace.
 
 Shapes: b batch (with guidance twice the images: with class, then without), k tokens of a step, n of the image, w width,
 h heads, e = w / h.
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from quintic.flow.block import FlowBlock, Layer, Linear
 
 __all__ = ["FoldedBlock", "Room"]
+
+_BY_TOKEN = 4
+"""Rows of a batch up to which a room lies token by token."""
 
 
 class _FoldedLayer(NamedTuple):
@@ -67,22 +70,45 @@ class Room:
     """Queries, keys and values of all tokens, for one block at a time.
 
     Args:
-        array: (layers, 3, b, h, n, e); what is in it is overwritten.
+        layers: Of a block.
+        b: Rows of a batch.
+        heads: Of a layer.
+        n: Tokens.
+        e: Numbers of a head.
+        like: Has the precision and the device.
     """
 
-    def __init__(self, array: Tensor) -> None:
-        self.array = array
-        self.layers = [(three, *three.flatten(1, 2).unbind(0)) for three in array]
+    def __init__(self, layers: int, b: int, heads: int, n: int, e: int, like: Tensor) -> None:
+        # The array is (layers, 3, b, h, n, e) either way. The numbers of a token side by side let a product write them
+        # in place; in larger batches the keys of an image had better lie side by side.
+        self.by_token = b == 1 or (heads == 1 and b <= _BY_TOKEN)
+        if self.by_token:
+            self.array = like.new_empty(layers, n, b, 3, heads, e).permute(0, 3, 2, 4, 1, 5)
+        else:
+            self.array = like.new_empty(layers, 3, b, heads, n, e)
+        self.layers = [(three, *three.flatten(1, 2).unbind(0)) for three in self.array]
         self._places: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
 
     def at(self, token: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """By layer, for a step of one token: where it goes (3, b, h, e), its query, all keys and all values."""
+        """By layer, for a step of one token: where it goes, its query, all keys and all values.
+
+        Where it goes is (b, 3 w) in a room that lies token by token, else (b, 3, h, e).
+        """
         if token not in self._places:
             self._places[token] = [
-                (room.select(3, token), q.narrow(1, token, 1), k.narrow(1, 0, token + 1).mT, v.narrow(1, 0, token + 1))
+                (
+                    self._place(room, token),
+                    q.narrow(1, token, 1),
+                    k.narrow(1, 0, token + 1).mT,
+                    v.narrow(1, 0, token + 1),
+                )
                 for room, q, k, v in self.layers
             ]
         return self._places[token]
+
+    def _place(self, room: Tensor, token: int) -> Tensor:
+        place = room.select(3, token).transpose(0, 1)
+        return place.view(len(place), -1) if self.by_token else place
 
 
 class FoldedBlock:
@@ -116,33 +142,40 @@ class FoldedBlock:
 
         Keys and values of tokens before ``start`` are those of earlier calls; those of the given ones are stored.
         """
-        b, k, d = x_bkd.shape
-        if k == 1:
-            out = self._step(x_bkd.select(1, 0), start).unsqueeze(1)
-        else:
-            out = self._window(x_bkd, start)
+        d = x_bkd.shape[2]
+        out = self._window(x_bkd, start)
         if self.volume_preserving:
             return out, None
         return out.narrow(2, d, d), out.narrow(2, 0, d)
 
-    def _step(self, x_bd: Tensor, start: int) -> Tensor:
-        """One token: as few operations as it takes, since each costs more than its arithmetic at small batches."""
+    def step(self, x_bd: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
+        """mu and alpha (b, d) of token ``start + 1`` from token ``start``; see :meth:`coefficients`.
+
+        As few operations as it takes, since each costs more than its arithmetic at small batches.
+        """
         b, width, heads = len(x_bd), self.width, self.heads
         h = torch.addmm(self.starts[start], x_bd, self.enter)
+        h_b1w = h.unsqueeze(1)
         for layer, (place, query, keys, values) in zip(self.layers, self.room.at(start), strict=True):
             normed = torch.layer_norm(h, (width,), None, None, layer.eps)
-            qkv = torch.addmm(layer.qkv_bias, normed, layer.qkv).view(b, 3, heads, -1)
+            if self.room.by_token:
+                torch.addmm(layer.qkv_bias, normed, layer.qkv, out=place)
+            else:
+                place.copy_(torch.addmm(layer.qkv_bias, normed, layer.qkv).view(b, 3, heads, -1))
             if self.temperature != 1.0:
-                qkv[b // 2 :, 0] /= self.temperature
-            place.copy_(qkv.transpose(0, 1))
+                query[len(query) // 2 :] /= self.temperature
             # All keys are earlier ones: two products are quicker than the fused kernel.
             weights = torch.softmax(torch.bmm(query, keys), -1)
             if layer.mix is None:
-                h.unsqueeze(1).baddbmm_(weights, values)
+                h_b1w.baddbmm_(weights, values)
             else:
                 h.add_(layer.mix_bias).addmm_(torch.bmm(weights, values).view(b, width), layer.mix)
             self._feed_forward_(h, layer)
-        return torch.addmm(self.leave_bias, h, self.leave)
+        out = torch.addmm(self.leave_bias, h, self.leave)
+        if self.volume_preserving:
+            return out, None
+        alpha, mu = out.chunk(2, 1)
+        return mu, alpha
 
     def _window(self, x_bkd: Tensor, start: int) -> Tensor:
         """Some tokens side by side."""
@@ -162,7 +195,7 @@ class FoldedBlock:
             if layer.mix is None:
                 h.add_(mixed.reshape(b * k, width))
             else:
-                mixed = mixed.view(b, self.heads, k, -1).transpose(1, 2)
+                mixed = mixed.reshape(b, self.heads, k, -1).transpose(1, 2)
                 h.add_(layer.mix_bias).addmm_(mixed.reshape(b * k, width), layer.mix)
             self._feed_forward_(h, layer)
         return torch.addmm(self.leave_bias, h, self.leave).view(b, k, -1)

@@ -14,6 +14,7 @@ not, the block is inverted again token by token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from quintic.flow.planning import SamplingPlan
     from quintic.flow.tarflow import TarFlow
 
-__all__ = ["BlockReport", "Inversion", "Tolerance", "Workspace", "invert_block", "invert_flow", "sweep_"]
+__all__ = ["BlockReport", "Inversion", "Tolerance", "Workspace", "invert_block", "invert_flow", "step_", "sweep_"]
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ class Workspace:
         arguments = model.arguments
         heads = arguments["width"] // arguments["head_width"]
         weight = model.stack[0].position
-        shape = (arguments["layers"], 3, batch * (2 if self.guidance else 1), heads, model.tokens)
-        self.room = Room(torch.empty(*shape, arguments["head_width"], dtype=weight.dtype, device=weight.device))
+        both = batch * (2 if self.guidance else 1)
+        self.room = Room(arguments["layers"], both, heads, model.tokens, arguments["head_width"], weight)
         self.mask = torch.ones(model.tokens, model.tokens, dtype=torch.bool, device=weight.device).tril()
         self.weights = torch.empty(0)
         if self.guidance:
@@ -108,13 +109,14 @@ class Workspace:
             temperature = self.guidance.temperature
         return FoldedBlock(block, rows, self.room, self.mask, temperature)
 
-    def coefficients(self, folded: FoldedBlock, x_bkd: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
-        """mu and alpha of the tokens behind the given ones, guided."""
+    def coefficients(self, folded: FoldedBlock, x: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
+        """mu and alpha of the tokens behind the given ones, (b, k, d) or (b, d) if it is one, guided."""
+        read = folded.step if x.ndim == 2 else folded.coefficients
         if not self.guidance:
-            return folded.coefficients(x_bkd, start)
-        mu, alpha = folded.coefficients(torch.cat([x_bkd, x_bkd]), start)
+            return read(x, start)
+        mu, alpha = read(torch.cat([x, x]), start)
         both = None if alpha is None else (alpha[: self.batch], alpha[self.batch :])
-        weights = self.weights.narrow(0, start, x_bkd.shape[1])
+        weights = self.weights.narrow(0, start, 1 if x.ndim == 2 else x.shape[1])
         return self.guidance.combine((mu[: self.batch], mu[self.batch :]), both, weights)
 
     def residual(self, block: FlowBlock, x_bnd: Tensor, z_bnd: Tensor) -> float:
@@ -150,6 +152,11 @@ def invert_block(
     """
     last = z_bnd.shape[1] - 1
     x = z_bnd.clone()
+    if window == 1:
+        places = x.unbind(1)
+        for token in range(last):
+            step_(workspace, folded, places, token)
+        return x, [1] * last
     done = 0
     widths = []
     while done < last:
@@ -157,6 +164,16 @@ def invert_block(
         widths.append(end - done)
         done = sweep_(workspace, folded, x, z_bnd, done, end, tolerance)
     return x, widths
+
+
+def step_(workspace: Workspace, folded: FoldedBlock, places: Sequence[Tensor], token: int) -> None:
+    """Turn token ``token + 1`` from z to x, in place, the tokens up to ``token`` being x already; each is (b, d)."""
+    mu, alpha = workspace.coefficients(folded, places[token], token)
+    place = places[token + 1]
+    if alpha is None:
+        place.add_(mu)
+    else:
+        torch.addcmul(mu, place, torch.exp(alpha), out=place)
 
 
 def sweep_(

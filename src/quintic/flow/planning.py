@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quintic.core.counter_rng import Stream
 from quintic.flow.guidance import Guidance
-from quintic.flow.invert import Tolerance, Workspace, invert_block, sweep_
+from quintic.flow.invert import Tolerance, Workspace, invert_block, step_, sweep_
 
 if TYPE_CHECKING:
     from quintic.flow.block import FlowBlock
@@ -136,7 +136,10 @@ def _sweep_costs(workspace: Workspace, block: FlowBlock, x_bnd: Tensor) -> tuple
     found: dict[int, float] = {}
     for width in sorted({1, *(w for w in _WINDOWS if w < last), last}):
         start = (last - width) // 2
-        call = partial(sweep_, workspace, folded, x_bnd.clone(), x_bnd, start, start + width, 0.0)
+        if width == 1:
+            call = partial(step_, workspace, folded, x_bnd.clone().unbind(1), start)
+        else:
+            call = partial(sweep_, workspace, folded, x_bnd.clone(), x_bnd, start, start + width, 0.0)
         found[width] = _best_seconds(call)
         if width > 1 and 2 * found[width] > last * found[1]:
             del found[width]
