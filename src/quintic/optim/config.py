@@ -16,6 +16,7 @@ from quintic.optim.decay import DECAYS
 from quintic.optim.lr import SCALES
 from quintic.optim.muon import Muon
 from quintic.optim.routing import EMBEDDINGS, VECTORS
+from quintic.optim.sharded import DISTRIBUTED
 
 __all__ = ["OptimConfig", "build_optimizer"]
 
@@ -26,6 +27,7 @@ _CHOICES = {
     "decay": DECAYS,
     "vectors": VECTORS,
     "embeddings": EMBEDDINGS,
+    "distributed": DISTRIBUTED,
     "schedule": ("wsd", "cosine", "constant"),
     "decay_shape": ("1-sqrt", "linear"),
 }
@@ -65,6 +67,8 @@ class OptimConfig:
     """A step is scaled down to a predicted loss change of lr * cap, in place of a warm-up; 0 is no cap."""
     coefficients: str = "quintic"
     """Polynomials of the matrix sign: quintic, keller, su, polar-express, taylor or exact."""
+    distributed: str = "owner"
+    """How msign of matrices divided among ranks is taken: owner (each by one rank) or gather (by all)."""
     adamw_beta1: float = 0.9
     """AdamW's decay of the first moment, in [0, 1)."""
     adamw_beta2: float = 0.95
@@ -162,6 +166,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         vectors=config.vectors,
         embeddings=config.embeddings,
         coefficients=config.coefficients,
+        distributed=config.distributed,
         adamw_betas=(config.adamw_beta1, config.adamw_beta2),
         adamw_eps=config.adamw_eps,
     )
