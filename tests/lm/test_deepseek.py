@@ -9,7 +9,7 @@ import torch
 from quintic.core import CheckpointError, ConfigError
 from quintic.data.tokenizer import Tokenizer
 from quintic.lm import LanguageModel, LMConfig, generate
-from quintic.lm.deepseek import load_deepseek, save_deepseek
+from quintic.lm.deepseek import load_deepseek, read_config, save_deepseek
 
 transformers = pytest.importorskip("transformers")
 
@@ -122,3 +122,13 @@ def test_damage_is_an_error_and_nothing_is_overwritten(tmp_path):
         load_deepseek(tmp_path / "hf")
     with pytest.raises(FileExistsError):
         save_deepseek(lively(TINY), tmp_path / "hf")
+
+
+def test_a_scale_that_was_computed_is_written(tmp_path):
+    """Not the 0 that asked for it: the folder would silence the experts."""
+    model = LanguageModel(LMConfig(), seed=0)
+    assert model.config.route_scale == model.blocks[-1].ffn.router.scale > 0.5
+    save_deepseek(model, tmp_path / "folder")
+    ids = torch.arange(20)[None]
+    assert torch.equal(load_deepseek(tmp_path / "folder")(ids), model(ids))
+    assert read_config(tmp_path / "folder").route_scale == model.config.route_scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,9 @@ class LanguageModel(nn.Module):
         self.config = c = config
         self.embedding = Embedding(c.vocab_size, c.d_model)
         self.blocks = nn.ModuleList(Block(c, index) for index in range(c.num_layers))
+        for block in self.blocks:
+            if isinstance(block.ffn, MoE):  # the configuration says what was computed: others build from it
+                self.config = replace(c, route_scale=block.ffn.router.scale)
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = Head(c.vocab_size, c.d_model)
         table = rotation_table(c.context, c.qk_rope_dim, c.rope_theta, still=c.qk_nope_dim)
