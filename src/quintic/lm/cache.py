@@ -28,14 +28,14 @@ class LatentCache:
         self, batch: int, capacity: int, kv_rank: int, rope_dim: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.length = 0
-        self._latent = torch.empty(batch, capacity, kv_rank, device=device, dtype=dtype)
-        self._rope_key = torch.empty(batch, capacity, rope_dim, device=device, dtype=dtype)
+        self.kv_rank = kv_rank
+        self._stored = torch.empty(batch, capacity, kv_rank + rope_dim, device=device, dtype=dtype)
 
-    def append(self, latent_btr: Tensor, rope_key_btp: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new tokens and return everything stored so far, oldest first."""
+    def append(self, latent_btr: Tensor, rope_key_btp: Tensor) -> Tensor:
+        """Store new tokens and return everything stored so far: (batch, tokens, kv_rank + rope), latents first."""
         end = self.length + latent_btr.shape[1]
-        assert end <= self._latent.shape[1], "the cache is full"
-        self._latent[:, self.length : end] = latent_btr
-        self._rope_key[:, self.length : end] = rope_key_btp
+        assert end <= self._stored.shape[1], "the cache is full"
+        self._stored[:, self.length : end, : self.kv_rank] = latent_btr
+        self._stored[:, self.length : end, self.kv_rank :] = rope_key_btp
         self.length = end
-        return self._latent[:, :end], self._rope_key[:, :end]
+        return self._stored[:, :end]

@@ -89,7 +89,10 @@ class LatentAttention(nn.Module):
         latent_btr = self.kv_norm(latent_btr)
         rope_key_btp = rotate(rope_key_btp, rotation[:, c.qk_nope_dim // 2 :])
         if cache is not None:
-            latent_btr, rope_key_btp = cache.append(latent_btr, rope_key_btp)
+            stored = cache.append(latent_btr, rope_key_btp)
+            if t == 1:
+                return self._attend_to_latents(query, stored, allowed)
+            latent_btr, rope_key_btp = stored.split([c.kv_rank, c.qk_rope_dim], dim=-1)
         s = latent_btr.shape[1]
         k_nope, value = (
             self.kv_up(latent_btr).view(b, s, c.num_heads, -1).transpose(1, 2).split([c.qk_nope_dim, c.v_dim], dim=-1)
@@ -106,6 +109,22 @@ class LatentAttention(nn.Module):
             query, key, value, attn_mask=allowed, is_causal=allowed is None and t > 1, scale=key.shape[-1] ** -0.5
         )
         return self.out(mixed[..., : c.v_dim].transpose(1, 2).reshape(b, t, -1))
+
+    def _attend_to_latents(self, query_bh1e: Tensor, stored_bsl: Tensor, allowed: Tensor | None) -> Tensor:
+        """One new token: keys and values are linear in the latents, so queries go to them, W_k' q, and not they to W_k.
+
+        That takes work of order tokens x heads x kv_rank instead of forming every key and value again.
+        """
+        c, b = self.config, query_bh1e.shape[0]
+        w_k, w_v = self.kv_up.weight.view(c.num_heads, -1, c.kv_rank).split([c.qk_nope_dim, c.v_dim], dim=1)
+        q_nope, q_rope = query_bh1e.squeeze(2).split([c.qk_nope_dim, c.qk_rope_dim], dim=-1)
+        q_latent = torch.bmm(q_nope.transpose(0, 1), w_k).transpose(0, 1)
+        weights = torch.cat([q_latent, q_rope], dim=-1) @ stored_bsl.mT
+        weights = weights * (c.qk_nope_dim + c.qk_rope_dim) ** -0.5
+        if allowed is not None:
+            weights = weights.masked_fill(~allowed[:, :, 0], -torch.inf)
+        mixed = weights.softmax(dim=-1) @ stored_bsl[..., : c.kv_rank]
+        return self.out(torch.bmm(mixed.transpose(0, 1), w_v.mT).transpose(0, 1).reshape(b, 1, -1))
 
     def clip_qk_(self, largest: Tensor) -> Tensor:
         """Shrink the queries and keys of heads with logits above ``qk_clip``, and forget the logits.

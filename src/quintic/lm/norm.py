@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from quintic.core.roles import Constant, Role, declare
 
@@ -42,6 +43,8 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * gain over the last axis; once differentiable."""
+    if not torch.is_grad_enabled():
+        return F.rms_norm(x, gain.shape, gain, eps)
     out: Tensor = _RMSNorm.apply(x, gain, eps)  # type: ignore[assignment]
     return out
 

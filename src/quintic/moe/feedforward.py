@@ -70,7 +70,8 @@ class FeedForward(nn.Module):
         function = ACTIVATIONS[self.activation].function
         if not self.gated:
             return F.linear(function(h), self.down)
-        if torch.compiler.is_compiling():  # the compiler fuses these and decides itself what to keep
+        # The compiler fuses these and decides itself what to keep; without gradients there is nothing to keep.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             gate, up = h.chunk(2, dim=-1)
             return F.linear(function(gate) * up, self.down)
         a: Tensor = _GatedActivation.apply(h, self.activation)  # type: ignore[assignment]
