@@ -165,8 +165,8 @@ def section(result: dict[str, Any]) -> str:
     return "\n\n".join([
         "## Beside transformers' DeepSeek-V3",
         "`python -m benchmarks beside_transformers`: the laptop preset, the same weights and equal results; greedy, "
-        f"{NEW} new tokens;\na step is {TRAIN_BATCH} x 256 tokens with torch's AdamW for both; smallest of {ROUNDS} times "
-        f"in turns. {m['cpu']}, {m['threads']} threads, torch {m['torch']}.",
+        f"{NEW} new tokens;\na step is {TRAIN_BATCH} x 256 tokens with torch's AdamW for both; smallest of {ROUNDS} "
+        f"times in turns. {m['cpu']}, {m['threads']} threads, torch {m['torch']}.",
         table(head, rows),
     ])  # fmt: skip
 

@@ -75,7 +75,11 @@ def assert_same_training(one, other):
 
 @pytest.mark.parametrize(
     ("ranks", "settings"),
-    [(2, ["engine.shards=2"]), (2, ["engine.shards=1", "engine.micro_batch_size=3"]), (4, ["engine.shards=2"])],
+    [
+        (2, ["engine.shards=2"]),
+        (2, ["engine.shards=1", "engine.micro_batch_size=3"]),
+        (4, ["engine.shards=2", "lm.checkpoint=true"]),
+    ],
     ids=["2 shards", "2 replicas", "2 replicas of 2 shards"],
 )
 def test_several_ranks_train_as_one(book, alone, tmp_path, ranks, settings):

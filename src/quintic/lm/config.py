@@ -103,6 +103,8 @@ class LMConfig:
     """Added to the mean square in RMSNorm."""
     qk_clip: float = 0.0
     """Attention logits above this make a training step shrink the queries and keys of their head; 0 is never."""
+    checkpoint: bool = False
+    """Whether training keeps the inputs of blocks alone and computes the rest again: less memory, a third more work."""
 
     def __post_init__(self) -> None:
         positive = (

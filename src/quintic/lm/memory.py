@@ -6,13 +6,17 @@ attended values of every head; latents before and after their norm; what the fee
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from quintic.lm.config import LMConfig
 
 __all__ = ["saved_numbers_per_token"]
 
 
 def saved_numbers_per_token(config: LMConfig) -> float:
-    """Numbers kept for the backward pass, per token, without the logits and without activation checkpointing.
+    """Numbers kept for the backward pass, per token, without the logits.
+
+    With ``checkpoint`` these are the inputs of the blocks, and what the largest block keeps while it is computed again.
 
     Args:
         config: Sizes.
@@ -22,6 +26,11 @@ def saved_numbers_per_token(config: LMConfig) -> float:
         8136.0
     """
     c = config
+    if c.checkpoint:
+        dense = replace(c, checkpoint=False, num_layers=1, num_dense_layers=1)
+        blocks = [dense] if c.num_dense_layers else []
+        blocks += [replace(dense, num_dense_layers=0)] if c.num_layers > c.num_dense_layers else []
+        return c.num_layers * c.d_model + max(saved_numbers_per_token(block) for block in blocks)
     qk = c.qk_nope_dim + c.qk_rope_dim
     # Values narrower than keys are padded for the fused kernel, and the padded and the cut ones are both kept.
     head = 4 * qk + c.v_dim if qk > c.v_dim else 2 * qk + c.qk_nope_dim + 2 * c.v_dim

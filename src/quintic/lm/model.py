@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 from quintic.core import DataError
 from quintic.core.initial import initialize_
@@ -117,7 +118,11 @@ class LanguageModel(nn.Module):
                 allowed = allowed & (documents[:, None, start:, None] == documents[:, None, None, :])
         x = self.embedding(ids)
         for index, block in enumerate(self.blocks):
-            x = block(x, self.rotation[start:end], allowed, counted, cache[index] if cache else None)
+            inputs = (x, self.rotation[start:end], allowed, counted, cache[index] if cache else None)
+            if self.config.checkpoint and torch.is_grad_enabled():
+                x = checkpointed(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*inputs)
         x = self.norm(x)
         return self.head(x) if targets is None else linear_cross_entropy(x, self.head.weight, targets)
 
