@@ -3,7 +3,8 @@
 *Digits*: a network trained to compare two images of scikit-learn's digits, three seeds. *WordNet*: definitions searched
 by usage sentences, with the late interaction of MiniLM's token vectors as the exact score (mean over the query's tokens
 of the best cosine with a token of the item); its mean-pooled vectors are the bi-encoder whose best items are re-ranked.
-All contestants may ask for the same number of exact scores, and answer with the best of what they asked for.
+All contestants may ask for the same number of exact scores, and answer with the best of what they asked for. A seed is
+one of scorer, queries and random items on the digits; on WordNet, of random items only: the queries stay the same.
 
 Needs the extra ``bench``, and ``python -m benchmarks.fetch_data wordnet minilm`` for the second.
 """
@@ -148,12 +149,12 @@ def recall(truth: Tensor, asked: Callable[[int, int], Tensor]) -> dict[str, floa
 
 
 def plain(anchor_scores: Tensor, truth: Tensor, seed: int) -> Callable[[int, int], Tensor]:
-    """ANNCUR as published: two fifths of the budget to random items, s_J R_J^+ R, the best of the rest."""
+    """ANNCUR as published: half of the budget to random items, s_J R_J^+ R, the best of the rest."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(anchor_scores.shape[1], generator=generator)
 
     def asked(i: int, budget: int) -> Tensor:
-        known = order[: round(0.4 * budget)]
+        known = order[: budget // 2]
         guess = truth[i, known] @ torch.linalg.pinv(anchor_scores[:, known]) @ anchor_scores
         guess[known] = -torch.inf
         return torch.cat([known, guess.topk(budget - len(known)).indices])
@@ -163,7 +164,7 @@ def plain(anchor_scores: Tensor, truth: Tensor, seed: int) -> Callable[[int, int
 
 def contest(anchor_scores: Tensor, truth: Tensor, seed: int, pooled: Tensor | None = None) -> dict[str, Any]:
     order = torch.randperm(truth.shape[1], generator=torch.Generator().manual_seed(seed + 1))
-    index, once = CurIndex(anchor_scores, seed=seed), CurIndex(anchor_scores, seed=seed, first=0.4, rounds=1)
+    index, once = CurIndex(anchor_scores, seed=seed), CurIndex(anchor_scores, seed=seed, first=0.5, rounds=1)
 
     def ask(index: CurIndex) -> Callable[[int, int], Tensor]:
         return lambda i, budget: index.search(lambda items: truth[i, items], 1, budget).scored
@@ -252,13 +253,18 @@ def plots(result: dict[str, Any]) -> dict[str, str]:
 
 def claims(result: dict[str, Any]) -> list[Claim]:
     ours, theirs = (_mean(result, "digits", arm, "10@50") for arm in ("CurIndex", "ANNCUR, random items, no noise"))
-    errors = result["dip"]["wordnet"]["CurIndex"]
+    alone, ranked = (_mean(result, "wordnet", arm, "10@50") for arm in ("CurIndex", "bi-encoder, re-ranked"))
+    errors, plain_errors = (result["dip"]["wordnet"][name] for name in ("CurIndex", "plain"))
+    there = DIP.index(1.0)
     smooth = all(b <= a * 1.02 for a, b in pairwise(errors))
     n = len(result["seeds"])
     return [
         Claim("Fifty exact scores of 1,497 find 95 % of the ten best digits", "own bar",
               f"{ours:.1%} (ANNCUR {theirs:.1%})", n, "yes" if ours >= BAR else "no", "retrieval"),
+        Claim("Without a bi-encoder as many are found as by re-ranking one's best, WordNet, fifty of 2,000", "own bar",
+              f"{alone:.1%} of the ten best, re-ranked {ranked:.1%}", 1, "yes" if alone >= ranked else "no",
+              "retrieval"),
         Claim("No dip of accuracy where as many items are scored as there are anchor queries", "ANNCUR",
-              f"worst error there {max(result['dip']['wordnet']['plain']):.1f} plain, {max(errors):.2f} here", 1,
+              f"error there {plain_errors[there]:.1f} plain, {errors[there]:.2f} here", 1,
               "yes" if smooth else "no", "retrieval"),
     ]  # fmt: skip

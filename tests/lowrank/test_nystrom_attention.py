@@ -54,8 +54,8 @@ def test_constant_values_come_through():
     assert torch.allclose(nystrom_attention(q, k, ones, 24, ridge=0.0), ones, atol=1e-4)
 
 
-def test_a_ridge_is_nearer_than_the_true_pseudo_inverse_and_than_six_steps():
-    """Six steps of the usual iteration are a regularisation too, and a worse one."""
+def test_on_slow_sequences_a_ridge_is_nearer_than_the_true_pseudo_inverse_and_than_six_steps():
+    """Six steps of the usual iteration are a regularisation too; on rough sequences either may be the nearer one."""
     q, k, v = tokens(1, 4, 256, 32)
     exact = F.scaled_dot_product_attention(q, k, v)
     with_ridge, without = (error(nystrom_attention(q, k, v, 64, ridge=ridge), exact) for ridge in (0.01, 0.0))
@@ -101,8 +101,8 @@ def test_padding_counts_for_nothing(lengths):
     found = nystrom_attention(q, k, v, 32, mask=mask[:, None])
     assert found.isfinite().all()
     for row, length in enumerate(lengths):
-        own = [x[row][:, mask[row]] for x in (q, k, v)]
-        alone = nystrom_attention(*own, 32) if length > 32 else F.scaled_dot_product_attention(*own)
+        a, b, c = (x[row][:, mask[row]] for x in (q, k, v))
+        alone = nystrom_attention(a, b, c, 32) if length > 32 else F.scaled_dot_product_attention(a, b, c)
         assert torch.allclose(found[row][:, mask[row]], alone, atol=1e-6 if length > 32 else 2e-2)
 
 
@@ -122,7 +122,7 @@ def test_low_precision_in_low_precision_out():
 
 def test_gradients_are_those_of_finite_differences():
     q, k, v = (x.requires_grad_() for x in tokens(1, 1, 14, 4))
-    assert torch.autograd.gradcheck(lambda *x: nystrom_attention(*x, 3), (q, k, v), atol=1e-6)
+    assert torch.autograd.gradcheck(lambda q, k, v: nystrom_attention(q, k, v, 3), (q, k, v), atol=1e-6)
 
 
 def test_the_module_with_landmarks_for_all_is_ordinary_attention():
@@ -145,8 +145,9 @@ def test_what_is_refused():
     q, k, v = tokens(1, 1, 20, 4)
     with pytest.raises(ConfigError, match="no causal form"):
         nystrom_attention(q, k, v, 4, causal=True)
-    with pytest.raises(ConfigError, match="ridge"):
-        nystrom_attention(q, k, v, 4, ridge=-0.1)
+    for ridge in (-0.1, 1e-9, 2.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="ridge"):
+            nystrom_attention(q, k, v, 4, ridge=ridge)
     with pytest.raises(ConfigError, match="at least 1"):
         nystrom_attention(q, k, v, 0)
     with pytest.raises(ConfigError, match="keys like the queries"):

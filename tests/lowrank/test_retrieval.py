@@ -103,6 +103,25 @@ def test_same_seed_same_answer_and_files_come_back(tmp_path):
     assert a.scored.equal(b.scored) and a.predicted.equal(b.predicted)
 
 
+@pytest.mark.parametrize("method", ["pivoted-qr", "quality", "k-means"])
+def test_an_answer_does_not_depend_on_earlier_ones(method):
+    """A longer skeleton that was asked for before is not the shorter one with more behind it."""
+    S = scores(60, 200, noise=0.5)
+    used, fresh = (CurIndex(S[:50], method=method, noise=0.1) for _ in range(2))
+    used.search(lambda items: S[50][items], 5, 150)
+    a, b = (index.search(lambda items: S[51][items], 5, 40) for index in (used, fresh))
+    assert a.scored.equal(b.scored) and a.predicted.equal(b.predicted)
+
+
+def test_exact_scores_keep_their_precision_and_no_graph():
+    """From anchor scores of half precision, where these would all be one number, and from a network in training."""
+    S = scores(40, 60).half()
+    row = (5.0 + torch.arange(60.0) * 1e-4).requires_grad_()
+    found = CurIndex(S).search(lambda items: row[items], 3, 60)
+    assert found.items.tolist() == [59, 58, 57] and found.scores.equal(row.detach()[[59, 58, 57]])
+    assert not found.scores.requires_grad and not found.predicted.requires_grad
+
+
 def test_items_come_and_go():
     S = scores(60, 100)
     whole, index = CurIndex(S[:50], noise=1e-3), CurIndex(S[:50, :70], noise=1e-3)
@@ -159,7 +178,7 @@ def test_bad_numbers_are_named():
         index.search(lambda items: S[0][items], k=11, budget=10)
     with pytest.raises(DataError, match="not finite"):
         index.search(lambda items: S[0][items] / 0.0)
-    with pytest.raises(DataError, match=r"returned \(1,\)"):
+    with pytest.raises(DataError, match=r"found \(1,\)"):
         index.search(lambda items: S[0][items][:1], budget=20)
     with pytest.raises(ConfigError, match="first"):
         CurIndex(S, first=0.0)
@@ -167,6 +186,8 @@ def test_bad_numbers_are_named():
         CurIndex(S, rounds=0)
     with pytest.raises(ConfigError, match="noise"):
         CurIndex(S, noise=-1.0)
+    with pytest.raises(ConfigError, match="did you mean 'k-means'"):
+        CurIndex(S, method="kmeans")
     with pytest.raises(ConfigError, match="numbered 0 to 29"):
         index.remove_items([30])
     with pytest.raises(ConfigError, match="no item would be left"):
@@ -175,6 +196,10 @@ def test_bad_numbers_are_named():
         index.search(lambda items: S[0][items], proposed=torch.tensor([1, 1]))
     with pytest.raises(DataError, match="new items"):
         index.add_items(S[:5])
+    for items, error, message in (([], ConfigError, "one or more"), ([30], ConfigError, "numbered 0 to 29"),
+                                  ([1, 1], ConfigError, "different"), ([1], DataError, "of 1 items")):  # fmt: skip
+        with pytest.raises(error, match=message):
+            index.predict(torch.tensor(items), torch.zeros(2))
 
 
 @pytest.mark.parametrize("value", [0.0, 5.0])
@@ -189,5 +214,12 @@ def test_files_that_are_none(tmp_path):
         CurIndex.load(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="no such file"):
         CurIndex.load(tmp_path / "y.safetensors")
+    CurIndex(scores(9, 9)).save(tmp_path / "whole.safetensors")
+    data = (tmp_path / "whole.safetensors").read_bytes()
+    for old, new in ((b"pivoted-qr", b"pivoted-xx"), (b'"first":"0.2"', b'"first":"7.2"')):
+        assert old in data
+        (tmp_path / "damaged.safetensors").write_bytes(data.replace(old, new))
+        with pytest.raises(CheckpointError, match="not a whole index"):
+            CurIndex.load(tmp_path / "damaged.safetensors")
     with pytest.raises(ConfigError, match="by name"):
         CurIndex(scores(9, 9), method=lambda A, k, *, seed: torch.arange(k)).save(tmp_path / "z.safetensors")

@@ -13,7 +13,9 @@ of the early stop:
 
     A^+ -> (A'A + (ridge |A|)^2 I)^-1 A',   |A|^2 = |A|_1 |A|_inf
 
-``ridge=0`` is the pseudo-inverse, cut at 1e-6 of the largest singular value, with |A Z A - A| <= 1e-5 |A|.
+``ridge=0`` is the pseudo-inverse, cut at 1e-6 of the largest singular value, with |A Z A - A| <= 1e-5 |A|. The default
+suits sequences that change slowly; rough ones want a larger ridge. On a trained model's heads every variant is far
+from exact attention: measure before putting it in the place of attention that was trained without it.
 
 There is no causal form: a landmark is a mean over a segment, and would tell the past of the future.
 """
@@ -48,7 +50,7 @@ def nystrom_attention(
         k: (..., n, d) keys of the same tokens.
         v: (..., n, e) values.
         landmarks: m; from the number of tokens on, attention is exact.
-        ridge: Of the inverse among landmarks, see above.
+        ridge: Of the inverse among landmarks, see above; 0, or 1e-6 to 1.
         mask: (..., n) bool, broadcast over the leading axes of q: which tokens are there (True) and not padding.
         causal: Refused.
 
@@ -56,7 +58,7 @@ def nystrom_attention(
         (..., n, e), of the dtype of v; rows of padding are undefined but finite.
 
     Raises:
-        ConfigError: ``causal``, a negative ridge, or shapes or landmarks that do not fit.
+        ConfigError: ``causal``, a ridge out of range, or shapes or landmarks that do not fit.
 
     Example:
         >>> q, k, v = torch.randn(3, 2, 4, 256, 16, generator=torch.Generator().manual_seed(0))
@@ -73,8 +75,8 @@ def nystrom_attention(
                           f"{tuple(k.shape)}, values {tuple(v.shape)}")  # fmt: skip
     if landmarks < 1:
         raise ConfigError(f"landmarks must be at least 1, found {landmarks}")
-    if not ridge >= 0.0:
-        raise ConfigError(f"ridge must be zero or positive, found {ridge}")
+    if ridge and not _CUT <= ridge <= 1.0:  # its square is added to a squared matrix: less drowns in rounding
+        raise ConfigError(f"ridge must be 0, or lie between {_CUT:g} and 1; found {ridge}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape[-1] != n):
         raise ConfigError(f"expected a mask (..., {n}) of bool, found {mask.dtype} {tuple(mask.shape)}")
     if mask is not None and not mask.any(dim=-1).all():

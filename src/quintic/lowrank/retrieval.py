@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from quintic.core import CheckpointError, ConfigError, DataError
+from quintic.core import CheckpointError, ConfigError, DataError, suggest
 from quintic.core.files import atomic_write
-from quintic.lowrank.selection import Method, select_columns
+from quintic.lowrank.selection import RULES, Method, select_columns
 
 __all__ = ["CurIndex", "SearchResult"]
 
@@ -45,7 +45,7 @@ class SearchResult:
     items: Tensor
     """(k,) int64, the best first."""
     scores: Tensor
-    """(k,) exact scores."""
+    """(k,) exact scores, in the precision of the anchor scores, at least float32."""
     scored: Tensor
     """(calls,) int64, every item that was scored exactly, in the order of asking."""
     predicted: Tensor
@@ -61,7 +61,7 @@ class CurIndex:
     """Index of n items from the exact scores of q anchor queries.
 
     Args:
-        anchor_scores: (q, n) floating point, q >= 2.
+        anchor_scores: (q, n) floating point, q >= 2; kept in float32 if they come in less.
         first: Part of the budget that goes to the skeleton's items, whatever the query; 0 < first <= 1.
         rounds: In how many parts the rest is spent, each after a new prediction. With 1 this is ANNCUR.
         method: Rule that chooses the skeleton's items.
@@ -106,15 +106,18 @@ class CurIndex:
             raise ConfigError(f"rounds must be at least 1, found {rounds}")
         if noise is not None and not (math.isfinite(noise) and noise >= 0.0):
             raise ConfigError(f"noise must be zero or positive, found {noise}")
+        if isinstance(method, str) and method not in RULES:
+            raise ConfigError(f"unknown method {method!r}{suggest(method, RULES)}")
         self.first, self.rounds, self.method, self.seed = first, rounds, method, seed
-        self._set(scores.detach())
+        # Exact scores are compared in this precision too: in half of it, items would tie.
+        self._set(scores.detach().to(torch.promote_types(scores.dtype, torch.float32)))
         self.noise = self._fit_noise() if noise is None else noise
 
     def _set(self, scores: Tensor) -> None:
         self.anchor_scores = scores
         self.mean = scores.mean(dim=0)
         self._centred = (scores - self.mean) / math.sqrt(len(scores) - 1)
-        self._order = torch.empty(0, dtype=torch.int64, device=scores.device)
+        self._skeletons: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return self.anchor_scores.shape[1]
@@ -145,7 +148,7 @@ class CurIndex:
             raise ConfigError(f"k must lie between 1 and the {budget} scores that may be asked for, found {k}")
         start = max(1, round(self.first * budget))
         scored = self.skeleton(start) if proposed is None else self._checked(proposed)[:start]
-        exact = _ask(scorer, scored, self.mean)
+        exact = _exact(scorer(scored), scored, self.mean)
         predicted = self.predict(scored, exact)
         for left in range(self.rounds, 0, -1):
             more = math.ceil((budget - len(scored)) / left)
@@ -154,7 +157,8 @@ class CurIndex:
             candidates = predicted.clone()
             candidates[scored] = -math.inf
             chosen = candidates.topk(more).indices
-            scored, exact = torch.cat([scored, chosen]), torch.cat([exact, _ask(scorer, chosen, self.mean)])
+            exact = torch.cat([exact, _exact(scorer(chosen), chosen, self.mean)])
+            scored = torch.cat([scored, chosen])
             predicted = self.predict(scored, exact)
         best = exact.topk(k)
         return SearchResult(scored[best.indices], best.values, scored, predicted)
@@ -178,13 +182,23 @@ class CurIndex:
     def skeleton(self, size: int) -> Tensor:
         """The first items that every query is scored with, (size,) int64; chosen once, at most one per anchor query."""
         size = min(size, *self.anchor_scores.shape)
-        if len(self._order) < size:
-            self._order = select_columns(self._centred.double(), size, method=self.method, seed=self.seed)
-        # A pivoting rule's shorter choices begin its longer ones; others are chosen anew.
-        return self._order[:size]
+        if size not in self._skeletons:  # by size: a longer choice of most rules does not begin with the shorter one
+            self._skeletons[size] = select_columns(self._centred.double(), size, method=self.method, seed=self.seed)
+        return self._skeletons[size]
 
     def predict(self, items: Tensor, scores: Tensor) -> Tensor:
-        """Scores of all items from those of some: exact there, the posterior mean elsewhere, (n,)."""
+        """Scores of all items from those of some: exact there, the posterior mean elsewhere, (n,).
+
+        Args:
+            items: (m,) int64, different ones.
+            scores: (m,) their exact scores.
+
+        Raises:
+            ConfigError: An item does not exist or comes twice.
+            DataError: There is another number of scores, or they are not finite.
+        """
+        items = self._checked(items)
+        scores = _exact(scores, items, self.mean)
         predicted = _posterior(self.mean, self._centred, items, scores[None], self._lambda(self.noise))[0]
         predicted[items] = scores
         return predicted
@@ -283,11 +297,13 @@ def _posterior(mean: Tensor, centred: Tensor, items: Tensor, scores: Tensor, noi
     return mean + (weights @ known.T).to(centred) @ centred
 
 
-def _ask(scorer: Callable[[Tensor], Any], items: Tensor, like: Tensor) -> Tensor:
-    scores = torch.as_tensor(scorer(items)).to(like)
+def _exact(scores: Any, items: Tensor, like: Tensor) -> Tensor:
+    scores = torch.as_tensor(scores).detach().to(like)
     if scores.shape != items.shape:
-        raise DataError(f"the scorer was given {len(items)} items and returned {tuple(scores.shape)} scores")
+        raise DataError(
+            f"expected the exact scores of {len(items)} items, ({len(items)},); found {tuple(scores.shape)}"
+        )
     if not scores.isfinite().all():
         item = items[~scores.isfinite()][0]
-        raise DataError(f"the scorer's score of item {int(item)} is not finite")
+        raise DataError(f"the exact score of item {int(item)} is not finite")
     return scores
