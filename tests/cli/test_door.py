@@ -85,8 +85,9 @@ def test_exit_code_2_for_what_a_user_can_mend(capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="no such signals")
 def test_exit_code_130_after_ctrl_c(run):
-    # More than a minute of text.
-    asked = process("generate", run, "--max-tokens", 10**6, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # More than a minute of text, which does not end by itself: the likeliest token goes round and round.
+    endless = ["--max-tokens", 10**6, "--temperature", 0, "--prompt", "the the the"]
+    asked = process("generate", run, *endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert asked.stdout.read(1)
     time.sleep(0.2)
     asked.send_signal(signal.SIGINT)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from quintic.lm.cache import LatentCache
+from quintic.lm.compiling import compiled
 from quintic.lm.config import LMConfig
 from quintic.lm.mla import LatentAttention
 from quintic.lm.norm import RMSNorm
@@ -25,6 +27,7 @@ class Block(nn.Module):
     def __init__(self, config: LMConfig, index: int) -> None:
         super().__init__()
         c = config
+        self.compiled = c.compile
         # Each of the 2 L branches adds to the residual stream; this keeps its variance of order one.
         out_scale = (2 * c.num_layers) ** -0.5
         self.attention_norm = RMSNorm(c.d_model, c.norm_eps)
@@ -51,6 +54,19 @@ class Block(nn.Module):
         cache: LatentCache | None = None,
     ) -> Tensor:
         """(batch, time, width) -> the same; see :class:`LatentAttention` and :class:`quintic.moe.MoE`."""
+        if self.compiled and self.training and torch.is_grad_enabled():
+            run = compiled(Block._forward, x_btd.device)
+            return run(self, x_btd, torch.view_as_real(rotation), allowed, counted, cache)
+        return self._forward(x_btd, rotation, allowed, counted, cache)
+
+    def _forward(
+        self,
+        x_btd: Tensor,
+        rotation: Tensor,
+        allowed: Tensor | None,
+        counted: Tensor | None,
+        cache: LatentCache | None,
+    ) -> Tensor:
         x_btd = x_btd + self.attention(self.attention_norm(x_btd), rotation, allowed, cache)
         h_btd = self.ffn_norm(x_btd)
         return x_btd + (self.ffn(h_btd, counted) if isinstance(self.ffn, MoE) else self.ffn(h_btd))

@@ -105,6 +105,8 @@ class LMConfig:
     """Attention logits above this make a training step shrink the queries and keys of their head; 0 is never."""
     checkpoint: bool = False
     """Whether training keeps the inputs of blocks alone and computes the rest again: less memory, a third more work."""
+    compile: bool = False
+    """Whether training compiles the blocks with torch.compile: half a minute or more at the start, then faster steps."""
 
     def __post_init__(self) -> None:
         positive = (

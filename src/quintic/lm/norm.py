@@ -43,7 +43,8 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * gain over the last axis; once differentiable."""
-    if not torch.is_grad_enabled():
+    # The compiler fuses it and decides itself what to keep; without gradients there is nothing to keep.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.rms_norm(x, gain.shape, gain, eps)
     out: Tensor = _RMSNorm.apply(x, gain, eps)  # type: ignore[assignment]
     return out

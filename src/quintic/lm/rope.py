@@ -31,7 +31,7 @@ def rotation_table(positions: int, dim: int, theta: float, *, still: int = 0) ->
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn (..., time, dim) by a table of (time, dim / 2); keeps the dtype of x.
+    """Turn (..., time, dim) by a table of (time, dim / 2), or (time, dim / 2, 2) real numbers; keeps the dtype of x.
 
     Example:
         >>> rotate(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), rotation_table(2, 2, 1.0)).round(decimals=4)
@@ -39,5 +39,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
                 [0.5403, 0.8415]])
     """
     wide = x if x.dtype == torch.float64 else x.float()
+    if not table.is_complex():  # the compiler fuses real numbers only
+        (cos, sin), (a, b) = table.unbind(-1), wide.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
