@@ -20,7 +20,7 @@ from quintic.core import ConfigError
 
 __all__ = ["compiled"]
 
-BACKEND = "inductor"
+BACKEND: str | Callable[..., Any] = "inductor"
 _VARIANTS = 32  # kinds of block, with and without masks, and a last micro-batch of another size
 
 
@@ -45,5 +45,5 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, backend=backend, recompile_limit=_VARIANTS)
