@@ -39,9 +39,11 @@ class Counting:
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch):
     counting = Counting()
+    compiling.compiled.cache_clear()
     monkeypatch.setattr(compiling, "BACKEND", counting)
     torch._dynamo.reset()
-    return counting
+    yield counting
+    compiling.compiled.cache_clear()
 
 
 def ids(seed=0):

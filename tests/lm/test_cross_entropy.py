@@ -1,5 +1,7 @@
 """The chunked cross-entropy against torch's own, in value, gradients and memory."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,17 +25,13 @@ def test_value_and_gradients_are_torch_s(tokens, width, vocabulary, chunk, seed,
     targets[torch.rand(tokens, generator=g) < ignored] = -1
     expected = F.cross_entropy(x @ w.t(), targets, ignore_index=-1, reduction="sum")
     expected_grads = torch.autograd.grad(2.5 * expected, (x, w))
-    before = module._CHUNK_ELEMENTS
-    module._CHUNK_ELEMENTS = chunk
-    try:
+    with mock.patch.multiple(module, _CHUNK_ELEMENTS={"cpu": chunk}, _LEAST_ROWS=1):
         found = linear_cross_entropy(x, w, targets)
         grads = torch.autograd.grad(2.5 * found, (x, w))
         for one, other in zip((found, *grads), (expected, *expected_grads), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
         with torch.no_grad():
             assert linear_cross_entropy(x, w, targets) == found
-    finally:
-        module._CHUNK_ELEMENTS = before
 
 
 def test_huge_logits_do_not_overflow():
@@ -75,4 +73,4 @@ def test_no_tensor_is_as_large_as_all_logits():
     x, w = torch.randn(tokens, 8, requires_grad=True), torch.randn(vocabulary, 8, requires_grad=True)
     with Watch():
         linear_cross_entropy(x, w, torch.zeros(tokens, dtype=torch.int64)).backward()
-    assert largest <= 4 * module._CHUNK_ELEMENTS < 4 * tokens * vocabulary / 7
+    assert largest <= 4 * module._LEAST_ROWS * vocabulary < 4 * tokens * vocabulary / 7

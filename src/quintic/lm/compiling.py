@@ -24,8 +24,9 @@ BACKEND: str | Callable[..., Any] = "inductor"
 _VARIANTS = 32  # kinds of block, with and without masks, and a last micro-batch of another size
 
 
+@functools.cache
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """The function, compiled when it is first called.
+    """The function, compiled when it is first called; the same object for the same arguments.
 
     Args:
         function: Of a module and tensors; not a method, so that modules share what is compiled.
@@ -38,12 +39,8 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
         name = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
         if shutil.which(name) is None:
             raise ConfigError(
-                f"lm.compile needs a C++ compiler to train on a CPU, and there is no {name!r} on the path; install one, "
-                "name it in the environment variable CXX, or leave lm.compile=false"
+                f"lm.compile needs a C++ compiler to train on a CPU, and there is no {name!r} on the path; install "
+                "one, name it in the environment variable CXX, or leave lm.compile=false"
             )
-    return _compiled(function, BACKEND)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, backend=backend, recompile_limit=_VARIANTS)
+    # torch's overloads for type checkers lack the limit.
+    return torch.compile(function, fullgraph=True, backend=BACKEND, recompile_limit=_VARIANTS)  # pyright: ignore[reportCallIssue]

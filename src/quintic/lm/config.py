@@ -106,7 +106,7 @@ class LMConfig:
     checkpoint: bool = False
     """Whether training keeps the inputs of blocks alone and computes the rest again: less memory, a third more work."""
     compile: bool = False
-    """Whether training compiles the blocks with torch.compile: half a minute or more at the start, then faster steps."""
+    """Whether training compiles the blocks with torch.compile: half a minute at the start, then faster steps."""
 
     def __post_init__(self) -> None:
         positive = (

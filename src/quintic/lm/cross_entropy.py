@@ -2,8 +2,9 @@
 
 With logits z = x W' and p = softmax(z), the loss of a token with target y is log sum exp z - z_y and its gradient in z
 is p - e_y. So a chunk of tokens needs its logits once: loss, gradient in x and gradient in W are formed on the spot and
-the logits are dropped. For a vocabulary of 160,000 and 8,192 tokens that is 60 MB at a time instead of 5 GB, and the
-number of products is the same. The total is a sum, so that its incoming gradient is one number.
+the logits are dropped. For a vocabulary of 160,000 and 8,192 tokens that is 82 MB at a time instead of 5 GB, and the
+number of products is the same. On a CPU a chunk of a small vocabulary stays in the cache. The total is a sum, so that
+its incoming gradient is one number.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["linear_cross_entropy"]
 
-_CHUNK_ELEMENTS = 1 << 22
-"""Logits in memory at a time."""
+_CHUNK_ELEMENTS = {"cpu": 1 << 18}
+"""Logits in memory at a time, by type of device."""
+_OTHERWISE = 1 << 22
+_LEAST_ROWS = 128
+"""Tokens at a time, however large the vocabulary: the whole head is read for every chunk."""
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore: int = -1) -> Tensor:
@@ -54,20 +58,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x, needs_w = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x_nd) if needs_x else None
         grad_w = torch.zeros_like(weight_vd, dtype=wide) if needs_w else None
-        size = max(1, _CHUNK_ELEMENTS // weight_vd.shape[0])
+        vocabulary = weight_vd.shape[0]
+        size = max(_LEAST_ROWS, _CHUNK_ELEMENTS.get(x_nd.device.type, _OTHERWISE) // vocabulary)
+        scratch = x_nd.new_empty(min(size, len(x_nd)), vocabulary, dtype=wide)
         for start in range(0, len(x_nd), size):
             rows = slice(start, start + size)
             x, targets = x_nd[rows].to(fast), targets_n[rows]
-            counted = targets != ignore
-            places = torch.where(counted, targets, 0).unsqueeze(1)
-            logits = (x @ w.t()).to(wide)
-            log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += ((log_sum - logits.gather(1, places)).squeeze(1) * counted).sum()
+            counted = (targets != ignore).unsqueeze(1)
+            places = torch.where(counted, targets.unsqueeze(1), 0)
+            z = scratch[: len(x)]
+            if fast == wide:
+                torch.mm(x, w.t(), out=z)
+            else:
+                z.copy_(x @ w.t())
+            largest = z.amax(1, keepdim=True)
+            own = z.gather(1, places).sub_(largest)
+            exponentials = z.sub_(largest).exp_()
+            sums = exponentials.sum(1, keepdim=True)
+            total += ((sums.log() - own) * counted).sum()
             if not (needs_x or needs_w):
                 continue
-            grad = logits.sub_(log_sum).exp_()
-            grad.scatter_add_(1, places, torch.full_like(log_sum, -1.0))
-            grad = grad.mul_(counted.unsqueeze(1)).to(fast)
+            grad = exponentials.mul_(counted / sums).scatter_add_(1, places, -counted.to(wide)).to(fast)
             if grad_x is not None:
                 grad_x[rows] = grad @ w
             if grad_w is not None:
