@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.metrics import read_metrics
+from quintic.engine.pieces import Stored, part_files
 
 TEXT = "the whale swam under the ship and the captain looked at the sea.\n"
 SETTINGS = [
@@ -53,8 +53,13 @@ def alone(book, tmp_path_factory):
     return folder
 
 
+def newest(run):
+    return list(list_checkpoints(run / "checkpoints").values())[-1]
+
+
 def weights(run, name="model"):
-    return load_file(list(list_checkpoints(run / "checkpoints").values())[-1] / f"{name}.safetensors")
+    stored = Stored(part_files(newest(run), name))
+    return {name: stored.read(name) for name in stored.shapes}
 
 
 def assert_same_training(one, other):
@@ -76,9 +81,9 @@ def assert_same_training(one, other):
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        (2, ["engine.shards=2"]),
+        (2, ["engine.shards=2", "engine.background_save=true"]),
         (2, ["engine.shards=1", "engine.micro_batch_size=3"]),
-        (4, ["engine.shards=2", "lm.checkpoint=true"]),
+        (4, ["engine.shards=2", "lm.checkpoint=true", "engine.reshard=false", "optim.distributed=gather"]),
     ],
     ids=["2 shards", "2 replicas", "2 replicas of 2 shards"],
 )
@@ -87,6 +92,10 @@ def test_several_ranks_train_as_one(book, alone, tmp_path, ranks, settings):
     assert out.count("finished 10 steps") == 1 and f"{ranks} ranks" in out
     assert_same_training(alone, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "machine.json").read_text())["ranks"] == ranks
+    shards = int(settings[0].split("=")[1])  # each of which writes its own pieces
+    assert {path.name for path in part_files(newest(tmp_path / "run"), "training")} == (
+        {"training.safetensors"} if shards == 1 else {f"training-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    )
     assert (tmp_path / "run" / "report.html").exists() and len(list((tmp_path / "run" / "samples").iterdir())) == 1
 
 

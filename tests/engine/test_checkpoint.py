@@ -11,6 +11,7 @@ from quintic.core import CheckpointError
 from quintic.core.files import sha256_file
 from quintic.core.roles import Normal, Role, declare
 from quintic.engine import checkpoint as ck
+from quintic.engine.saving import take_snapshot, write_checkpoint
 from quintic.optim import Muon
 
 
@@ -30,7 +31,8 @@ def trained(seed=0, steps=3):
 def folder(tmp_path):
     model, optimizer = trained()
     for step in (5, 10, 100):
-        ck.save_checkpoint(tmp_path, model, optimizer, ck.TrainState(step=step, row={"step": step, "x": 0.1}))
+        state = ck.TrainState(step=step, row={"step": step, "x": 0.1})
+        write_checkpoint(tmp_path, take_snapshot(model, optimizer, state))
     return tmp_path
 
 

@@ -16,7 +16,7 @@ CHILD = """
 import importlib.util, io, sys, time
 from pathlib import Path
 from rich.console import Console
-from quintic.engine import checkpoint, loop
+from quintic.engine import loop, saving
 from quintic.engine.run import Run
 
 spec = importlib.util.spec_from_file_location("toy", {toy!r})
@@ -31,13 +31,14 @@ class Slow(toy.ToyTask):
         time.sleep(pause)
         return super().after_step(model, progress)
 
-plain = checkpoint.sha256_file
+plain = saving.sha256_file
 def slowly(path):
     time.sleep(pause)  # three files a save: a third of the time is spent inside saves
     return plain(path)
-checkpoint.sha256_file = slowly
+saving.sha256_file = slowly
 
 overrides = ["engine.steps=400", "engine.checkpoint_every=3", "engine.eval_every=40", "engine.ema_decay=0.9"]
+overrides.append(f"engine.background_save={{sys.argv[3]}}")
 settings, run = toy.toy_run(folder, *overrides) if not folder.exists() else (None, Run.open(folder))
 if settings is None:
     from quintic.engine import Settings
@@ -47,22 +48,28 @@ print("done", flush=True)
 """
 
 
-def start(folder, pause):
+def start(folder, pause, background):
     code = CHILD.format(toy=str(Path(__file__).with_name("toy.py")))
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(folder), str(pause)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(folder), str(pause), background],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
-def test_a_killed_run_resumes_bit_for_bit(tmp_path, kills):
-    whole = start(tmp_path / "whole", 0.0)
+@pytest.mark.parametrize(
+    ("kills", "background"),
+    [(3, "false"), (3, "true"), pytest.param(20, "false", marks=[pytest.mark.slow, pytest.mark.timeout(600)])],
+)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, kills, background):
+    whole = start(tmp_path / "whole", 0.0, background)
     killed = in_saves = 0
     moment = random.Random(kills)
     for _ in range(4 * kills):
         if killed == kills:
             break
-        child = start(tmp_path / "killed", 0.02)
+        child = start(tmp_path / "killed", 0.02, background)
         assert child.stdout.readline() == "ready\n", child.stderr.read()
         time.sleep(moment.uniform(0.05, 0.9))
         child.send_signal(signal.SIGKILL)
@@ -72,7 +79,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, kills):
     assert killed == kills
     if kills == 20:
         assert in_saves >= 2, "no kill hit a save: the test has become too gentle"
-    last = start(tmp_path / "killed", 0.0)
+    last = start(tmp_path / "killed", 0.0, background)
     out, errors = last.communicate(timeout=100)
     assert out == "ready\ndone\n", errors
     assert whole.communicate(timeout=100)[0] == "ready\ndone\n"

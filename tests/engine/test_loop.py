@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from quintic.core import CheckpointError
-from quintic.engine import loop
+from quintic.engine import loop, saving
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.metrics import read_metrics
 from quintic.engine.progress import Display
@@ -98,11 +98,9 @@ def test_a_crash_anywhere_resumes_bit_for_bit(tmp_path, monkeypatch, whole, at, 
 
     with monkeypatch.context() as patch:
         if at == "before_save":
-            patch.setattr(loop, "save_checkpoint", crashing(loop.save_checkpoint))
+            patch.setattr(loop.Saver, "save", crashing(loop.Saver.save))
         elif at == "in_save":
-            import quintic.engine.checkpoint as module
-
-            patch.setattr(module, "sha256_file", crashing(module.sha256_file, lambda path: path.name == "state.json"))
+            patch.setattr(saving, "sha256_file", crashing(saving.sha256_file, lambda path: path.name == "state.json"))
         elif at == "after_save":
             patch.setattr(loop, "_due", crashing(loop._due, lambda *_: (run.checkpoints / f"step-{step}").exists()))
         elif at == "in_evaluation":
@@ -214,19 +212,15 @@ def test_the_global_generator_is_left_alone(tmp_path):
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, whole):
     settings, run = toy.toy_run(tmp_path / "full")
-    plain = loop.save_checkpoint
+    plain = saving.sha256_file
 
-    def full(folder, model, optimizer, state, *rest):
-        if state.step == 10:
-            import quintic.engine.checkpoint as module
-
-            with monkeypatch.context() as patch:
-                patch.setattr(module, "sha256_file", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
-                return plain(folder, model, optimizer, state, *rest)
-        return plain(folder, model, optimizer, state, *rest)
+    def full(path):
+        if "step-10" in str(path):
+            raise OSError(28, "No space left")
+        return plain(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", full)
+        patch.setattr(saving, "sha256_file", full)
         with pytest.raises(OSError, match="No space"):
             go(toy.ToyTask(), settings, run)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-5"]

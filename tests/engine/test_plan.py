@@ -46,6 +46,9 @@ def test_bytes_and_communication_follow_their_formulas():
     assert many.sent_per_step["gradients"] == pytest.approx(0.75 * total * 4 * 4 + 2 * 0.5 * total / 4 * 4)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert many.sent_per_step["muon"] == pytest.approx(2 * 0.75 / 4 * 4 * (total - adam - experts), abs=1)
+    kept = plan_of(config, ranks=8, shards=4, examples_per_step=128, micro_batch=4, reshard=False)
+    assert kept.sent_per_step["weights"] == pytest.approx(many.sent_per_step["weights"] / 2)
+    assert kept.bytes_per_rank["gathered weights"] >= 2 * total
     adamw = plan_of(config, ranks=8, shards=4, optimizer="adamw")
     assert adamw.sent_per_step["muon"] == 0 and adamw.bytes_per_rank["optimizer"] == 2 * total
     assert 0 < plan_of(config, ranks=8, shards=8).muon_overhead <= 0.25

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from quintic.core import ConfigError, MissingExtraError
+from quintic.core.ranks import ALONE
 from quintic.engine import loop
-from quintic.engine.mesh import ALONE
 from quintic.engine.metrics import read_metrics
 from quintic.engine.run import Run
 from quintic.engine.sinks import check_sink, open_sink, scalars
@@ -154,7 +154,7 @@ def test_only_the_main_rank_tells(tmp_path, monkeypatch):
     class Other(type(ALONE)):
         is_main = False
 
-    monkeypatch.setattr(loop, "save_checkpoint", lambda *_: None)
+    monkeypatch.setattr(loop.Saver, "save", lambda *_: None)
     go(run, settings, "wandb", ranks=Other())
     assert stub.calls == []
 

@@ -11,7 +11,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.device_mesh import init_device_mesh
 
 from quintic.core import ConfigError
-from quintic.engine.mesh import Ranks
+from quintic.core.ranks import Ranks
 from quintic.engine.shard import divide_, whole
 from quintic.lm import LanguageModel, LMConfig, compiling, generate
 from quintic.moe import RouteRecorder, aux_loss, balance_step

@@ -97,6 +97,7 @@ def plan(
         vocab_size=c.vocab_size,
         compute_bytes=2 if dtype == torch.bfloat16 else 4,
         optimizer=settings["optim"].name,
+        reshard=engine.reshard,
     )
     peak = peak_tflops * 1e12 or matmul_peak(device, dtype)
     budget = tokens or float(engine.steps * found.tokens_per_step)

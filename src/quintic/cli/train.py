@@ -14,8 +14,8 @@ from quintic.cli.printing import say
 from quintic.cli.wiring import build_settings, build_task, kind_of, section_types, split_arguments
 
 if TYPE_CHECKING:
+    from quintic.core.ranks import Ranks
     from quintic.engine import Run, Settings, Task
-    from quintic.engine.mesh import Ranks
 
 __all__ = ["run_training", "train"]
 
@@ -135,7 +135,8 @@ def _new_run(
         **({} if start is None else {"from": str(start.absolute())}),
     }
     if origin is not None:
-        check_fit(origin.weights, kind_of(task).build(task, settings), str(start))
+        shapes = {name: tensor.shape for name, tensor in origin.weights.items()}
+        check_fit(shapes, kind_of(task).build(task, settings), str(start))
     ranks.wait()  # all have seen that the folder is free
     if ranks.is_main:
         run = Run.create(folder, settings, header, None if origin is None else origin.weights)

@@ -6,6 +6,7 @@ peak only scales a displayed number (MFU) and is cached per machine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -153,6 +154,9 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):  # Linux; what resource tells there includes the parent's memory
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     try:
         import resource
     except ImportError:

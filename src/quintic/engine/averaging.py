@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from quintic.core import CheckpointError
-from quintic.engine.shard import copy_whole_
 
 __all__ = ["WeightAverage"]
 
@@ -71,7 +70,7 @@ class WeightAverage:
         return self._average
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from an average.
+        """Continue from an average, divided as the model is.
 
         Raises:
             CheckpointError: It is of other parameters.
@@ -83,7 +82,7 @@ class WeightAverage:
                 "engine.ema_decay cannot be switched on or off within a run"
             )
         for name, average in self._average.items():
-            copy_whole_(average, state[name])
+            average.copy_(state[name])
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:

@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or absent, and that know when they are damaged.
+"""Checkpoints that know when they are damaged: what they hold, which one to use, loading. Writing: saving.py.
 
-``checkpoints/step-N/`` holds ``model.safetensors`` (weights and balancer), ``average.safetensors`` (averaged
-weights, if the run keeps them), ``training.safetensors`` (state of the optimizer), ``state.json`` (numbers)
-and ``manifest.json`` (format version, size and SHA-256 of each file). It is built as ``step-N.tmp``, flushed and
-renamed. Which one is newest or best is read off the folders and the metrics, never off a pointer file. Nothing is
-pickled.
+``checkpoints/step-N/`` holds three parts, ``model`` (weights and balancer), ``average`` (averaged weights, if the run
+keeps them) and ``training`` (state of the optimizer), each in one safetensors file or in one per shard
+(:mod:`quintic.engine.pieces`); ``state.json`` (numbers) and ``manifest.json`` (format version, size and SHA-256 of each
+file). It is built as ``step-N.tmp``, flushed and renamed. Which one is newest or best is read off the folders and the
+metrics, never off a pointer file. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import quintic
 from quintic.core import CheckpointError
-from quintic.core.files import atomic_folder, sha256_file
-from quintic.engine.mesh import ALONE, Ranks
-from quintic.engine.shard import shard_like, whole
+from quintic.core.files import sha256_file
+from quintic.core.ranks import ALONE, Ranks
+from quintic.engine.pieces import Stored, part_files
 
 __all__ = [
     "FORMAT",
@@ -37,15 +34,15 @@ __all__ = [
     "load_model",
     "load_training",
     "load_weights",
+    "parameter_names",
     "prune_checkpoints",
-    "save_checkpoint",
     "usable_checkpoint",
     "verify_checkpoint",
 ]
 
-FORMAT = 2
-"""Of what is written. Format 1 held the state of the random generators too, which no step depends on any more."""
-_READABLE = (1, 2)
+FORMAT = 3
+"""Of what is written. Format 2 had whole tensors only, format 1 the state of the random generators too."""
+_READABLE = (1, 2, 3)
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -80,58 +77,26 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    average: Mapping[str, Tensor] | None = None,
-    ranks: Ranks = ALONE,
-) -> Path:
-    """Write ``folder/step-N`` and return it; one that is there already (a rerun after a crash) is replaced.
+def verify_checkpoint(path: Path, ranks: Ranks = ALONE) -> None:
+    """Check format, sizes and hashes.
 
     Args:
-        folder: The ``checkpoints`` folder of a run.
-        model: Its weights and buffers.
-        optimizer: Its state.
-        state: Numbers of the run.
-        average: Averaged weights, if there are any.
-        ranks: All of them call this; divided tensors are put together and the main rank writes.
-
-    Raises:
-        CheckpointError: The disk has not enough room; nothing was written or removed.
-    """
-    target = folder / f"step-{state.step}"
-    tensors, scalars = _flatten_optimizer(model, optimizer)
-    parts = {"model": model.state_dict(), "training": tensors, **({"average": average} if average else {})}
-    # What a checkpoint holds does not depend on the number of ranks, so any other number can resume it.
-    parts = {part: {name: whole(t).contiguous() for name, t in held.items()} for part, held in parts.items()}
-    if not ranks.is_main:
-        ranks.wait()
-        return target
-    _check_room(folder, sum(tensor.nbytes for part in parts.values() for tensor in part.values()))
-    if target.exists():
-        shutil.rmtree(target)
-    with atomic_folder(target) as temporary:
-        for name, part in parts.items():
-            save_file(part, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps({**asdict(state), "optimizer": scalars}), encoding="utf-8")
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(temporary.iterdir())
-        }
-        manifest = {"format": FORMAT, "quintic": quintic.__version__, "torch": torch.__version__, "files": files}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    ranks.wait()
-    return target
-
-
-def verify_checkpoint(path: Path) -> None:
-    """Check format, sizes and hashes.
+        path: The checkpoint.
+        ranks: All of them call this, and each reads a share of the files.
 
     Raises:
         CheckpointError: Something is missing, damaged or of a newer format; the message names the file.
     """
+    error = None
+    try:
+        _verify_share(path, ranks)
+    except CheckpointError as caught:
+        error = caught
+    if ranks.any(error is not None):
+        raise error or CheckpointError(f"checkpoint {path} is damaged: another rank found it so")
+
+
+def _verify_share(path: Path, ranks: Ranks) -> None:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         version, files = manifest["format"], manifest["files"]
@@ -143,7 +108,7 @@ def verify_checkpoint(path: Path) -> None:
             f"checkpoint {path} has format {version}, this version of Quintic reads formats up to {FORMAT}; "
             f"it was written by Quintic {manifest.get('quintic', '?')}"
         )
-    for name, (size, digest) in expected.items():
+    for name, (size, digest) in list(expected.items())[ranks.rank :: ranks.world]:
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing")
@@ -151,13 +116,16 @@ def verify_checkpoint(path: Path) -> None:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its recorded hash")
 
 
-def usable_checkpoint(folder: Path, warn: Callable[[str], None], first: int | None = None) -> Path | None:
+def usable_checkpoint(
+    folder: Path, warn: Callable[[str], None], first: int | None = None, ranks: Ranks = ALONE
+) -> Path | None:
     """The newest checkpoint that verifies, or ``first`` if it does; None if there is no checkpoint at all.
 
     Args:
         folder: The ``checkpoints`` folder of a run.
         warn: Told of each damaged checkpoint that was passed over.
         first: Step to prefer (the best one).
+        ranks: All of them call this.
 
     Raises:
         CheckpointError: There are checkpoints and all of them are damaged.
@@ -168,7 +136,7 @@ def usable_checkpoint(folder: Path, warn: Callable[[str], None], first: int | No
         steps = [first, *(step for step in steps if step != first)]
     for step in steps:
         try:
-            verify_checkpoint(found[step])
+            verify_checkpoint(found[step], ranks)
         except CheckpointError as error:
             warn(f"{error}; trying another one")
             continue
@@ -182,7 +150,7 @@ def usable_checkpoint(folder: Path, warn: Callable[[str], None], first: int | No
 
 
 def load_model(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
-    """Load the weights of a verified checkpoint into a model of the same shape.
+    """Load the weights of a verified checkpoint into a model of the same shape; a divided one reads its pieces.
 
     Args:
         path: The checkpoint.
@@ -192,55 +160,53 @@ def load_model(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
     Raises:
         CheckpointError: The weights are of another model; the message names the first tensor that differs.
     """
-    files = [path / "model.safetensors"]
-    if averaged and (path / "average.safetensors").exists():
-        files.append(path / "average.safetensors")
-    load_weights(files, model)
+    average = part_files(path, "average") if averaged else []
+    load_weights(part_files(path, "model"), model, average)
 
 
-def load_weights(files: Sequence[Path], model: nn.Module) -> None:
-    """Load weight files into a model; where two hold the same tensor, the later one counts.
+def load_weights(files: Sequence[Path], model: nn.Module, instead: Sequence[Path] = ()) -> None:
+    """Load weight files into a model.
+
+    Args:
+        files: Hold all weights together.
+        model: Changed in place.
+        instead: Files with other values of some of the weights, to take where they have any.
 
     Raises:
         CheckpointError: A file cannot be read, or is of another model; the message names the first tensor that differs.
     """
-    weights: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            weights |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
-    check_fit(weights, model, str(files[0]))
-    model.load_state_dict(weights)
+    stored, better = Stored(files), Stored(instead)
+    check_fit({**stored.shapes, **better.shapes}, model, str(files[0]))
+    own = model.state_dict()
+    model.load_state_dict({name: (better if name in better.shapes else stored).read(name, own[name]) for name in own})
 
 
-def check_fit(weights: Mapping[str, Tensor], model: nn.Module, origin: str) -> None:
+def check_fit(shapes: Mapping[str, Sequence[int]], model: nn.Module, origin: str) -> None:
     """Make sure that weights are of a model's names and shapes.
 
     Raises:
         CheckpointError: They are not; the message names the origin and the first tensor that differs.
     """
     own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
+    for name in sorted(own.keys() | shapes.keys()):
         here = tuple(own[name].shape) if name in own else "nothing"
-        there = tuple(weights[name].shape) if name in weights else "nothing"
+        there = tuple(shapes[name]) if name in shapes else "nothing"
         if here != there:
             raise CheckpointError(f"{origin} does not fit the model: {name} is {there} there and {here} here")
 
 
 def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Load the optimizer's state of a verified checkpoint, and return its numbers."""
-    tensors = load_file(path / "training.safetensors")
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("rng.")}  # format 1
+    """Load the optimizer's state of a verified checkpoint, divided as the model is, and return its numbers."""
+    stored = Stored(part_files(path, "training"))
     numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    _unflatten_optimizer(model, optimizer, tensors, numbers.pop("optimizer"))
+    _unflatten_optimizer(model, optimizer, stored, numbers.pop("optimizer"))
     return TrainState(**numbers)
 
 
-def load_average(path: Path) -> dict[str, Tensor]:
-    """Averaged weights of a verified checkpoint; empty if the run keeps none."""
-    file = path / "average.safetensors"
-    return load_file(file) if file.exists() else {}
+def load_average(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Averaged weights of a verified checkpoint, divided as others are; empty if the run keeps none."""
+    stored = Stored(part_files(path, "average"))
+    return {name: stored.read(name, like.get(name)) for name in stored.shapes}
 
 
 def prune_checkpoints(folder: Path, keep_last: int, best: int | None) -> None:
@@ -251,44 +217,22 @@ def prune_checkpoints(folder: Path, keep_last: int, best: int | None) -> None:
             shutil.rmtree(found[step])
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < 1.01 * needed + 2**20:
-        raise CheckpointError(
-            f"the disk of {folder} has {free / 2**20:,.0f} MiB free and the checkpoint needs "
-            f"{needed / 2**20:,.0f} MiB; make room and resume: the checkpoints before this one are intact"
-        )
-
-
-def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Names in the order in which an optimizer's state_dict numbers its parameters."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def _flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
-    names = _parameter_names(model, optimizer)
-    for index, entries in optimizer.state_dict()["state"].items():
-        for key, value in entries.items():
-            name = f"optimizer.{names[index]}:{key}"
-            if isinstance(value, Tensor):
-                tensors[name] = value
-            else:
-                scalars[name] = value
-    return tensors, scalars
-
-
 def _unflatten_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]
+    model: nn.Module, optimizer: torch.optim.Optimizer, stored: Stored, scalars: dict[str, Any]
 ) -> None:
-    numbers = {name: index for index, name in enumerate(_parameter_names(model, optimizer))}
+    numbers = {name: index for index, name in enumerate(parameter_names(model, optimizer))}
     parameters = dict(model.named_parameters())
     state: dict[int, dict[str, Any]] = {}
-    for full, value in {**tensors, **scalars}.items():
+    for full in [*stored.shapes, *scalars]:
+        if full.startswith("rng."):  # format 1
+            continue
         name, key = full.removeprefix("optimizer.").rsplit(":", 1)
-        if isinstance(value, Tensor):
-            value = shard_like(value, parameters[name])
+        value = scalars[full] if full in scalars else stored.read(full, parameters[name])
         state.setdefault(numbers[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

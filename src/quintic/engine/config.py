@@ -43,6 +43,8 @@ class EngineConfig:
     """Examples per forward pass of one rank; 0 takes all it has. Smaller saves memory and gives the same step."""
     shards: int = 0
     """Ranks of a torchrun job that hold one copy of weights and optimizer state together; 0 is all of them."""
+    reshard: bool = True
+    """Whether gathered weights are put away between forward and backward; false keeps them: less traffic, as ZeRO-1."""
     seed: int = 0
     """Initial weights, data order and samples are pure functions of it."""
     device: str = "auto"
@@ -57,6 +59,8 @@ class EngineConfig:
     """Steps between samples; 0 samples at the end only."""
     keep_last: int = 2
     """Newest checkpoints kept, at least 1; the best validated one is kept besides."""
+    background_save: bool = False
+    """Whether training goes on while a checkpoint is written, from a copy of the state in memory."""
     load_every: int = 10
     """Steps between records of the load of every expert."""
     ema_decay: float = 0.0

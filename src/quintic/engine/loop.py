@@ -24,6 +24,7 @@ from torch import nn
 from quintic.core import ConfigError, QuinticError
 from quintic.core.counter_rng import Stream
 from quintic.core.machine import autocast, describe, matmul_peak, peak_memory_bytes, pick_device, pick_dtype
+from quintic.core.ranks import ALONE, Ranks
 from quintic.data.order import Order
 from quintic.engine.averaging import WeightAverage
 from quintic.engine.checkpoint import (
@@ -33,15 +34,14 @@ from quintic.engine.checkpoint import (
     load_training,
     load_weights,
     prune_checkpoints,
-    save_checkpoint,
     usable_checkpoint,
 )
 from quintic.engine.config import EngineConfig, Settings
-from quintic.engine.mesh import ALONE, Ranks
 from quintic.engine.metrics import MetricsFile
 from quintic.engine.progress import Display
 from quintic.engine.run import Run
-from quintic.engine.shard import divide_
+from quintic.engine.saving import Saver
+from quintic.engine.shard import divide_, put_away
 from quintic.engine.signals import stop_requests
 from quintic.engine.sinks import open_sink
 from quintic.engine.spikes import SPIKE, remember, spike_score
@@ -138,21 +138,22 @@ def _train(
     display = Display(console, engine.steps)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model = task.build(engine.seed).to(device)
+        state = TrainState()
+        checkpoint = usable_checkpoint(run.checkpoints, display.note, ranks=ranks)
+        given = checkpoint is not None or run.initial.exists()
+        model = task.build(None if given else engine.seed).to(device)
         if dtype == torch.float64:
             model.double()
-        state = TrainState()
-        checkpoint = usable_checkpoint(run.checkpoints, display.note)
+        divide_(model, ranks, reshard=engine.reshard)
         if checkpoint is not None:
             load_model(checkpoint, model)
-        elif run.initial.exists():
+        elif given:
             load_weights([run.initial], model)
-        divide_(model, ranks)
         optimizer = build_optimizer(model, optim)
         average = WeightAverage(model, engine.ema_decay)
         if checkpoint is not None:
             state = load_training(checkpoint, model, optimizer)
-            average.load_state_dict(load_average(checkpoint))
+            average.load_state_dict(load_average(checkpoint, average.state_dict()))
             display.note(f"continuing from step {state.step}")
         order = Order(task.num_examples, engine.seed, task.fingerprint)
         sink = open_sink(log, run, state.step, display.note) if log and ranks.is_main else None
@@ -171,11 +172,12 @@ def _train(
 
         def save() -> None:
             nonlocal saved
-            save_checkpoint(run.checkpoints, model, optimizer, state, average.state_dict(), ranks)
+            saver.save(model, optimizer, state, average.state_dict())
             saved = state.step
 
         telling = contextlib.nullcontext() if sink is None else contextlib.closing(sink)
-        with telling, stop_requests(display.note) as asked_here, display.live(state.step):
+        saver = Saver(run.checkpoints, ranks, background=engine.background_save)
+        with telling, saver, stop_requests(display.note) as asked_here, display.live(state.step):
 
             def should_stop() -> bool:
                 return ranks.any(asked_here())  # all stop at the same place
@@ -185,13 +187,13 @@ def _train(
                 if state.step > metrics.last_step:
                     due = _due(state.step, engine)
                     if due.evaluate:
-                        with average.applied(), autocast(device, dtype):
+                        with _in_use(model, average, dtype):
                             values = task.evaluate(model, "validation", should_stop)
                         if values is None:
                             break
                         state.row |= values
                     if due.sample:
-                        with _samples_folder(run, ranks) as folder, average.applied(), autocast(device, dtype):
+                        with _samples_folder(run, ranks) as folder, _in_use(model, average, dtype):
                             sample = task.sample(model, folder / f"step-{state.step:06d}", engine.seed, should_stop)
                     metrics.append(state.row)
                     display.step(state.row)
@@ -349,6 +351,13 @@ def _loss_again(parts: _Parts, batch: Batch, noise: int) -> float:
             return float(parts.task.loss(parts.model, batch).total)
     finally:
         parts.model.train()
+
+
+@contextlib.contextmanager
+def _in_use(model: nn.Module, average: WeightAverage, dtype: torch.dtype) -> Iterator[None]:
+    """The model as it is validated and sampled: with averaged weights, if there are any."""
+    with average.applied(), put_away(model), autocast(next(model.parameters()).device, dtype):
+        yield
 
 
 @contextlib.contextmanager

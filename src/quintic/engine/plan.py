@@ -4,7 +4,8 @@ Everything follows from the shapes and declared roles of a model on the meta dev
 mesh of R replicas of S shards (R S = N). A rank holds 1/S of weights, gradients and optimizer state, and gathers one
 block at a time. Per step a rank sends, with P parameters (in elements):
 
-    gather of the weights, forward and backward      2 (S-1)/S P   in the compute dtype, once per micro-batch
+    gather of the weights, forward and backward      2 (S-1)/S P   in the compute dtype, once per micro-batch;
+                                                                   half of it where they are kept (reshard = false)
     sum of the gradients over the shards               (S-1)/S P   in float32, once per micro-batch
     sum of the gradients over the replicas      2 (R-1)/R P / S    in float32
     Muon: matrices to their owners and back        2 (S-1)/S^2 P2  in float32, P2 without expert stacks, which are
@@ -101,6 +102,7 @@ def make_plan(
     vocab_size: int,
     compute_bytes: int,
     optimizer: str = "muon",
+    reshard: bool = True,
 ) -> Plan:
     """Work out the needs of a run.
 
@@ -117,6 +119,7 @@ def make_plan(
         vocab_size: Width of the logits.
         compute_bytes: Bytes of a number in matrix products: 2 for bfloat16.
         optimizer: muon or adamw.
+        reshard: Whether gathered weights are put away between forward and backward pass, ``engine.reshard``.
 
     Raises:
         ConfigError: The ranks do not form such a mesh, or the batch does not divide among them.
@@ -154,13 +157,12 @@ def make_plan(
             "weights": 4 * total // shards,
             "gradients": 4 * total // shards,
             "optimizer": 4 * (muon + 2 * (total - muon)) // shards,
-            # A block's weights in the compute dtype, twice because the next is fetched, and its gradients.
-            "gathered block": (2 * compute_bytes + 4) * largest if shards > 1 else 0,
+            **_gathered(total, largest, compute_bytes, shards, reshard),
             "activations": int(tokens * activation_numbers_per_token * compute_bytes),
             "logits": tokens * vocab_size * (2 * 4 + compute_bytes),
         },
         {
-            "weights": int(2 * share * total * compute_bytes * micro_batches),
+            "weights": int((1 + reshard) * share * total * compute_bytes * micro_batches),
             "gradients": int(share * total * 4 * micro_batches + 2 * (replicas - 1) / replicas * total / shards * 4),
             "muon": int(2 * share / shards * owned_by_muon * 4),
         },
@@ -168,6 +170,15 @@ def make_plan(
         micro_batch,
         flops_per_token,
     )
+
+
+def _gathered(total: int, largest: int, compute_bytes: int, shards: int, reshard: bool) -> dict[str, int]:
+    """Bytes of weights of other ranks that are here for a time, and of their gradients."""
+    if shards == 1:
+        return {"gathered block": 0}
+    if not reshard:
+        return {"gathered weights": compute_bytes * total + 4 * largest}
+    return {"gathered block": (2 * compute_bytes + 4) * largest}  # two: the next one is fetched meanwhile
 
 
 def _block_sizes(model: nn.Module) -> list[int]:

@@ -7,19 +7,20 @@ rank; any other tensor by its first axis. Models know nothing of this.
 
 from __future__ import annotations
 
-import torch
+import contextlib
+from collections.abc import Iterator
+
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
+from quintic.core.ranks import Ranks
 from quintic.core.roles import Role, declared_roles
-from quintic.engine.mesh import Ranks
-from quintic.optim.sharded import local
 
-__all__ = ["copy_whole_", "divide_", "shard_like", "whole"]
+__all__ = ["divide_", "put_away", "whole"]
 
 
-def divide_(model: nn.Module, ranks: Ranks) -> None:
+def divide_(model: nn.Module, ranks: Ranks, *, reshard: bool = True) -> None:
     """Divide a model's parameters among the ranks, in place; nothing for one process.
 
     Gradients are summed over ranks, not averaged: the loop divides by the number of elements that all ranks counted.
@@ -27,6 +28,7 @@ def divide_(model: nn.Module, ranks: Ranks) -> None:
     Args:
         model: Equal on all ranks, roles declared.
         ranks: The mesh.
+        reshard: Put gathered weights away after a forward pass and gather them again for the backward pass.
     """
     if ranks.mesh is None:
         return
@@ -39,26 +41,22 @@ def divide_(model: nn.Module, ranks: Ranks) -> None:
 
     blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
     for module in (*blocks, model):
-        # Also the root is put away after a forward pass: kept, it would outlive a change of weights in a validation.
-        divided = fully_shard(module, mesh=ranks.mesh, shard_placement_fn=placement, reshard_after_forward=True)
+        divided = fully_shard(module, mesh=ranks.mesh, shard_placement_fn=placement, reshard_after_forward=reshard)
         divided.set_gradient_divide_factor(1.0)
         divided.set_force_sum_reduction_for_comms(True)  # else float32 asks for an operation that gloo lacks
+
+
+@contextlib.contextmanager
+def put_away(model: nn.Module) -> Iterator[None]:
+    """Weights that are gathered inside, without a backward pass, are put away: else they would outlive their change."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a divided tensor, on every rank; all ranks must ask together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """A whole tensor, equal on all ranks, divided as another one is."""
-    if not isinstance(pattern, DTensor) or tensor.shape != pattern.shape:
-        return tensor
-    tensor = tensor.to(pattern.device_mesh.device_type)
-    return distribute_tensor(tensor, pattern.device_mesh, pattern.placements, src_data_rank=None)
-
-
-@torch.no_grad()
-def copy_whole_(target: Tensor, source: Tensor) -> None:
-    """Write a whole tensor into a divided one."""
-    local(target).copy_(local(shard_like(source, target)))

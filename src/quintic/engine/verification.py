@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from quintic.core import ConfigError
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.config import Settings
 from quintic.engine.loop import train
 from quintic.engine.metrics import read_metrics
+from quintic.engine.pieces import Stored, part_files
 from quintic.engine.run import Run
 from quintic.engine.task import Task
 
@@ -72,12 +72,13 @@ def differences(first: Run, second: Run) -> tuple[int, list[str]]:
     """
     one, two = (list(list_checkpoints(run.checkpoints).values())[-1] for run in (first, second))
     wrong, count = [], 0
-    for file in sorted({path.name for path in (*one.iterdir(), *two.iterdir()) if path.suffix == ".safetensors"}):
-        left, right = (load_file(path / file) if (path / file).exists() else {} for path in (one, two))
-        count += len(left)
-        for name in sorted(left.keys() | right.keys()):
-            if name not in left or name not in right or not _same_bits(left[name], right[name]):
-                wrong.append(f"{file.removesuffix('.safetensors')}: {name}")
+    for part in ("average", "model", "training"):
+        left, right = (Stored(part_files(path, part)) for path in (one, two))
+        count += len(left.shapes)
+        for name in sorted(left.shapes.keys() | right.shapes.keys()):
+            missing = name not in left.shapes or name not in right.shapes
+            if missing or not _same_bits(left.read(name), right.read(name)):
+                wrong.append(f"{part}: {name}")
     states = [json.loads((path / "state.json").read_text(encoding="utf-8")) for path in (one, two)]
     for state in states:
         state.pop("seconds")
