@@ -7,8 +7,8 @@ for both), in every way that transformers has of running experts; memory is the 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.claims import Claim, table
-from quintic.core.machine import describe
+from quintic.core.machine import describe, peak_memory_bytes
 from quintic.lm import LanguageModel, LMConfig, generate_batch, load_deepseek, save_deepseek
 
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 """transformers' ways of running experts."""
 BATCHES = (1, 8)
+CPU = torch.device("cpu")
 PROMPT, NEW = 32, 160
 TRAIN_BATCH = 16
 ROUNDS, STEPS = 5, 3
@@ -123,14 +124,16 @@ def training(folder: Path) -> dict[str, float]:
 
 def _peak(folder: str, name: str, answer: Any) -> None:
     step = stepper(load_deepseek(folder), True) if name == "quintic" else stepper(theirs(Path(folder), name), False)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(3):
-        step()
-    answer.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    step()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, which is that of loading, is forgotten (Linux)
+    before = peak_memory_bytes(CPU) or 0
+    step()
+    answer.send(((peak_memory_bytes(CPU) or 0) - before) / 2**20)
 
 
 def memory(folder: Path) -> dict[str, float]:
-    """MiB that three steps add to the peak of a process that has loaded everything."""
+    """MiB that a step needs for a time, beside weights, gradients and the state of the optimizer."""
     context, found = multiprocessing.get_context("spawn"), {}
     for name in ("quintic", *EXPERTS):
         receive, send = context.Pipe(duplex=False)
@@ -147,7 +150,7 @@ def run() -> dict[str, Any]:
         ours = exported(folder)
         spent = training(folder)
         return {
-            "machine": describe(torch.device("cpu"), torch.float32),
+            "machine": describe(CPU, torch.float32),
             "tokens_per_second": generation(folder, ours.eval()),
             "step_ms": {name: 1e3 * seconds / STEPS for name, seconds in spent.items()},
             "step_mib": memory(folder),

@@ -1,14 +1,15 @@
 """Bits per dimension: TARFLOW beside MAF, a neural spline flow, RealNVP and Glow, at equal CPU time.
 
 On Fashion-MNIST and on 5,000 digits of MNIST. All see the same images, dequantised with uniform noise and, but for one
-arm, sent through the same logit transform, whose Jacobian counts; all train for the same CPU seconds on one thread, the
-rate warmed up and then lowered over that time, and keep an average of their weights. The peak rate of each is swept
-(three rates, seed 0, a quarter of the time, chosen on validation images). MAF and the spline flow are zuko's, RealNVP
-(couplings over pixels in turns, as in its authors' toy) and Glow are normflows'. Needs the extra ``bench`` and
-``python -m benchmarks.fetch_data fashion-mnist digits``.
+arm, sent through the same logit transform, whose Jacobian counts; all train for as many steps as one thread does of
+theirs in the same seconds, by the time of a step that is measured first, in turns; the rate is warmed up and then
+lowered, and the weights are averaged. The peak rate of each is swept (seed 0, a quarter of the steps, chosen on
+validation images) until the best has a worse one on either side. MAF and the spline flow are zuko's, RealNVP (couplings
+over pixels in turns, as in its authors' toy) and Glow are normflows'. Needs the extra ``bench`` and ``python -m
+benchmarks.fetch_data fashion-mnist digits``.
 
-Every run leaves a line under ``runs/benchmarks/tarflow_likelihood`` and is skipped when it is there: a study that was
-stopped goes on.
+Everything measured leaves a file under ``runs/benchmarks/tarflow_likelihood`` and is skipped when it is there: a study
+that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ from quintic.flow.likelihood import bits, dequantise, logit_forward
 from quintic.optim import Muon
 
 FOLDER = Path("runs") / "benchmarks" / "tarflow_likelihood"
-SETS = {"fashion-mnist": ("Fashion-MNIST", 120), "digits": ("MNIST, 5,000 digits", 40)}
-"""Title, and CPU seconds of a run."""
+SETS = {"fashion-mnist": ("Fashion-MNIST", 90), "digits": ("MNIST, 5,000 digits", 30)}
+"""Title, and seconds of a run."""
 SEEDS = (0, 1, 2)
-SWEEP = (0.4, 1.0, 2.5)
-"""Rates tried, times the arm's usual one."""
+FACTOR, MOST_RATES = 2.5, 6
+"""Between the rates tried, from the usual one on; and how many are tried at most."""
+ROUNDS, STEPS = 5, 4
+"""Turns in which the time of a step is measured, and steps in each."""
 SHAPE = (1, 28, 28)
 DIMS = 784
 AVERAGE = 0.998
@@ -155,39 +158,53 @@ def images(name: str) -> dict[str, Tensor]:
     }
 
 
-def train(name: str, lr: float, seed: int, seconds: float, data: dict[str, Tensor], split: str) -> dict[str, Any]:
-    """Train an arm for some CPU seconds and measure the averaged weights on a split."""
-    torch.manual_seed(seed)
-    arm, images = ARMS[name], data["train"]
-    model = arm.make()
-    optimizer, average = arm.optimizer(model, lr), copy.deepcopy(model)
-    begun, step, skipped = time.process_time(), 0, 0
-    while (spent := (time.process_time() - begun) / seconds) < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 100, 2.5 * (1.0 - spent))
-        rows = torch.from_numpy(Stream(seed, "batch", step).integers(0, BATCH, len(images)))
-        x = dequantise(images[rows], torch.rand(BATCH, *SHAPE), 256)
-        loss = -model.log_prob(x).mean() / DIMS
-        optimizer.zero_grad()
+class Training:
+    """An arm that trains step by step, and keeps an average of its weights."""
+
+    def __init__(self, title: str, lr: float, seed: int, steps: int, images: Tensor) -> None:
+        torch.manual_seed(seed)
+        self.model = ARMS[title].make()
+        self.average = copy.deepcopy(self.model)
+        self.optimizer = ARMS[title].optimizer(self.model, lr)
+        self.lr, self.seed, self.steps, self.images = lr, seed, steps, images
+        self.step = self.skipped = 0
+
+    def advance(self) -> None:
+        """One step; one whose gradient is not finite is counted and leaves the weights alone."""
+        step = self.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, (step + 1) / 100, 2.5 * (1.0 - step / self.steps))
+        rows = torch.from_numpy(Stream(self.seed, "batch", step).integers(0, BATCH, len(self.images)))
+        x = dequantise(self.images[rows], torch.rand(BATCH, *SHAPE), 256)
+        loss = -self.model.log_prob(x).mean() / DIMS
+        self.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if math.isfinite(float(norm)):
-            optimizer.step()
+            self.optimizer.step()
         else:
-            skipped += 1
+            self.skipped += 1
         decay = min(AVERAGE, (step + 1) / (step + 10))
         with torch.no_grad():
-            for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+            for mean, value in zip(self.average.state_dict().values(), self.model.state_dict().values(), strict=True):
                 if mean.is_floating_point():
                     mean.lerp_(value, 1.0 - decay)
                 else:
                     mean.copy_(value)
-        step += 1
-    return {
-        "arm": name, "lr": lr, "seed": seed, "seconds": seconds, "steps": step, "skipped": skipped,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "bits_per_dim": bits_of(average.eval(), data[split]),
-    }  # fmt: skip
+        self.step += 1
+
+
+def pace(images: Tensor) -> dict[str, float]:
+    """Seconds of a step of every arm: the smallest of some turns."""
+    trainings = {title: Training(title, arm.lr, 0, 10**6, images) for title, arm in ARMS.items()}
+    found = dict.fromkeys(trainings, math.inf)
+    for _ in range(1 + ROUNDS):
+        for title, training in trainings.items():
+            begun = time.perf_counter()
+            for _ in range(STEPS):
+                training.advance()
+            found[title] = min(found[title], (time.perf_counter() - begun) / STEPS)
+    return found
 
 
 @torch.no_grad()
@@ -202,28 +219,49 @@ def bits_of(model: nn.Module, images: Tensor) -> float:
     return total / len(images) if math.isfinite(total) else math.inf
 
 
-def remembered(
-    name: str, title: str, lr: float, seed: int, seconds: float, data: dict[str, Tensor], split: str
-) -> dict[str, Any]:
-    """:func:`train`, unless an earlier call left its result."""
-    path = FOLDER / name / f"{re.sub('[^a-zA-Z]+', '-', title)}-{lr:.3g}-{seed}-{seconds:g}.json"
+def remembered(path: Path, measure: Callable[[], Any]) -> Any:
+    """What was measured, unless an earlier call left its result."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(train(title, lr, seed, seconds, data, split)))
-        print(name, path.stem, json.loads(path.read_text())["bits_per_dim"], flush=True)
+        atomic_write(path, json.dumps(measure()))
+        print(path, path.read_text(), flush=True)
     return json.loads(path.read_text())
 
 
-def measure(name: str, title: str, data: dict[str, Tensor], seconds: float) -> dict[str, Any]:
+def sweep(first: float, score: Callable[[float], float]) -> dict[float, float]:
+    """{rate: score} around the best, which has a worse one on either side unless they got too many."""
+    scores = {lr: score(lr) for lr in (first / FACTOR, first, first * FACTOR)}
+    while len(scores) < MOST_RATES:
+        best, rates = min(scores, key=lambda lr: scores[lr]), sorted(scores)
+        if best not in (rates[0], rates[-1]):
+            break
+        beyond = best / FACTOR if best == rates[0] else best * FACTOR
+        scores[beyond] = score(beyond)
+    return dict(sorted(scores.items()))
+
+
+def measure(name: str, title: str, data: dict[str, Tensor], steps: int) -> dict[str, Any]:
     """One arm on one set: rate swept on validation images, then all seeds on test images."""
-    rates = [ARMS[title].lr * factor for factor in SWEEP]
-    few = {**data, "validation": data["validation"][:1000]}
-    sweep = {lr: remembered(name, title, lr, 0, seconds / 4, few, "validation")["bits_per_dim"] for lr in rates}
-    best = min(rates, key=lambda lr: sweep[lr])
-    runs = [remembered(name, title, best, seed, seconds, data, "test") for seed in SEEDS]
+
+    def trained(lr: float, seed: int, steps: int, images: Tensor) -> dict[str, Any]:
+        def train() -> dict[str, Any]:
+            training = Training(title, lr, seed, steps, data["train"])
+            while training.step < steps:
+                training.advance()
+            size = sum(p.numel() for p in training.model.parameters())
+            bits = bits_of(training.average.eval(), images)
+            return {"bits_per_dim": bits, "parameters": size, "skipped": training.skipped}
+
+        label = re.sub("[^a-zA-Z]+", "-", title).strip("-")
+        return remembered(FOLDER / name / f"{label}-{lr:.3g}-{seed}-{steps}.json", train)
+
+    few = data["validation"][:1000]
+    tried = sweep(ARMS[title].lr, lambda lr: trained(lr, 0, steps // 4, few)["bits_per_dim"])
+    best = min(tried, key=lambda lr: tried[lr])
+    runs = [trained(best, seed, steps, data["test"]) for seed in SEEDS]
     return {
-        "sweep": {f"{lr:.3g}": value for lr, value in sweep.items()}, "best_lr": best,
-        "parameters": runs[0]["parameters"], "steps": runs[0]["steps"],
+        "sweep": {f"{lr:.3g}": value for lr, value in tried.items()}, "best_lr": best,
+        "parameters": runs[0]["parameters"], "steps": steps,
         "skipped": sum(r["skipped"] for r in runs), "bits_per_dim": [r["bits_per_dim"] for r in runs],
     }  # fmt: skip
 
@@ -231,9 +269,10 @@ def measure(name: str, title: str, data: dict[str, Tensor], seconds: float) -> d
 def run() -> dict[str, Any]:
     found: dict[str, Any] = {}
     with one_thread():
+        step_seconds = remembered(FOLDER / "pace.json", lambda: pace(images("digits")["train"]))
         for name, (_, seconds) in SETS.items():
             data = images(name)
-            found[name] = {title: measure(name, title, data, seconds) for title in ARMS}
+            found[name] = {title: measure(name, title, data, round(seconds / step_seconds[title])) for title in ARMS}
     machine = describe(torch.device("cpu"), torch.float32)
     return {"machine": machine, "seeds": list(SEEDS), "sets": found}
 
@@ -255,18 +294,18 @@ def section(result: dict[str, Any]) -> str:
     m = result["machine"]
     parts = [
         "## TARFLOW: likelihood",
-        f"`python -m benchmarks tarflow_likelihood`. As many CPU seconds of training each, one thread, batch {BATCH}, "
-        "uniform dequantisation and, but for one arm, logits; the peak rate of each swept on validation images over "
-        f"{', '.join(f'{x:g}' for x in SWEEP)} times its usual one; averaged weights; test images, mean of "
+        "`python -m benchmarks tarflow_likelihood`. As many steps each as one thread does in the same seconds, by the "
+        f"time of a step measured in turns; batch {BATCH}, uniform dequantisation and, but for one arm, logits; the "
+        "peak rate of each swept on validation images to an interior optimum; averaged weights; test images, mean of "
         f"{len(result['seeds'])} seeds with half of a 95 % interval. {m['cpu']}, torch {m['torch']}.",
     ]
     for name, arms in result["sets"].items():
         title, seconds = SETS[name]
         rows = [
-            (arm, f"{r['parameters']:,}", f"{r['steps']:,}", f"{r['best_lr']:g}", plus_minus(spread(r["bits_per_dim"])),
-             str(r["skipped"]))
+            (arm, f"{r['parameters']:,}", f"{r['steps']:,}", f"{r['best_lr']:.3g}",
+             plus_minus(spread(r["bits_per_dim"])), str(r["skipped"]))
             for arm, r in arms.items()
         ]  # fmt: skip
         head = ("model", "parameters", "steps", "best rate", "test bits per dimension", "steps left out: not finite")
-        parts += [f"**{title}**, {seconds} CPU seconds", table(head, rows)]
+        parts += [f"**{title}**, {seconds} seconds", table(head, rows)]
     return "\n\n".join(parts)

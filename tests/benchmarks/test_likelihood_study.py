@@ -31,10 +31,18 @@ def toy(tmp_path, monkeypatch):
 def test_it_runs_goes_on_and_is_written_up(toy, tmp_path, monkeypatch):
     result = json.loads(json.dumps(study.run()))
     arm = result["sets"]["toy"][study.OURS]
-    assert arm["best_lr"] == float(min(arm["sweep"], key=arm["sweep"].get))
+    assert f"{arm['best_lr']:.3g}" == min(arm["sweep"], key=arm["sweep"].get)
     assert all(value > 8.0 for value in arm["bits_per_dim"])  # noise has eight bits a pixel; less would be a bug
-    assert len(list(tmp_path.rglob("*.json"))) == 2 * (3 + 2)
+    rates = [len(row["sweep"]) for row in result["sets"]["toy"].values()]
+    assert len(list(tmp_path.rglob("*.json"))) == 1 + sum(rates) + 2 * 2
     assert "**Toy**" in study.section(result) and len(study.claims(result)) == 1
 
-    monkeypatch.setattr(study, "train", None)  # everything is remembered
+    monkeypatch.setattr(study, "Training", None)  # everything is remembered
     assert study.run()["sets"] == result["sets"]
+
+
+def test_a_sweep_goes_on_to_an_interior_optimum():
+    tried = study.sweep(1.0, lambda lr: abs(lr - 10.0))
+    assert list(tried) == pytest.approx([0.4, 1.0, 2.5, 6.25, 15.625])
+    assert len(study.sweep(1.0, lambda lr: -lr)) == study.MOST_RATES
+    assert list(study.sweep(1.0, lambda lr: abs(lr - 1.0))) == pytest.approx([0.4, 1.0, 2.5])
