@@ -205,9 +205,9 @@ def sample_token(logits: Tensor, uniform: float, rule: Sampling, seen: Sequence[
         ids = torch.tensor(sorted({token for token in seen if token < len(logits)}))
         old = logits[ids]
         logits[ids] = torch.where(old > 0, old / rule.repetition_penalty, old * rule.repetition_penalty)
-    values, ids = torch.sort(logits, descending=True, stable=True)
     if rule.temperature == 0:
-        return int(ids[0])
+        return int(logits.argmax())  # the first of equal ones
+    values, ids = torch.sort(logits, descending=True, stable=True)
     probability = torch.softmax(values / rule.temperature, dim=0)
     if rule.top_k:
         probability = probability[: rule.top_k]
