@@ -5,6 +5,7 @@ float64, so that routing does not depend on the order of sums; every job is a to
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -120,3 +121,21 @@ def test_float32_too(book, tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(book, tmp_path):
     done = job(2, "train", book, *SETTINGS, "engine.batch_size=15", "--out", tmp_path / "run", check=False)
     assert done.returncode and "15 does not divide among 2 ranks; use a multiple of 2" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("task", ["tarflow", "ddpm"])
+def test_images_train_on_several_ranks_too(tmp_path, task):
+    """Ranks draw noise of their own, so two train as well as one and not the same."""
+    settings = ["--task", task, "--size", "tiny", "engine.steps=4", "engine.eval_every=2", "engine.checkpoint_every=2"]
+    settings += [*(["tarflow.sample_images=2"] if task == "tarflow" else []), "engine.keep_last=4"]
+    job(2, "train", *settings, "--out", tmp_path / "two")
+    one, two = tmp_path / "two", tmp_path / "again"
+    shutil.copytree(one, two)
+    shutil.rmtree(two / "checkpoints" / "step-4")
+    job(2, "resume", two)
+    for part in ("model", "average", "training"):
+        here, there = weights(one, part), weights(two, part)
+        assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+    assert len(list((one / "samples").iterdir())) == 1
+    best = min(row["val_loss"] for row in read_metrics(one / "metrics.jsonl") if "val_loss" in row)
+    assert f"loss {best:.5f}" in job(1, "evaluate", one, "--split", "validation").stdout  # of whole weights

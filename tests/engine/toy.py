@@ -30,6 +30,7 @@ class Toy(nn.Module):
 
 class ToyTask:
     name = "toy"
+    samples_whole = False
     fingerprint = "toy-1"
     num_examples = 37
 
@@ -68,7 +69,7 @@ class ToyTask:
     def step_metrics(self, loss):
         return {}
 
-    def evaluate(self, model, split, should_stop):
+    def evaluate(self, model, split, should_stop, ranks):
         if self.stop_evaluations or should_stop():
             return None
         model.eval()

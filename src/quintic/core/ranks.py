@@ -56,6 +56,17 @@ class Ranks:
             return 0
         return -1 if self.mesh.get_local_rank("replicate") else self.mesh.get_local_rank("shard")
 
+    def turns(self, count: int) -> Iterator[int | None]:
+        """The numbers below a count that are this rank's; all ranks get as many, None where one has none left.
+
+        Example:
+            >>> [list(Ranks(rank, 2).turns(3)) for rank in range(2)]
+            [[0, 2], [1, None]]
+        """
+        for first in range(0, count, self.world):
+            number = first + self.rank
+            yield number if number < count else None
+
     def sum(self, *numbers: float) -> tuple[float, ...]:
         """Sums over all ranks, in float64."""
         if self.mesh is None:

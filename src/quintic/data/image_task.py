@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from quintic.core import DataError
 from quintic.core.counter_rng import Stream
 from quintic.core.loss import Loss
+from quintic.core.ranks import ALONE, Ranks
 from quintic.data.images import ImageData, ImageSplit
 
 __all__ = ["ImageTask", "image_fields"]
@@ -111,11 +112,12 @@ class ImageTask(ABC):
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, split: str, should_stop: Callable[[], bool] = lambda: False
+        self, model: nn.Module, split: str, should_stop: Callable[[], bool] = lambda: False, ranks: Ranks = ALONE
     ) -> dict[str, float] | None:
         """Mean loss of a split per value, and its views; None if stopped midway.
 
-        All images of ``test`` count, and up to 2,000 of ``validation``, evenly spaced. Classes are given.
+        All images of ``test`` count, and up to 2,000 of ``validation``, evenly spaced. Classes are given. Ranks share
+        them out.
         """
         chosen: ImageSplit = getattr(self.data, split)
         if not len(chosen):
@@ -127,18 +129,21 @@ class ImageTask(ABC):
         model.eval()
         total, values = 0.0, 0
         try:
-            for first in range(0, count, _EVAL_BATCH):
+            for turn in ranks.turns(-(-count // _EVAL_BATCH)):
                 if should_stop():
                     return None
+                first = _EVAL_BATCH * (turn or 0)
                 part = numbers[first : first + _EVAL_BATCH]
                 labels = None if chosen.labels is None else chosen.labels[part]
                 batch = self.tensors(ImageSplit(chosen.images[part], labels))
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 loss = self.evaluation_loss(model, batch, noise, first)
-                total += float(loss.total)
-                values += loss.count
+                if turn is not None:  # else it was for company: ranks that share weights work together
+                    total += float(loss.total)
+                    values += loss.count
         finally:
             model.train(was_training)
+        total, values = ranks.sum(total, values)
         prefix, mean = "val" if split == "validation" else split, total / values
         return {f"{prefix}_{name}": value for name, value in {"loss": mean, **self.step_metrics(mean)}.items()}
 

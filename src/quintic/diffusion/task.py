@@ -66,6 +66,7 @@ class DDPMTask(ImageTask):
     """
 
     name = "ddpm"
+    samples_whole = False
 
     def __init__(self, config: DDPMConfig, data: ImageData) -> None:
         super().__init__(config, data)

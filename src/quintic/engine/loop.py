@@ -188,12 +188,13 @@ def _train(
                     due = _due(state.step, engine)
                     if due.evaluate:
                         with _in_use(model, average, dtype):
-                            values = task.evaluate(model, "validation", should_stop)
+                            values = task.evaluate(model, "validation", should_stop, ranks)
                         if values is None:
                             break
                         state.row |= values
                     if due.sample:
-                        with _samples_folder(run, ranks) as folder, _in_use(model, average, dtype):
+                        using = _in_use(model, average, dtype, whole=task.samples_whole)
+                        with _samples_folder(run, ranks) as folder, using:
                             sample = task.sample(model, folder / f"step-{state.step:06d}", engine.seed, should_stop)
                     metrics.append(state.row)
                     display.step(state.row)
@@ -354,9 +355,9 @@ def _loss_again(parts: _Parts, batch: Batch, noise: int) -> float:
 
 
 @contextlib.contextmanager
-def _in_use(model: nn.Module, average: WeightAverage, dtype: torch.dtype) -> Iterator[None]:
+def _in_use(model: nn.Module, average: WeightAverage, dtype: torch.dtype, *, whole: bool = False) -> Iterator[None]:
     """The model as it is validated and sampled: with averaged weights, if there are any."""
-    with average.applied(), put_away(model), autocast(next(model.parameters()).device, dtype):
+    with average.applied(), put_away(model, whole=whole), autocast(next(model.parameters()).device, dtype):
         yield
 
 

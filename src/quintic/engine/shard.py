@@ -40,21 +40,28 @@ def divide_(model: nn.Module, ranks: Ranks, *, reshard: bool = True) -> None:
         return Shard(1) if few else Shard(0)
 
     blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
-    for module in (*blocks, model):
+    for module in (*reversed(blocks), model):  # a block within a block first: the outer one takes what is left
         divided = fully_shard(module, mesh=ranks.mesh, shard_placement_fn=placement, reshard_after_forward=reshard)
         divided.set_gradient_divide_factor(1.0)
         divided.set_force_sum_reduction_for_comms(True)  # else float32 asks for an operation that gloo lacks
 
 
 @contextlib.contextmanager
-def put_away(model: nn.Module) -> Iterator[None]:
-    """Weights that are gathered inside, without a backward pass, are put away: else they would outlive their change."""
+def put_away(model: nn.Module, *, whole: bool = False) -> Iterator[None]:
+    """Weights that are gathered inside, without a backward pass, are put away: else they would outlive their change.
+
+    Args:
+        model: Divided or not.
+        whole: Gather all of them, for what looks at weights outside of a forward pass.
+    """
+    divided = [module for module in model.modules() if isinstance(module, FSDPModule)]
     try:
+        for module in divided if whole else ():
+            module.unshard()
         yield
     finally:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in divided:
+            module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quintic.core.loss import Loss
+from quintic.core.ranks import ALONE, Ranks
 
 __all__ = ["Batch", "Task"]
 
@@ -30,6 +31,8 @@ class Task(Protocol):
     """Hash of the data and of how it is cut into examples; a resume refuses another one."""
     num_examples: int
     """Training examples in one epoch."""
+    samples_whole: bool
+    """Whether sampling looks at weights outside of a forward pass, so that divided ones are put together for it."""
 
     def build(self, seed: int | None) -> nn.Module:
         """The model with its initial weights, a pure function of the seed; None leaves them uninitialised."""
@@ -60,8 +63,13 @@ class Task(Protocol):
         """More views of the mean loss of a step, such as bits per byte."""
         ...
 
-    def evaluate(self, model: nn.Module, split: str, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """Mean loss and its views on the ``validation`` or ``test`` split; None if stopped midway."""
+    def evaluate(
+        self, model: nn.Module, split: str, should_stop: Callable[[], bool], ranks: Ranks = ALONE
+    ) -> dict[str, Any] | None:
+        """Mean loss and its views on the ``validation`` or ``test`` split; None if stopped midway.
+
+        All ranks call this together, and ``should_stop`` tells all of them the same.
+        """
         ...
 
     def sample(self, model: nn.Module, path: Path, seed: int, should_stop: Callable[[], bool]) -> str:

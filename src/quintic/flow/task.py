@@ -91,6 +91,7 @@ class TarFlowTask(ImageTask):
     """
 
     name = "tarflow"
+    samples_whole = True
 
     def __init__(self, config: TarFlowConfig, data: ImageData) -> None:
         super().__init__(config, data)

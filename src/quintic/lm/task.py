@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from quintic.core.files import atomic_write
 from quintic.core.loss import Loss
+from quintic.core.ranks import ALONE, Ranks
 from quintic.data.tokenizer import Tokenizer
 from quintic.data.tokens import Split, TokenData, document_ids, num_windows, windows
 from quintic.lm.config import LMConfig
@@ -65,6 +66,7 @@ class LanguageModelTask:
     """
 
     name = "lm"
+    samples_whole = False
 
     def __init__(self, config: LMConfig, data: TokenData, *, cross_documents: bool) -> None:
         assert config.vocab_size >= data.tokenizer.vocab_size
@@ -137,9 +139,9 @@ class LanguageModelTask:
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, split: str, should_stop: Callable[[], bool] = lambda: False
+        self, model: nn.Module, split: str, should_stop: Callable[[], bool] = lambda: False, ranks: Ranks = ALONE
     ) -> dict[str, Any] | None:
-        """Loss and bits per byte of every token of a split; None if stopped midway."""
+        """Loss and bits per byte of every token of a split, shared among the ranks; None if stopped midway."""
         chosen: Split = getattr(self.data, split)
         was_training = model.training
         model.eval()
@@ -151,22 +153,30 @@ class LanguageModelTask:
             if not total:
                 return {}  # no validation was asked for
             with RouteRecorder(model, self.config.vocab_size) as routes:
-                for start in range(0, total, per_batch):
+                for turn in ranks.turns(-(-total // per_batch)):
                     if should_stop():
                         return None
+                    start = per_batch * (turn or 0)
                     numbers = np.arange(start, min(start + per_batch, total))
                     batch = {name: tensor.to(device) for name, tensor in self._tensors(chosen, numbers).items()}
-                    routes.tokens = torch.where(batch["targets"] >= 0, batch["ids"], -1)
+                    known = (
+                        batch["targets"] >= 0 if turn is not None else torch.zeros_like(batch["ids"], dtype=torch.bool)
+                    )
+                    routes.tokens = torch.where(known, batch["ids"], -1)
                     loss = self.loss(model, batch)
-                    nats += float(loss.total)
-                    count += loss.count
+                    if turn is not None:  # else it was for company: ranks that share weights work together
+                        nats += float(loss.total)
+                        count += loss.count
         finally:
             model.train(was_training)
+        nats, count = ranks.sum(nats, count)
+        for table in routes.tables:
+            ranks.sum_(table)
         prefix = "val" if split == "validation" else split
         return {
             f"{prefix}_loss": nats / max(1, count),
             f"{prefix}_bits_per_byte": nats / math.log(2) / max(1, chosen.num_bytes),
-            **self._routing_metrics(routes, prefix, count),
+            **self._routing_metrics(routes, prefix, int(count)),
         }
 
     def _routing_metrics(self, routes: RouteRecorder, prefix: str, tokens: int) -> dict[str, Any]:
