@@ -138,7 +138,7 @@ class ImageTask(ABC):
                 batch = self.tensors(ImageSplit(chosen.images[part], labels))
                 batch = {name: tensor.to(device) for name, tensor in batch.items()}
                 loss = self.evaluation_loss(model, batch, noise, first)
-                if turn is not None:  # else it was for company: ranks that share weights work together
+                if turn is not None:  # else for company: ranks that share weights work together
                     total += float(loss.total)
                     values += loss.count
         finally:
