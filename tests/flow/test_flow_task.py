@@ -10,6 +10,7 @@ from PIL import Image
 
 from quintic.assets import preset_names, preset_text
 from quintic.core import ConfigError, DataError
+from quintic.core.machine import autocast
 from quintic.data.images import ImageConfig, ImageData, ImageSplit, prepare_images
 from quintic.engine.config import EngineConfig, Settings
 from quintic.flow import TarFlow, TarFlowConfig
@@ -97,8 +98,10 @@ def test_labels_are_withheld_at_the_rate_asked_for(drawn, monkeypatch):
     assert (seen[-1] >= 0).all()  # measured with their classes
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_training_lowers_the_loss(drawn, optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "dtype"), [("muon", torch.float32), ("adamw", torch.float32), ("muon", torch.bfloat16)]
+)
+def test_training_lowers_the_loss(drawn, optimizer, dtype):
     task = make_task(drawn, classes=-1)
     model = task.build(0)
     optim = build_optimizer(model, OptimConfig(name=optimizer, lr=0.01))
@@ -106,7 +109,8 @@ def test_training_lowers_the_loss(drawn, optimizer):
     torch.manual_seed(0)
     for step in range(30):
         optim.zero_grad()
-        loss = task.loss(model, task.batch(np.arange(step * 32, step * 32 + 32) % 200))
+        with autocast(torch.device("cpu"), dtype):
+            loss = task.loss(model, task.batch(np.arange(step * 32, step * 32 + 32) % 200))
         (loss.total / loss.count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optim.step()

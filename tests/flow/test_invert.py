@@ -138,7 +138,7 @@ def test_a_latent_that_overflows_spoils_no_other_image(make_flow):
         spoiled = z.clone()
         spoiled[1] = bad
         for method in ("sequential", "jacobi", "window:2"):
-            found, inversion = flow.decode(spoiled, method=method)
+            found, inversion = flow.decode(spoiled, method=method, certify=True)
             assert torch.allclose(found[[0, 2]], clean[[0, 2]], rtol=0, atol=1e-9)
             assert inversion.residual < 1e-9
 
@@ -207,6 +207,14 @@ def test_two_threads_sample_at_once(make_flow):
     for thread in threads:
         thread.join()
     assert all(torch.allclose(found[s], expected[s], rtol=0, atol=1e-9) for s in range(4))
+
+
+def test_what_was_not_checked_has_no_residual(make_flow):
+    flow = make_flow()
+    z = latents(flow, 2)
+    assert flow.decode(z, method="sequential")[1].residual is None
+    assert 0 <= flow.decode(z, method="sequential", certify=True)[1].residual < 1e-9
+    assert 0 <= flow.decode(z, method="jacobi")[1].residual < 1e-9
 
 
 def test_volume_preserving_flows_are_inverted_too(make_flow):

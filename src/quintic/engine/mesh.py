@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -20,6 +21,8 @@ from quintic.core.ranks import ALONE, Ranks
 __all__ = ["join_ranks", "world_size"]
 
 _TIMEOUT = timedelta(minutes=30)
+_LET_GO = 0.2
+"""Seconds."""
 
 
 def world_size() -> int:
@@ -60,3 +63,6 @@ def join_ranks(device: torch.device, shards: int = 0) -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), world, mesh)
     finally:
         dist.destroy_process_group()
+        # Gloo's threads need the interpreter to let go of the last tensors that travelled; one of them that has not yet
+        # come to it when the interpreter ends aborts the whole process, and nothing tells when they have.
+        time.sleep(_LET_GO)

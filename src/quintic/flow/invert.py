@@ -72,9 +72,9 @@ class Inversion:
     """In the order of sampling; empty if sampling was one parallel pass."""
 
     @property
-    def residual(self) -> float:
-        """The largest residual that was measured."""
-        return max((r.residual for r in self.blocks if r.residual is not None), default=0.0)
+    def residual(self) -> float | None:
+        """The largest residual that was measured; None if nothing was checked (sequential, without ``certify``)."""
+        return max((r.residual for r in self.blocks if r.residual is not None), default=None)
 
 
 class Workspace:
