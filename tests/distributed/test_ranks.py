@@ -34,7 +34,7 @@ def job(ranks, *arguments, check=True):
         capture_output=True,
         text=True,
         timeout=110,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
     )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
