@@ -11,10 +11,10 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PLOTS = HERE / "plots"
 BENCHMARKS = (
-    "demo", "beside_transformers", "muon_race", "optimizers", "scale", "trust_regions", "overfitting", "clipping",
-    "sizes", "finetuning", "muon_speed", "balance", "balance_rules", "experts_or_dense", "moe_speed",
-    "tarflow_sampling", "tarflow_likelihood", "tarflow_samples", "diffusion", "codec", "lowrank", "retrieval",
-    "nystrom_attention", "compression",
+    "demo", "beside_transformers", "step_floor", "two_processes", "memory", "muon_race", "optimizers", "scale",
+    "trust_regions", "overfitting", "clipping", "sizes", "finetuning", "muon_speed", "balance", "balance_rules",
+    "experts_or_dense", "moe_speed", "tarflow_sampling", "tarflow_likelihood", "tarflow_samples", "diffusion",
+    "codec", "lowrank", "retrieval", "nystrom_attention", "compression",
 )  # fmt: skip
 """In the order of RESULTS.md."""
 QUICK = ("demo", "muon_speed", "moe_speed", "balance_rules", "lowrank", "tarflow_sampling")
