@@ -46,3 +46,17 @@ def test_a_sweep_goes_on_to_an_interior_optimum():
     assert list(tried) == pytest.approx([0.4, 1.0, 2.5, 6.25, 15.625])
     assert len(study.sweep(1.0, lambda lr: -lr)) == study.MOST_RATES
     assert list(study.sweep(1.0, lambda lr: abs(lr - 1.0))) == pytest.approx([0.4, 1.0, 2.5])
+
+
+def test_a_rate_whose_full_runs_break_gives_way_to_the_next_best(toy, monkeypatch):
+    def made_up(path, measure):
+        rate, seed, steps = (float(part) for part in path.stem.split("-")[-3:])
+        broken = steps == 80 and seed == 1
+        if rate > 5e-3:
+            return {"bits_per_dim": float("inf") if broken else 1.0, "parameters": 1, "skipped": 0}
+        return {"bits_per_dim": 3.0 - 100.0 * rate, "parameters": 1, "skipped": 4 if broken and rate > 2e-3 else 0}
+
+    monkeypatch.setattr(study, "remembered", made_up)
+    found = study.measure("toy", "another", study.images("toy"), 80)
+    assert found["broken_lrs"][-1] == pytest.approx(2.5e-3) and min(found["broken_lrs"][:-1]) > 5e-3
+    assert found["best_lr"] == 1e-3
