@@ -11,13 +11,13 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PLOTS = HERE / "plots"
 BENCHMARKS = (
-    "demo", "beside_transformers", "step_floor", "two_processes", "memory", "muon_race", "optimizers", "scale",
-    "trust_regions", "overfitting", "clipping", "sizes", "finetuning", "muon_speed", "balance", "balance_rules",
-    "experts_or_dense", "moe_speed", "tarflow_sampling", "tarflow_likelihood", "tarflow_samples", "diffusion",
-    "codec", "lowrank", "retrieval", "nystrom_attention", "compression",
+    "demo", "beside_transformers", "step_floor", "two_processes", "memory", "formulas", "muon_race", "optimizers",
+    "scale", "trust_regions", "overfitting", "clipping", "sizes", "finetuning", "muon_speed", "balance",
+    "balance_rules", "experts_or_dense", "moe_speed", "tarflow_sampling", "tarflow_likelihood", "tarflow_samples",
+    "diffusion", "codec", "lowrank", "retrieval", "nystrom_attention", "compression",
 )  # fmt: skip
 """In the order of RESULTS.md."""
-QUICK = ("demo", "muon_speed", "moe_speed", "balance_rules", "lowrank", "tarflow_sampling")
+QUICK = ("demo", "formulas", "muon_speed", "moe_speed", "balance_rules", "lowrank", "tarflow_sampling")
 """What runs if nothing is named: about 20 minutes on two cores. The others are studies of up to an hour each."""
 
 

@@ -3,6 +3,7 @@
 What is to be copied stands in the page, between two comments:
 
     <!-- results: claims of muon_race scale -->         rows of the table of claims, by the name of their benchmark
+    <!-- results: claims of formulas:10592 -->          of these those whose source names the post
     <!-- results: table 1 of Columns and rows -->       a table of a section
     <!-- end of results -->
 """
@@ -25,13 +26,19 @@ def filled(page: str, results: str) -> str:
 
 def _wanted(what: str, results: str) -> str:
     if claims := re.fullmatch(r"claims of (.+)", what):
-        names = claims[1].split()
+        asked = [name.partition(":") for name in claims[1].split()]
         head, line, *rows = _tables(_CLAIMS, results)[0].splitlines()
-        rows = [row for row in rows if re.search(r"\| `(\w+)` \|$", row)[1] in names]  # pyright: ignore[reportOptionalSubscript]
-        nothing = f"RESULTS.md has no row of this yet: `python -m benchmarks {' '.join(names)}` makes them."
+        rows = [row for row in rows if any(_is_of(row, name, post) for name, _, post in asked)]
+        names = " ".join(name for name, _, _ in asked)
+        nothing = f"RESULTS.md has no row of this yet: `python -m benchmarks {names}` makes them."
         return "\n".join([head, line, *rows]) if rows else nothing
     number, section = re.fullmatch(r"table (\d+) of (.+)", what).groups()  # pyright: ignore[reportOptionalMemberAccess]
     return _tables(section, results)[int(number) - 1]
+
+
+def _is_of(row: str, benchmark: str, post: str) -> bool:
+    cells = row.split(" | ")
+    return cells[-1] == f"`{benchmark}` |" and post in cells[1]
 
 
 def _tables(section: str, results: str) -> list[str]:

@@ -93,7 +93,8 @@ def test_tables_of_results_are_those_of_results_md(name):
 
 def test_tables_are_copied_by_name():
     results = (
-        "## Claims, and what was measured\n\n| claim | command |\n|---|---|\n| a | `one` |\n| b | `two` |\n"
+        "## Claims, and what was measured\n\n| claim | source | command |\n|---|---|---|\n"
+        "| a | post 1 | `one` |\n| b | post 2 | `two` |\n"
         "\n## Some section\n\n| x |\n|---|\n| 1 |\n\nwords\n\n| y |\n|---|\n| 2 |\n\n## Last\n"
     )
 
@@ -102,6 +103,7 @@ def test_tables_are_copied_by_name():
         assert filled(page, results) == page
         return page
 
-    assert "| b | `two` |" in asked("claims of two three") and "| a |" not in asked("claims of two three")
+    assert "| b | post 2 | `two` |" in asked("claims of two three") and "| a |" not in asked("claims of two three")
+    assert "| a |" in asked("claims of one:1 two:1") and "| b |" not in asked("claims of one:1 two:1")
     assert "yet: `python -m benchmarks three`" in asked("claims of three")
     assert "| 2 |" in asked("table 2 of Some section") and "| 1 |" not in asked("table 2 of Some section")
