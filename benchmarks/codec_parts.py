@@ -59,7 +59,7 @@ def standard(model: Model, bits: int, preset: int = 1) -> Plan:
 
 def single_matched(model: Model, steps: int, size: int) -> Plan:
     """One atom of a Gaussian codebook a step as in the paper, at matched levels."""
-    levels = matched_levels(model.curve, [size.bit_length() - 1] * steps, 60)
+    levels = matched_levels(model.curve, [size.bit_length() - 1] * steps)
     return Plan(levels, (1,) * steps, book="gaussian", size=size, rule="single")
 
 

@@ -56,7 +56,7 @@ def encode(
     target_bytes
         Largest size of a file, header and all.
     target_psnr
-        Quality in dB, met within 0.2.
+        Quality in dB, met within 0.2, or exceeded where the next smaller file misses it.
     quality
         1 to 100; 50 if nothing is said.
     preset

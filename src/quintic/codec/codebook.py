@@ -5,7 +5,7 @@ which one is the code. Two kinds, both pure functions of (seed, step) with no fr
 
 * ``GaussianCodebook``: K independent normal vectors, as in the paper, one book per step, or one shared by all. Atoms
   are made when they are needed; choosing takes K d operations.
-* ``OrthogonalCodebook``: K = d rows of sqrt(d) Q, Q = H D_3 P_3 H D_2 P_2 H D_1 P_1 with random signs D,
+* ``OrthogonalCodebook``: K = d rows of sqrt(d) Q, Q = H D_2 P_2 H D_1 P_1 with random signs D,
   permutations P, and H block-diagonal of Hadamard matrices whose sizes are powers of two that add up to d. Every atom
   has length sqrt(d), any two are at right angles (to 1e-7), entries are close to normal, all d inner products take
   O(d log d) operations, and what is stored is O(d). The sign of an atom is one bit more.
@@ -29,7 +29,7 @@ from quintic.core.counter_rng import Stream
 __all__ = ["Codebook", "GaussianCodebook", "OrthogonalCodebook", "start_noise"]
 
 Array = NDArray[np.float64]
-_ROUNDS = 3
+_ROUNDS = 2
 _CHUNK = 1 << 18  # numbers of a Gaussian codebook that exist at one time
 
 
@@ -123,13 +123,12 @@ def _sylvester(size: int) -> Array:
     return matrix
 
 
+@functools.cache
 def _factors(block: int) -> list[int]:
-    """A power of two as a product of powers of two up to 32."""
-    factors = []
-    while block > 1:
-        factors.append(min(block, 32))
-        block //= factors[-1]
-    return factors
+    """A power of two as a product of as few powers of two up to 64 as there can be, about equal."""
+    bits = block.bit_length() - 1
+    parts = -(-bits // 6)
+    return [1 << (i + 1) * bits // parts - i * bits // parts for i in range(parts)]
 
 
 class OrthogonalCodebook:

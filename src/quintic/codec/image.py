@@ -111,7 +111,7 @@ class Codec:
         Args:
             image: Any size; 8 bits per channel. EXIF orientation is applied.
             target_bytes: Largest size of the file, header and all.
-            target_psnr: Quality in dB, met within 0.2 dB.
+            target_psnr: Quality in dB, met within 0.2 dB, or exceeded where one atom more jumps over it.
             quality: 1 to 100; 50 if nothing is said.
             exact: Pixels that are the same on every processor; slower.
             robust: A longer form in which a flipped bit spoils one atom only.

@@ -90,7 +90,7 @@ def largest_payload(target: int, header: Callable[[int], Header], fits: Sizes) -
 
 
 def meet_psnr(target: float, at: Callable[[int], Coded], fits: Sizes) -> Coded:
-    """The smallest file found within 0.2 dB of a PSNR."""
+    """The smallest file found within 0.2 dB of a PSNR; if files near it jump over that, the smallest found above it."""
     tried: dict[int, Coded] = {}
 
     def code(atoms: int) -> float:
@@ -117,6 +117,7 @@ def meet_psnr(target: float, at: Callable[[int], Coded], fits: Sizes) -> Coded:
         for atoms in range(max(fits.fewest, near - 4), min(fits.most, near + 4) + 1):
             if abs(code(atoms) - target) <= 0.2:
                 return tried[atoms]
+        return tried[min(atoms for atoms, made in tried.items() if made.psnr > target)]
     raise ConfigError(
         f"target_psnr={target:g} is not within reach for this picture and model: files of "
         f"{len(tried[min(tried)].data)} to {len(tried[max(tried)].data)} bytes give {ends[0]:.2f} to {ends[1]:.2f} dB"

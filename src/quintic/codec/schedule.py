@@ -4,13 +4,15 @@ What a noisy image tells about the clean one grows with the signal-to-noise rati
 
     dI / d snr = 1/2 E |x_0 - E[x_0 | x]|^2   (Guo, Shamai, Verdu 2005),   snr = exp(log_snr),
 
-so that a denoiser's own errors on validation images are its information curve; a Gaussian's is known exactly. A step
-with a budget of bits should gain in proportion to them: evenly spaced steps, the paper's, spend a third of the stream
-where a step has nothing to learn, and skip the levels where it has much. The chain stops where the curve reaches a
-share of all bits (atoms do not carry their full worth) and the prediction there is the image.
+so that a denoiser's own errors on validation images are its information curve; a Gaussian's is known exactly. One call
+of the denoiser serves a whole step, so a step costs what it would if that error stayed as it is where the step begins
+(the Kullback-Leibler divergence of the true step from DDPM's): 1/2 E |x_0 - E[x_0 | x]|^2 times the gain of snr, more
+than the curve says. Each step goes as far as its bits pay for; atoms carry about three quarters of theirs. Evenly
+spaced steps, the paper's, spend a third of the stream where a step has nothing to learn, and skip the levels where it
+has much. The prediction where the bits end is the image.
 
 Noise levels are whole numbers of 1/256 log_snr and a curve is whole numbers of 1/64 bit; levels follow from both by
-integer arithmetic, the same on every platform.
+arithmetic that is the same on every platform.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from quintic.codec.arithmetic import UNIT
+from quintic.codec.arithmetic import UNIT, exact_exp
 from quintic.codec.codebook import Codebook, GaussianCodebook, OrthogonalCodebook
 from quintic.codec.packing import digit_bits
-from quintic.codec.selection import Pursuit, Rule, Signed, Single
+from quintic.codec.selection import Grouped, Pursuit, Rule, Signed, Single
 from quintic.core import ConfigError, suggest
 
 __all__ = [
@@ -44,11 +46,12 @@ __all__ = [
 ]
 
 BOOKS = ("orthogonal", "gaussian", "shared")
-RULES = ("signed", "single", "pursuit")
+RULES = ("signed", "single", "pursuit", "grouped")
 
 _KNOT = UNIT // 4
 _FIRST, _LAST = -10 * UNIT, 10 * UNIT
 _FRACTION = 64
+_UNITS = _FRACTION * _KNOT
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,13 @@ class Curve:
         """Hexadecimal SHA-256."""
         return hashlib.sha256(",".join(map(str, self.knots)).encode()).hexdigest()
 
+    def at(self, level: int) -> int:
+        """Information at a noise level, linear between knots, in 1/4096 bit."""
+        if level >= _LAST:
+            return self.knots[-1] * _KNOT
+        i, beyond = divmod(level - _FIRST, _KNOT)
+        return self.knots[i] * _KNOT + (self.knots[i + 1] - self.knots[i]) * beyond
+
     def level(self, bits: int, parts: int = 1) -> int:
         """The noise level at which ``bits / parts`` bits are reached, linear between knots, at most the last."""
         wanted = bits * _FRACTION
@@ -102,6 +112,15 @@ class Curve:
             return _LAST
         low, high = self.knots[i - 1] * parts, self.knots[i] * parts
         return _FIRST + _KNOT * (i - 1) + _KNOT * (wanted - low) // (high - low)
+
+    def bits_per_snr(self, level: int) -> float:
+        """Half the squared error at a noise level below the last, in bits.
+
+        A difference over a quarter of log_snr, or more if the curve gains less than 2 bits there.
+        """
+        start = self.at(level)
+        end = min(_LAST, max(level + _KNOT, self.level(start + 2 * _UNITS, _UNITS)))
+        return (self.at(end) - start) / _UNITS / (_snr(end) - _snr(level))
 
 
 @dataclass(frozen=True)
@@ -156,9 +175,15 @@ class Plan:
         m = self.atoms[step]
         if m == 0:
             return None
-        if self.rule == "signed":
-            return Signed(m)
-        return Pursuit(m, self.coefficient_bits) if self.rule == "pursuit" else Single()
+        match self.rule:
+            case "signed":
+                return Signed(m)
+            case "grouped":
+                return Grouped(m)
+            case "pursuit":
+                return Pursuit(m, self.coefficient_bits)
+            case _:
+                return Single()
 
     def step_book(self, step: int, dimension: int, kept: dict[int, Codebook] | None = None) -> Codebook:
         """The codebook of a step. A shared one is made once and put into ``kept``."""
@@ -218,7 +243,7 @@ def atoms_that_fit(preset: int, dimension: int, bits: int, *, joint: bool = True
 
 
 def preset_plan(preset: int, curve: Curve, dimension: int, atoms: int) -> Plan:
-    """Signed atoms of orthogonal codebooks, spread over the steps, at levels matched to their bits.
+    """Signed atoms of groups of orthogonal codebooks, spread over the steps, at levels matched to their bits.
 
     Args:
         preset: Key of :data:`PRESETS`.
@@ -230,22 +255,28 @@ def preset_plan(preset: int, curve: Curve, dimension: int, atoms: int) -> Plan:
         ConfigError: No such preset.
     """
     counts = _spread(atoms, _calls(preset) - 1)
-    share = max(35, 64 - 3 * atoms // max(1, len(counts)))
-    return Plan(matched_levels(curve, [digit_bits(math.comb(dimension, m) << m) for m in counts], share), counts)
+    bits = [digit_bits(math.prod(Grouped(m).radices(dimension, joint=True))) for m in counts]
+    return Plan(matched_levels(curve, bits), counts, rule="grouped")
 
 
-def matched_levels(curve: Curve, bits: Sequence[int], share: int) -> tuple[int, ...]:
-    """Noise levels at gains of information in proportion to the bits of the steps between them.
+def matched_levels(curve: Curve, bits: Sequence[int]) -> tuple[int, ...]:
+    """Noise levels as far apart as the bits of the steps between them pay for.
 
     Args:
         curve: Of the model.
         bits: Of each step.
-        share: Of all bits, in hundredths, at which the chain stops. About 60 is best with one atom a step, 40 with
-            eight; ten more or less cost 0.3 dB at most.
     """
     levels = [_FIRST]
-    for total in itertools.accumulate(bits):
-        levels.append(max(curve.level(total * share, 100), levels[-1] + 1))
+    for budget in bits:
+        level = levels[-1]
+        following = level + 1
+        if following < _LAST:
+            # Two thirds: three quarters are carried, and the rate, past the level, is a tenth too low. A tenth
+            # more or less costs 0.2 dB at most.
+            rate, here = 3.0 * curve.bits_per_snr(level), _snr(level)
+            reach = range(following, _LAST)
+            following += bisect.bisect_left(reach, 2.0 * budget, key=lambda to: rate * (_snr(to) - here))
+        levels.append(following)
     return tuple(levels)
 
 
@@ -294,6 +325,9 @@ def _spread(total: int, steps: int) -> tuple[int, ...]:
 
 
 def _bits(atoms: Sequence[int], dimension: int, joint: bool) -> int:
-    if not joint:
-        return sum(atoms) * digit_bits(2 * dimension)
-    return digit_bits(math.prod(math.comb(dimension, m) << m for m in atoms))
+    radices = [radix for m in atoms for radix in Grouped(m).radices(dimension, joint=joint)]
+    return digit_bits(math.prod(radices)) if joint else sum(map(digit_bits, radices))
+
+
+def _snr(level: int) -> float:
+    return exact_exp(level / UNIT)

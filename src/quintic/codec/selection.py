@@ -12,12 +12,16 @@ The score of an atom is <a, atom>.
   variance, g on a grid of C bits; M log2 K + (M - 1) C bits.
 * ``Signed(M)``: Turbo-DDCM, the M largest |<a, atom>| with their signs, all of one weight; log2 binom(K, M) + M bits.
   In an orthogonal codebook that is the exact least-squares choice.
+* ``Grouped(M)``: the book cut into M equal groups, of each the atom of largest |<a, atom>| with its sign, all of one
+  weight; the sum of log2(2 K / M). A little less of ``a`` than M atoms taken anywhere, for fewer bits still: with 784
+  atoms a bit carries 3 % more at M = 4 and 5 % at M = 16, which is why the presets use it.
 
 Arrays: n images, d values, K atoms; ``ids`` is (n, symbols of the rule).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,7 +34,7 @@ from quintic.codec.packing import rank_subset, unrank_subset
 from quintic.core import ConfigError, suggest
 from quintic.core.counter_rng import Stream
 
-__all__ = ["DRAWS", "Ids", "Pursuit", "Rule", "Signed", "Single"]
+__all__ = ["DRAWS", "Grouped", "Ids", "Pursuit", "Rule", "Signed", "Single"]
 
 Ids = NDArray[np.int64]
 DRAWS = ("argmax", "softmax", "literal")
@@ -209,6 +213,48 @@ class Signed:
             return digits
         atoms = unrank_subset(digits[0] >> self.atoms, self.atoms)
         return [2 * atom + (digits[0] >> self.atoms - 1 - i & 1) for i, atom in enumerate(atoms)]
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """One atom with a sign of each of M groups; a symbol is 2 (atom - first of its group) + (1 if negative)."""
+
+    atoms: int
+
+    def __post_init__(self) -> None:
+        if self.atoms < 1:
+            raise ConfigError(f"a grouped selection takes at least 1 atom, found {self.atoms}")
+
+    def _bounds(self, size: int) -> list[int]:
+        """Where the groups begin, and the end: all whole, as equal as can be."""
+        if self.atoms > size:
+            raise ConfigError(f"{self.atoms} groups of a codebook of {size}")
+        return [group * size // self.atoms for group in range(self.atoms + 1)]
+
+    def choose(self, wanted: Array, book: Codebook, draws: Stream | None = None) -> Ids:
+        """(n, d) -> (n, M)."""
+        scores, bounds = book.inner(wanted), self._bounds(book.size)
+        best = [np.abs(scores[:, a:b]).argmax(1) for a, b in itertools.pairwise(bounds)]
+        atoms = np.stack(best, axis=1)
+        chosen = np.take_along_axis(scores, atoms + np.array(bounds[:-1]), 1)
+        return (2 * atoms + (chosen < 0)).astype(np.int64)
+
+    def noise(self, ids: Ids, book: Codebook) -> Array:
+        """(n, M) -> (n, d), of unit mean square."""
+        weights = 1.0 - 2.0 * (ids % 2).astype(np.float64)
+        return _unit(book.combine(ids // 2 + np.array(self._bounds(book.size)[:-1]), weights))
+
+    def radices(self, size: int, *, joint: bool) -> list[int]:
+        """Twice the size of each group."""
+        return [2 * (b - a) for a, b in itertools.pairwise(self._bounds(size))]
+
+    def to_digits(self, ids: list[int], *, joint: bool) -> list[int]:
+        """As they are."""
+        return ids
+
+    def from_digits(self, digits: list[int], *, joint: bool) -> list[int]:
+        """As they are."""
+        return digits
 
 
 def _unit(x: Array) -> Array:
