@@ -34,7 +34,9 @@ def test_every_one_generates_without_a_run(name, here):
 
 
 def test_images_are_those_of_the_library(here):
-    assert quintic("generate", "ddpm/fashion28", "--n", "3", "--steps", "7", "--out", "a.png") == 0
+    assert (
+        quintic("generate", "ddpm/fashion28", "--n", "3", "--steps", "7", "--out", "a.png", "--dtype", "float32") == 0
+    )
     denoiser, c = shipped_denoiser("fashion28"), build_settings("ddpm", "fashion28", [])["ddpm"]
     levels = NoiseSchedule(c.schedule, c.log_snr_min, c.log_snr_max, c.shift).grid(7)
     expected = ddim_sample(denoiser, 3, levels, noise=seeded_noise(0, 3, denoiser.shape, 0))
