@@ -4,8 +4,14 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from benchmarks.claims import claims_section
+import torch
+
+import quintic
+from benchmarks.claims import claims_section, provenance_section
+from quintic.core.machine import describe
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -21,14 +27,21 @@ QUICK = ("demo", "formulas", "muon_speed", "moe_speed", "balance_rules", "lowran
 """What runs if nothing is named: about 20 minutes on two cores. The others are studies of up to an hour each."""
 
 
+def stamped(result: dict[str, Any], module: ModuleType) -> dict[str, Any]:
+    """A result with what belongs beside any number: version, machine and seeds, unless it says them itself."""
+    seeds = result.get("seeds", [result["seed"]] if "seed" in result else getattr(module, "SEEDS", (0,)))
+    machine = describe(torch.device("cpu"), torch.float32)
+    return {"machine": machine, **result, "version": quintic.__version__, "seeds": list(seeds)}
+
+
 def collect() -> None:
     """Rewrite RESULTS.md, its plots and its copies: the claims, then the section of each benchmark with a result."""
-    claims, sections = [], []
+    claims, sections, results = [], [], {}
     for name in BENCHMARKS:
         path = RESULTS / f"{name}.json"
         if not path.exists():
             continue
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = results[name] = json.loads(path.read_text(encoding="utf-8"))
         module = importlib.import_module(f"benchmarks.{name}")
         sections.append(module.section(result))
         if hasattr(module, "claims"):
@@ -39,10 +52,10 @@ def collect() -> None:
                 (PLOTS / f"{plot}.svg").write_text(svg, encoding="utf-8")
     head = (
         "# Results\n\nWritten by `python -m benchmarks` from `benchmarks/results/*.json`; do not edit by hand.\n"
-        "Timings are of the machine named beside them."
+        "Versions, seeds and machines of all of them stand at the end."
     )
     (HERE.parent / "RESULTS.md").write_text(
-        "\n\n".join([head, claims_section(claims), *sections]) + "\n", encoding="utf-8"
+        "\n\n".join([head, claims_section(claims), *sections, provenance_section(results)]) + "\n", encoding="utf-8"
     )
     importlib.import_module("docs.figures.results").main()  # the pages of the documentation show the same tables
 
@@ -57,7 +70,8 @@ def main() -> None:
     if "--collect" not in arguments:
         for name in names:
             print(f"== {name}", flush=True)
-            result = importlib.import_module(f"benchmarks.{name}").run()
+            module = importlib.import_module(f"benchmarks.{name}")
+            result = stamped(module.run(), module)
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     collect()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 
 class Claim(NamedTuple):
@@ -31,6 +31,30 @@ def claims_section(claims: Sequence[Claim]) -> str:
         "models are\nsmall and briefly trained: what is seen is a sign that things work as they should, not a law.\n\n"
         + table(head, rows)
     )
+
+
+def provenance_section(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """By what version, with what seeds and on what machine each result was made.
+
+    Example:
+        >>> print(provenance_section({"a": {"version": "1.0", "seeds": [0, 1], "machine": None}}).splitlines()[-1])
+        | `a` | 1.0 | 0, 1 | not recorded |
+    """
+    rows = [
+        (f"`{name}`", result["version"], ", ".join(map(str, result["seeds"])), _machine(result["machine"]))
+        for name, result in results.items()
+    ]
+    return (
+        "## Versions, seeds and machines\n\nWhere a result says nothing else, its numbers were taken so.\n\n"
+        + table(("command: `python -m benchmarks` and", "quintic", "seeds", "machine"), rows)
+    )
+
+
+def _machine(facts: Mapping[str, Any] | None) -> str:
+    if facts is None:
+        return "not recorded"
+    instructions = f" ({facts['instructions']})" if "instructions" in facts else ""
+    return f"{facts['cpu']}{instructions}, {facts['threads']} threads, torch {facts['torch']}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -248,7 +248,8 @@ def run(
         found["model"] += model_rows(trained(seed, folder, settings), seed, sizes[1], tokens)
     again = recovery(trained(model_seeds[0], folder, settings), recovery_folder, settings, steps)
     machine = describe(torch.device("cpu"), torch.float32)
-    return {"machine": machine, "widths": list(DIGIT_WIDTHS), "tokens": tokens, **found, "recovery": again}
+    facts = {"machine": machine, "seeds": list(digit_seeds), "widths": list(DIGIT_WIDTHS), "tokens": tokens}
+    return {**facts, **found, "recovery": again}
 
 
 def values(rows: list[dict[str, Any]], method: str, size: float, what: str = "loss") -> list[float]:

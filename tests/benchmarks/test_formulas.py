@@ -37,7 +37,7 @@ def test_the_layers_of_a_trained_model_are_cut():
 
 
 def test_it_is_written_up(monkeypatch):
-    monkeypatch.setattr(formulas, "SEEDS", 2)
+    monkeypatch.setattr(formulas, "SEEDS", (0, 1))
     monkeypatch.setattr(formulas, "SIZES", (4, 64))
     monkeypatch.setattr(formulas, "TABLE", formulas.TABLE[6:8])
     monkeypatch.setattr(formulas, "norm_over_bound", lambda *_: 0.5)

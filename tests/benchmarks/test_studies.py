@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import muon_race, study
-from benchmarks.__main__ import BENCHMARKS
+from benchmarks.__main__ import BENCHMARKS, RESULTS, stamped
 from benchmarks.claims import claims_section
 from benchmarks.gpt import GPT, text
 from benchmarks.plot import Line, draw
@@ -222,3 +222,21 @@ def test_committed_plots_are_those_of_the_committed_results():
         if hasattr(module, "plots"):
             drawn |= module.plots(json.loads(path.read_text(encoding="utf-8")))
     assert drawn == {name: (root / "plots" / f"{name}.svg").read_text(encoding="utf-8") for name in drawn}
+
+
+def test_a_result_is_kept_with_version_seeds_and_machine():
+    import quintic
+
+    made = stamped({"seed": 7, "x": 1}, muon_race)
+    assert (made["version"], made["seeds"], made["x"]) == (quintic.__version__, [7], 1)
+    assert made["machine"]["cpu"] and "AMX" in made["machine"]["instructions"]
+    assert stamped({"machine": {"cpu": "c"}}, muon_race)["machine"] == {"cpu": "c"}
+    assert stamped({}, muon_race)["seeds"] == list(muon_race.SEEDS) and stamped({}, study)["version"]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_results_say_version_seeds_and_machine(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", result["version"]) and all(isinstance(seed, int) for seed in result["seeds"])
+    # A few were taken before the machine was written down: they say so by null.
+    assert result["machine"] is None or {"cpu", "threads", "torch"} <= set(result["machine"])

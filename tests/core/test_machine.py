@@ -37,6 +37,12 @@ def test_dtype_follows_capability(monkeypatch):
         machine.pick_dtype("float31", CPU)
 
 
+def test_a_machine_says_whether_it_has_matrix_units(monkeypatch):
+    for there, words in ((True, ", AMX"), (False, ", no AMX")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda there=there: there)
+        assert machine.describe(CPU, torch.float32)["instructions"].endswith(words)
+
+
 def test_peak_is_measured_once_and_cached(tmp_path):
     first = machine.matmul_peak(CPU, torch.float32)
     assert first > 1e8

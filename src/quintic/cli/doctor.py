@@ -7,14 +7,11 @@ import os
 import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from quintic.cli.printing import say
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["doctor"]
 
@@ -56,7 +53,6 @@ def doctor(
         "versions": _versions(),
         **describe(where, kind),
         "memory_bytes": _memory(),
-        "instructions": _instructions(where),
         "fastest_safe_dtype": str(fast_dtype(where)).removeprefix("torch."),
         "matmul_gflops": round(matmul_peak(where, kind, remeasure=remeasure) / 1e9, 1),
         "cache": _cache(),
@@ -96,18 +92,6 @@ def _versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
-
-
-def _instructions(device: torch.device) -> str:
-    """What the processor or the graphics card offers to matrix products."""
-    import torch
-
-    if device.type == "cuda":
-        return "CUDA capability {}.{}".format(*torch.cuda.get_device_capability(device))
-    if device.type != "cpu":
-        return device.type
-    amx = torch.cpu._is_amx_tile_supported()
-    return torch.backends.cpu.get_cpu_capability() + (", AMX" if amx else ", no AMX")
 
 
 def _memory() -> int | None:

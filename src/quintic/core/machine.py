@@ -84,9 +84,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Products in bfloat16 where that was chosen, weights and everything delicate in float32; else nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+def autocast(device: torch.device, dtype: torch.dtype, *, cache: bool = True) -> torch.autocast:
+    """Products in bfloat16 where that was chosen, weights and everything delicate in float32; else nothing.
+
+    Args:
+        device: Where to compute.
+        dtype: What was chosen.
+        cache: Whether the weights in bfloat16 are kept to the end for further use; no for weights that are divided
+            among processes, of which only a part is to be here at a time.
+    """
+    enabled = dtype == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
 
 def cpu_name() -> str:
@@ -98,11 +106,22 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def instructions(device: torch.device) -> str:
+    """What the processor or the graphics card offers to matrix products."""
+    if device.type == "cuda":
+        return "CUDA capability {}.{}".format(*torch.cuda.get_device_capability(device))
+    if device.type != "cpu":
+        return device.type
+    amx = torch.cpu._is_amx_tile_supported()
+    return torch.backends.cpu.get_cpu_capability() + (", AMX" if amx else ", no AMX")
+
+
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Facts of this machine that belong beside any number measured on it."""
     return {
         "platform": platform.platform(),
         "cpu": cpu_name(),
+        "instructions": instructions(device),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

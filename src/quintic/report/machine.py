@@ -12,6 +12,7 @@ __all__ = ["machine_table"]
 
 _WORDS = {
     "cpu": ("Processor", "{}"),
+    "instructions": ("Instructions", "{}"),
     "threads": ("Threads", "{}"),
     "device": ("Device", "{}"),
     "dtype": ("Precision", "{}"),
