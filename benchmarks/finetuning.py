@@ -75,9 +75,17 @@ def claims(result: dict) -> list[Claim]:
     n = len(result["seeds"])
     both = paired(cell["muon", "muon"], cell["adamw", "adamw"])
     mixed = paired(cell["adamw", "muon"], cell["adamw", "adamw"])
+    other = paired(cell["muon", "adamw"], cell["adamw", "adamw"])
+    after = paired(cell["muon", "muon"], cell["muon", "adamw"])
+    gone = min(abs(found["mean"]) - found["half"] for found in (mixed, other)) <= 0
     return [
         Claim("Muon before and after beats AdamW before and after", "Moonlight, Table 6", plus_minus(both), n,
               holds(both["mean"], both["half"]), "finetuning"),
         Claim("What AdamW trained is tuned slightly worse by Muon than by AdamW", "Moonlight, Table 7",
               plus_minus(mixed), n, holds(-mixed["mean"], mixed["half"]), "finetuning"),
+        Claim("What Muon trained is tuned better by Muon than by AdamW", "Moonlight, Table 6", plus_minus(after), n,
+              holds(after["mean"], after["half"]), "finetuning"),
+        Claim("Where the two differ nothing is left of the advantage over AdamW twice", "post 10739",
+              f"Muon, then AdamW {plus_minus(other)}; AdamW, then Muon {plus_minus(mixed)}", n,
+              "yes" if gone else "no", "finetuning"),
     ]  # fmt: skip
