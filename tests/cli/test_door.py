@@ -107,6 +107,17 @@ def test_exit_code_141_when_the_reader_goes_away(run, arguments):
     assert told.wait(60) == 141 and errors == b""
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such files there")
+def test_a_full_disk_and_an_output_that_is_closed(run):
+    words = shlex.join([sys.executable, "-m", "quintic", "generate", str(run), "--max-tokens", "3"])
+    told = subprocess.run(["sh", "-c", f"{words} >&-"], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (0, "")
+    if os.path.exists("/dev/full"):
+        told = subprocess.run(["sh", "-c", f"{words} >/dev/full"], capture_output=True, text=True)
+        assert told.returncode == 2
+        assert " ".join(told.stderr.split()) == "error: No space left on device; what was saved before is intact"
+
+
 def test_json_where_a_script_wants_it(run, tmp_path, capsys):
     def asked(*arguments):
         assert quintic(*arguments, "--json") == 0
@@ -150,6 +161,7 @@ def test_doctor_says_what_there_is_and_how_to_clear_the_cache(capsys):
         (["verify-resume", "FOREIGN"], "lacks 'task'"),
         (["report", "FILE/x"], "does not exist"),
         (["export", "RUN", "FILE/x"], "File exists"),
+        (["matrix", "cur", "nowhere.csv", "--rank", "2"], "error: nowhere.csv: No such file or directory"),
     ],
 )  # fmt: skip
 def test_mistakes_get_a_line_and_no_traceback(run, tmp_path, capsys, arguments, message):

@@ -35,9 +35,12 @@ def test_atomic_write_respects_umask(tmp_path):
     old = os.umask(0o027)
     try:
         files.atomic_write(tmp_path / "a", "x")
+        with files.atomic_folder(tmp_path / "f") as folder:
+            os.close(os.open(folder / "b", os.O_CREAT, mode=0o600))  # as safetensors does
     finally:
         os.umask(old)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+    for name in ("a", "f/b"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640, name
 
 
 def test_atomic_folder_appears_whole(tmp_path):

@@ -7,11 +7,13 @@ quick. Examples stand at the end of a verb's docstring and of its help.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
@@ -83,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Without the program's name; ``None`` takes ``sys.argv``.
     """
+    for name in ("stdout", "stderr"):  # closed by the caller (>&-): what is said goes nowhere
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a question mark instead of an error.
         if isinstance(stream, io.TextIOWrapper):
@@ -127,7 +132,8 @@ def _reader_left() -> int:
 
 def _words(error: OSError) -> str:
     place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}; what was saved before is intact"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    return f"{place}{error.strerror or error}" + ("; what was saved before is intact" if full else "")
 
 
 def _examples(function: Callable[..., Any]) -> str:

@@ -69,6 +69,13 @@ def fsync_path(path: str | os.PathLike[str]) -> None:
         os.close(handle)
 
 
+def _share(path: str | os.PathLike[str]) -> None:
+    """Make a file as readable as open() would: mkstemp and safetensors make private ones."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write a file so that it holds the old content or the new, never a part.
 
@@ -87,10 +94,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; follow the user's umask as open() would.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        _share(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -124,6 +128,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                _share(file)
             fsync_path(file)
         fsync_path(temporary)
         os.rename(temporary, path)
