@@ -13,7 +13,6 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     for name in ("stdout", "stderr"):  # closed by the caller (>&-): what is said goes nowhere
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a question mark instead of an error.
         if isinstance(stream, io.TextIOWrapper):
