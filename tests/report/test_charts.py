@@ -60,6 +60,14 @@ def test_smoothing_is_the_mean_of_the_window_and_leaves_gaps():
     assert smooth(y, 3)[-20:].std() < y[-20:].std()
 
 
+def test_a_spike_is_smoothed_where_it_is_and_nowhere_else():
+    y = np.linspace(2.0, 1.0, 60)
+    spiked = y.copy()
+    spiked[3] = 1e25
+    far = np.abs(np.arange(60) - 3) > 2
+    assert smooth(spiked, 2)[far] == pytest.approx(smooth(y, 2)[far], rel=1e-12)
+
+
 @given(st.integers(0, 9_999), st.integers(1, 3))
 def test_thinning_keeps_real_points_the_ends_and_every_spike(at, seed):
     x = np.arange(1.0, 10_001.0)

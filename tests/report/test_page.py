@@ -313,6 +313,16 @@ def test_values_that_are_not_finite_leave_gaps_and_are_counted(tmp_path, bad):
     assert re.search(r'class="raw"[^>]* d="([^"]*)"', loss)[1].count("M") == 2  # two pieces
 
 
+@pytest.mark.parametrize(("spike", "words"), [(1e25, "A spike to 1e+25 runs out of the frame"), (8.0, None)])
+def test_a_spike_that_would_flatten_the_rest_runs_out_of_the_frame(tmp_path, spike, words):
+    rows = [row(s, text=False) for s in range(1, 101)]
+    rows[49]["loss"] = spike
+    page = page_of(make_run(tmp_path / "run", rows))
+    low, high = map(float, re.search(r'class="frame[^>]*data-y="(\S+) (\S+)"', page).groups())
+    assert 2 < low < 3 and 3.5 < high < 10
+    assert (words in page) if words else "A spike" not in page
+
+
 def test_nothing_finite_at_all_still_makes_a_page(tmp_path):
     rows = [{"step": s, "loss": None, "lr": None, "grad_norm": None, "max_vio": [None]} for s in (1, 2)]
     page = page_of(make_run(tmp_path / "run", rows))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EMBEDDED", "NEXT", "READING", "UNIT", "build", "evaluate", "generate", "prepare", "sections", "shipped"]
 
-EMBEDDED = "drawn shapes"
+EMBEDDED = "Drawn shapes"
 """Title of the data that comes with the package."""
 READING = "reading images"
 UNIT = ""

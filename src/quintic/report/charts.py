@@ -15,6 +15,7 @@ from html import escape
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quintic.report.records import Floats
 
@@ -142,13 +143,10 @@ def smooth(y: Floats, half: int) -> Floats:
         [0.0, 1.0, 2.0, 3.0, 6.0, 9.0]
     """
     finite = np.isfinite(y)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
     i = np.arange(len(y))
     reach = np.minimum(half, np.minimum(i, len(y) - 1 - i))
-    first, end = i - reach, i + reach + 1
     with np.errstate(invalid="ignore"):
-        means = (sums[end] - sums[first]) / (counts[end] - counts[first])
+        means = _sums(np.where(finite, y, 0.0), reach, half) / _sums(finite.astype(float), reach, half)
     window = i[-2 * half - 1 :]
     known = window[finite[window]]
     if half and len(known) > half:
@@ -156,6 +154,14 @@ def smooth(y: Floats, half: int) -> Floats:
         tail = i[-half:]
         means[tail] = offset + slope * (tail - i[-1])
     return np.where(finite, means, np.nan)
+
+
+def _sums(y: Floats, reach: NDArray[np.intp], half: int) -> Floats:
+    """Sum over ``reach`` neighbours on each side. No running sums: a spike would take the digits of all after it."""
+    sums = np.array([y[i - r : i + r + 1].sum() if r < half else 0.0 for i, r in enumerate(reach.tolist())])
+    if len(y) > 2 * half:
+        sums[half : len(y) - half] = np.convolve(y, np.ones(2 * half + 1), "valid")
+    return sums
 
 
 def smoothing(points: int) -> int:

@@ -15,6 +15,10 @@ from quintic.report.words import significant
 __all__ = ["bits_figure", "gradient_figure", "loss_figure", "rate_figure", "speed_figure"]
 
 
+_SPIKE = 30
+"""Times the height of the usual values that a value stands above them to be a spike."""
+
+
 def bits_figure(records: Records) -> Figure | None:
     """Bits per byte or per dimension of training and validation."""
     bits = records.bits
@@ -58,10 +62,12 @@ def _quality(records: Records, key: str, *, title: str, unit: str, caption: str,
         half = smoothing(len(steps))
         means = smooth(values, half)
         series += _raw_and_mean(steps, values, means, half)
-        top = _settled_top(steps, means, val_values)
+        top, spiked = _settled_top(steps, means, val_values)
         start = float(values[np.isfinite(values)][0])
         if start > top:
             caption += f" It starts at {significant(start)}."
+        if spiked:
+            caption += f" A spike to {significant(float(values[np.isfinite(values)].max()))} runs out of the frame."
         if lost := int((~np.isfinite(values)).sum()):
             caption += f" {lost:,} of {len(values):,} steps have no finite value and are left out."
     if validated:
@@ -140,9 +146,18 @@ def speed_figure(records: Records) -> Figure | None:
     return Figure("Speed", chart, " ".join(caption))
 
 
-def _settled_top(steps: Floats, means: Floats, validation: Floats) -> float:
-    """Highest value after the first 2 % of the steps, in which a loss falls so far that it would flatten the rest."""
+def _settled_top(steps: Floats, means: Floats, validation: Floats) -> tuple[float, bool]:
+    """Highest value after the first 2 % of the steps, in which a loss falls so far that it would flatten the rest.
+
+    Nor does a spike count that would flatten the rest and lasts for less than a tenth of the steps; and whether there
+    is one.
+    """
     after = steps >= steps[0] + 0.02 * (steps[-1] - steps[0])
     values = np.concatenate([means[after], validation])
     values = values[np.isfinite(values)]
-    return float(values.max()) if len(values) else math.inf
+    if not len(values):
+        return math.inf, False
+    low, usual, high = np.quantile(values, [0.0, 0.9, 1.0])
+    limit = usual + _SPIKE * (usual - low)
+    spiked = bool(high > limit > low)
+    return float(values[values <= limit].max() if spiked else high), spiked

@@ -12,7 +12,7 @@ __all__ = ["machine_table"]
 
 _WORDS = {
     "cpu": ("Processor", "{}"),
-    "instructions": ("Instructions", "{}"),
+    "instructions": ("Matrix units", "{}"),
     "threads": ("Threads", "{}"),
     "device": ("Device", "{}"),
     "dtype": ("Precision", "{}"),
