@@ -63,3 +63,10 @@ def test_mistakes_show_before_anything_runs(book, tmp_path, capsys, arguments, m
     assert quintic("race", book, *arguments, "--out", tmp_path / "race") == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "race").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused(book, tmp_path, capsys):
+    (tmp_path / "config.toml").write_text("", encoding="utf-8")
+    assert quintic("race", book, "--size", "tiny", "--out", tmp_path) == 2
+    assert "holds a single run" in " ".join(capsys.readouterr().err.split())
+    assert len(list(tmp_path.iterdir())) == 1

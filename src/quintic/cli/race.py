@@ -76,6 +76,8 @@ def race(
         raise ConfigError(f"two arms have one name: {', '.join(a.name for a in arms)}")
     for each in arms:  # a typing mistake in the last arm must not show after an hour
         build_settings(task, size, [*overrides, *each.overrides])
+    if (out / "config.toml").exists():
+        raise ConfigError(f"{out} holds a single run, not a race; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
 
     result = run_race(
