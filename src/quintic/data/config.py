@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from quintic.core import ConfigError
 
-__all__ = ["DataConfig"]
+__all__ = ["DataConfig", "check_fractions"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,20 @@ class DataConfig:
             raise ConfigError(
                 f"data.vocab_size must be 0 (by size of the text) or between 257 and {1 << 20}, found {self.vocab_size}"
             )
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"data.{name} must be between 0 and 1, found {getattr(self, name)}")
-        if self.validation_fraction + self.test_fraction > 1.0:
-            raise ConfigError(
-                "data.validation_fraction and data.test_fraction add up to more than 1: "
-                f"{self.validation_fraction} + {self.test_fraction}"
-            )
+        check_fractions(self.validation_fraction, self.test_fraction)
+
+
+def check_fractions(validation_fraction: float, test_fraction: float) -> None:
+    """Refuse parts of the data that are none.
+
+    Raises:
+        ConfigError: One is not between 0 and 1, or together they are more than all.
+    """
+    for name, part in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
+        if not 0.0 <= part <= 1.0:
+            raise ConfigError(f"data.{name} must be between 0 and 1, found {part}")
+    if validation_fraction + test_fraction > 1.0:
+        raise ConfigError(
+            "data.validation_fraction and data.test_fraction add up to more than 1: "
+            f"{validation_fraction} + {test_fraction}"
+        )

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from quintic.core import ConfigError, DataError
+from quintic.data.config import check_fractions
 from quintic.data.drawings import SHAPES, draw
 
 __all__ = ["ImageConfig", "ImageData", "ImageSplit", "as_pixels", "as_signed", "image_grid", "prepare_images"]
@@ -62,14 +63,7 @@ class ImageConfig:
             raise ConfigError(f"data.size must be 0 (keep) or between 4 and 1024 pixels, found {self.size}")
         if self.channels not in ("auto", "grey", "rgb"):
             raise ConfigError(f"data.channels must be auto, grey or rgb, found {self.channels!r}")
-        for name in ("validation_fraction", "test_fraction"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"data.{name} must be between 0 and 1, found {getattr(self, name)}")
-        if self.validation_fraction + self.test_fraction > 1.0:
-            raise ConfigError(
-                "data.validation_fraction and data.test_fraction add up to more than 1: "
-                f"{self.validation_fraction} + {self.test_fraction}"
-            )
+        check_fractions(self.validation_fraction, self.test_fraction)
         if not 10 <= self.drawn <= 1_000_000:
             raise ConfigError(f"data.drawn must be between 10 and 1000000, found {self.drawn}")
 
