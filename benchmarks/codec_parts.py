@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +19,22 @@ from quintic.codec.chain import aim, run_chain
 from quintic.codec.comparison import classic_file, quality_of
 from quintic.codec.models import Model, as_model
 from quintic.codec.schedule import Plan, atoms_that_fit, matched_levels, preset_plan
+from quintic.core.files import atomic_write
 from quintic.data.images import ImageConfig, ImageData, as_signed, prepare_images
 from quintic.diffusion import GaussianDenoiser
 
 SETS = {"fashion28": ("fashion-mnist", ImageConfig()), "emoji32": ("emoji", ImageConfig(size=32, channels="rgb"))}
 BATCH = 50
+FOLDER = Path("runs") / "benchmarks" / "codec"
+
+
+def part(name: str, make: Callable[[], Any]) -> Any:
+    path = FOLDER / f"{name}.json"
+    if not path.exists():
+        started = time.perf_counter()
+        atomic_write(path, json.dumps(make()))
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def images(name: str) -> ImageData:

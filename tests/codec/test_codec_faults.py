@@ -21,6 +21,9 @@ def files():
     yield codec.encode(picture(12, 12), target_bytes=40, robust=True)
     yield codec.encode(picture(20, 9, "RGB"), target_bytes=90)
     yield codec.encode(picture(12, 12), plan=paper_plan(8, 64))
+    yield codec.encode(picture(12, 12), plan=paper_plan(4, 64, atoms=3, coefficient_bits=2))
+    yield codec.encode(picture(12, 12), plan=Plan((-900, 0, 600, 700), (4, 0, 7), rule="grouped"), robust=True)
+    yield codec.encode(picture(12, 12), plan=Plan((-900, 0, 600), (4, 5)))
 
 
 def mutate(data, rng):
@@ -99,11 +102,11 @@ def test_every_length_of_a_cut_file():
                 assert not check(data[:length], False)
 
 
-def crafted(payload, plan, data=b""):
+def crafted(payload, plan, data=b"", **flags):
     """A file of this model with a checksum that is right."""
     codec = toy_codec(12, 1, max_pixels=1 << 14)
     header = read_parts(codec.encode(picture(12, 12), plan=Plan((-9, 9), (1,)))).header
-    return codec, join(replace(header, payload=payload, plan=plan), data)
+    return codec, join(replace(header, payload=payload, plan=plan, **flags), data)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +124,15 @@ def test_absurd_claims_are_refused_before_they_are_computed(payload, plan):
     )
     with pytest.raises(CodecError, match="damaged"):
         codec.decode(claimed, strict=False)
+
+
+@pytest.mark.parametrize("rule", ["signed", "grouped"])
+@pytest.mark.parametrize("book,size", [("orthogonal", 0), ("gaussian", 100)])
+@pytest.mark.parametrize("robust", [False, True])
+def test_a_plan_of_more_atoms_than_there_are_is_refused(rule, book, size, robust):
+    codec, data = crafted(300, Plan((-9, 9), (200,), book=book, size=size, rule=rule), bytes(300), robust=robust)
+    with pytest.raises(CodecError, match="200 atoms of a codebook of 1"):
+        codec.decode(data)
 
 
 def test_a_shared_book_of_a_million_atoms_is_not_made_to_decode():

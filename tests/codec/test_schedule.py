@@ -124,3 +124,15 @@ def test_steps_without_a_code_cost_nothing():
     plan = Plan((-500, 0, 500), (0, 2))
     assert plan.image_bits(144) == (math.comb(144, 2) * 4 - 1).bit_length()
     assert [len(list(g)) for _, g in itertools.groupby(plan.atoms)] == [1, 1]
+
+
+@pytest.mark.parametrize("joint", [True, False])
+@pytest.mark.parametrize("dimension", [3, 144, 784])
+def test_as_many_atoms_as_fit_are_taken(dimension, joint):
+    def bits(atoms):
+        return preset_plan(2, curve(), dimension, atoms).image_bits(dimension, joint=joint)
+
+    known = [bits(atoms) for atoms in range(min(most_atoms(2, dimension), 400) + 1)]
+    for room in range(0, known[-1] // 2, 7):
+        most = max(atoms for atoms, size in enumerate(known) if size <= room)
+        assert atoms_that_fit(2, dimension, room, joint=joint) == most

@@ -116,7 +116,9 @@ def replay(plan: Plan, codes: Sequence[Ids]) -> Choose:
 
 def _predict(denoiser: Denoiser, x: Array, level: int, exact: bool, batch: int) -> NDArray[np.float32]:
     parts = []
-    with ExactArithmetic() if exact else contextlib.nullcontext():
+    # Autocast around an encoder would make files that no decoder without it can follow.
+    full = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+    with full[0], full[1], ExactArithmetic() if exact else contextlib.nullcontext():
         for first in range(0, len(x), batch):
             part = torch.from_numpy(x[first : first + batch]).float()
             parts.append(denoiser.predict_x0(part, level / UNIT).float().clamp(-1.0, 1.0))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from quintic.codec.arithmetic import UNIT
 from quintic.codec.chain import Choose, Direction, aim, replay, run_chain
 from quintic.codec.container import MODES, Header, Parts, join, read_parts
 from quintic.codec.guidance import Operator
@@ -27,6 +28,7 @@ from quintic.codec.selection import Ids
 from quintic.codec.symbols import from_bytes, from_sequence, payload_size, to_bytes, to_sequence
 from quintic.codec.tiles import Layout, read_image, to_image, to_values
 from quintic.core import CodecError, ConfigError, suggest
+from quintic.core.counter_rng import Stream
 from quintic.diffusion import shipped_names
 from quintic.diffusion.denoiser import Denoiser
 
@@ -194,8 +196,9 @@ class Codec:
             size, fingerprint = (layout.width, layout.height), model.fingerprint(preset)
             return Header(*size, layout.mode, payload, fingerprint, preset, plan, exact, robust)
 
-        def at(payload: int) -> Coded:
-            return self._code_one(image, header(payload), model, layout, direction)
+        def at(payload: int, attempt: int = 0) -> Coded:
+            towards = _astray(direction, attempt) if attempt else direction
+            return self._code_one(image, header(payload), model, layout, towards)
 
         if plan is not None:
             return at(payload_size(plan, layout.count, model.dimension, joint=not robust))
@@ -277,6 +280,9 @@ class Codec:
                 f"the file is damaged: {header.payload} bytes of codes for {layout.count} tiles and {sum(plan.atoms)} "
                 "atoms in each"
             )
+        size, most = plan.size or d, max(plan.atoms, default=0)
+        if plan.rule in ("signed", "grouped") and most > size:
+            raise CodecError(f"the file is damaged: its plan takes {most} atoms of a codebook of {size}")
         if payload_size(plan, layout.count, d, joint=joint) > header.payload:
             raise CodecError(f"the file is damaged: {header.payload} bytes are too few for its plan")
         codes = from_bytes(parts.data, plan, layout.count, d, header.payload, joint=joint, strict=strict)
@@ -329,6 +335,20 @@ class Codec:
                 f"{width} x {height} pixels are more than the {self.max_pixels} allowed; "
                 "if they are meant, set Codec(max_pixels=...)"
             )
+
+
+def _astray(direction: Direction, attempt: int) -> Direction:
+    """A direction that is off at the first level: it costs little, and everything after it comes out otherwise."""
+    first = Curve.levels()[0] / UNIT
+
+    def towards(x0: NDArray[np.float32], x: NDArray[np.float32], log_snr: float) -> NDArray[np.floating]:
+        straight = direction(x0, x, log_snr)
+        if log_snr != first:
+            return straight
+        aside = Stream(attempt, "another attempt").normal(0, x0.size).reshape(x0.shape)
+        return straight + math.sqrt(float(np.square(straight).mean())) * aside
+
+    return towards
 
 
 def _padded(record: list[Ids], plan: Plan, count: int) -> list[Ids]:

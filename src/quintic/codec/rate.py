@@ -66,6 +66,7 @@ class Sizes:
         return payload_size(plan, self.count, self.dimension, joint=self.joint)
 
 
+_ATTEMPTS = 6
 # The number of bits of a plan does not depend on where its levels are.
 _ANY_CURVE = Curve(tuple(range(81)))
 
@@ -89,13 +90,22 @@ def largest_payload(target: int, header: Callable[[int], Header], fits: Sizes) -
     return payload
 
 
-def meet_psnr(target: float, at: Callable[[int], Coded], fits: Sizes) -> Coded:
-    """The smallest file found within 0.2 dB of a PSNR; if files near it jump over that, the smallest found above it."""
+def meet_psnr(target: float, at: Callable[[int, int], Coded], fits: Sizes) -> Coded:
+    """The smallest file found within 0.2 dB of a PSNR; if all that are tried jump over it, the smallest above it.
+
+    Args:
+        target: In dB.
+        at: The file of a payload and the number of an attempt; attempts after 0 start with other atoms.
+        fits: Payloads.
+
+    Raises:
+        ConfigError: Out of reach.
+    """
     tried: dict[int, Coded] = {}
 
     def code(atoms: int) -> float:
         if atoms not in tried:
-            tried[atoms] = at(fits.payload(atoms))
+            tried[atoms] = at(fits.payload(atoms), 0)
         return tried[atoms].psnr
 
     low, high = fits.fewest, min(fits.most, max(8, fits.fewest))
@@ -117,7 +127,13 @@ def meet_psnr(target: float, at: Callable[[int], Coded], fits: Sizes) -> Coded:
         for atoms in range(max(fits.fewest, near - 4), min(fits.most, near + 4) + 1):
             if abs(code(atoms) - target) <= 0.2:
                 return tried[atoms]
-        return tried[min(atoms for atoms, made in tried.items() if made.psnr > target)]
+        above = min(atoms for atoms, made in tried.items() if made.psnr > target)
+        for attempt in range(1, _ATTEMPTS + 1):
+            for atoms in (above - 1, above):
+                made = at(fits.payload(atoms), attempt)
+                if abs(made.psnr - target) <= 0.2:
+                    return made
+        return tried[above]
     raise ConfigError(
         f"target_psnr={target:g} is not within reach for this picture and model: files of "
         f"{len(tried[min(tried)].data)} to {len(tried[max(tried)].data)} bytes give {ends[0]:.2f} to {ends[1]:.2f} dB"

@@ -233,9 +233,13 @@ def most_atoms(preset: int, dimension: int) -> int:
 def atoms_that_fit(preset: int, dimension: int, bits: int, *, joint: bool = True) -> int:
     """The largest number of atoms of one image that takes no more than ``bits``."""
     steps, low, high = _calls(preset) - 1, 0, most_atoms(preset, dimension)
+    if not joint:
+        # More atoms can take fewer bits: of 784, groups of 65 need 8 bits each, those of 60 only 7.
+        fitting = (a for a in range(min(high, bits), 0, -1) if _robust_bits(a, steps, dimension) <= bits)
+        return next(fitting, 0)
     while low < high:
         middle = (low + high + 1) // 2
-        if _bits(_spread(middle, steps), dimension, joint) <= bits:
+        if _joint_bits(_spread(middle, steps), dimension) <= bits:
             low = middle
         else:
             high = middle - 1
@@ -255,7 +259,7 @@ def preset_plan(preset: int, curve: Curve, dimension: int, atoms: int) -> Plan:
         ConfigError: No such preset.
     """
     counts = _spread(atoms, _calls(preset) - 1)
-    bits = [digit_bits(math.prod(Grouped(m).radices(dimension, joint=True))) for m in counts]
+    bits = [_joint_bits((m,), dimension) for m in counts]
     return Plan(matched_levels(curve, bits), counts, rule="grouped")
 
 
@@ -324,9 +328,21 @@ def _spread(total: int, steps: int) -> tuple[int, ...]:
     return tuple((i + 1) * total // steps - i * total // steps for i in range(steps))
 
 
-def _bits(atoms: Sequence[int], dimension: int, joint: bool) -> int:
-    radices = [radix for m in atoms for radix in Grouped(m).radices(dimension, joint=joint)]
-    return digit_bits(math.prod(radices)) if joint else sum(map(digit_bits, radices))
+def _joint_bits(atoms: Sequence[int], dimension: int) -> int:
+    return digit_bits(math.prod(radix for m in atoms for radix in Grouped(m).radices(dimension, joint=True)))
+
+
+def _robust_bits(total: int, steps: int, dimension: int) -> int:
+    """Of as many atoms, spread over the steps."""
+    steps = min(steps, total)
+    fewer, larger = divmod(total, steps)
+    own = (steps - larger) * _step_bits(fewer, dimension)
+    return own + larger * _step_bits(fewer + 1, dimension) if larger else own
+
+
+@functools.lru_cache(1 << 12)
+def _step_bits(atoms: int, dimension: int) -> int:
+    return sum(map(digit_bits, Grouped(atoms).radices(dimension, joint=False)))
 
 
 def _snr(level: int) -> float:

@@ -1,0 +1,295 @@
+"""A decoder written from docs/codec-format.md, and nothing of the codec's but what that document refers to."""
+
+import binascii
+import hashlib
+import itertools
+import math
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from tests.codec.toys import picture, toy_codec
+
+from quintic.codec import Plan, paper_plan
+from quintic.codec.arithmetic import exact_exp, step_coefficients
+from quintic.core.counter_rng import Stream
+
+CALLS = {1: 20, 2: 10, 3: 50, 4: 100}
+
+
+class Reader:
+    def __init__(self, data):
+        self.data, self.place = data, 0
+
+    def bytes(self, count):
+        self.place += count
+        return self.data[self.place - count : self.place]
+
+    def varint(self):
+        value, shift = 0, 0
+        while True:
+            byte = self.bytes(1)[0]
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+
+def groups(size, m):
+    return [(j * size // m, (j + 1) * size // m) for j in range(m)]
+
+
+def radices_of(rule, m, size, coefficient_bits, robust):
+    if rule == 0:
+        return [2 * size] * m if robust else [math.comb(size, m) << m]
+    if rule == 1:
+        return [size]
+    if rule == 2:
+        return [size] + [size, 1 << coefficient_bits] * (m - 1)
+    return [2 * (b - a) for a, b in groups(size, m)]
+
+
+def log2_up(number):
+    return (number - 1).bit_length()
+
+
+def preset_plan(calls, knots, d, bits, robust):
+    """Levels and atoms of each step, by the four points of the document."""
+
+    def spread(total):
+        steps = min(calls - 1, total)
+        return [(i + 1) * total // steps - i * total // steps for i in range(steps)]
+
+    def cost(total):
+        radices = [r for m in spread(total) for r in radices_of(3, m, d, 0, robust)]
+        return sum(map(log2_up, radices)) if robust else log2_up(math.prod(radices))
+
+    largest = min(bits, (calls - 1) * max(1, d // 4))
+    atoms = spread(next(a for a in range(largest, -1, -1) if cost(a) <= bits))
+
+    def information(level):
+        i = min((level + 2560) // 64, 79)
+        return 64 * knots[i] + (knots[i + 1] - knots[i]) * (level + 2560 - 64 * i)
+
+    def snr(level):
+        return exact_exp(level / 256)
+
+    levels = [-2560]
+    for m in atoms:
+        level, budget = levels[-1], log2_up(math.prod(radices_of(3, m, d, 0, False)))
+        if level >= 2560:
+            levels.append(level + 1)
+            continue
+        wanted = information(level) + 8192
+        there = next((u for u in range(level, 2561) if information(u) >= wanted), None)
+        reached = 2560 if there is None else there - (information(there) > wanted)
+        u = min(2560, max(level + 64, reached))
+        rate = 3 * ((information(u) - information(level)) / 4096 / (snr(u) - snr(level)))
+        following = level + 1
+        while following < 2560 and rate * (snr(following) - snr(level)) < 2 * budget:
+            following += 1
+        levels.append(following)
+    return levels, atoms
+
+
+def sylvester(size):
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.kron([[1, 1], [1, -1]], matrix)
+    return matrix
+
+
+def orthogonal_atoms(d, seed, step):
+    """All of them, as rows."""
+    rounds = []
+    for i in range(2):
+        words = Stream(seed, "orthogonal codebook", step).words(i * d, d)
+        signs = np.where(words >> np.uint64(63), -1.0, 1.0)
+        order = np.argsort(words << np.uint64(1), kind="stable") if d & d - 1 else np.arange(d)
+        hadamard, first = np.zeros((d, d)), 0
+        for size in [1 << bit for bit in reversed(range(d.bit_length())) if d >> bit & 1]:
+            hadamard[first : first + size, first : first + size] = sylvester(size) / math.sqrt(size)
+            first += size
+        rounds.append(hadamard @ (signs[:, None] * np.eye(d)[order]))
+    return math.sqrt(d) * rounds[1] @ rounds[0]
+
+
+def unit(z):
+    return z / math.sqrt(np.square(np.rint(z * 65536) / 65536).mean())
+
+
+def unrank(rank, m):
+    atoms = []
+    for i in range(m, 0, -1):
+        c = next(c for c in itertools.count(i - 1) if math.comb(c + 1, i) > rank)
+        atoms.append(c)
+        rank -= math.comb(c, i)
+    return atoms[::-1]
+
+
+def noise(rule, m, digits, book, seed, step, size, d, coefficient_bits, robust):
+    if book == 0:
+        atoms = orthogonal_atoms(d, seed, step)
+    else:
+        name = "shared" if book == 2 else step
+        atoms = Stream(seed, "codebook", name).normal(0, size * d).reshape(size, d)
+    if rule == 1:
+        return atoms[digits[0]]
+    if rule == 2:
+        z = unit(atoms[digits[0]])
+        for atom, code in zip(digits[1::2], digits[2::2], strict=True):
+            g = code / ((1 << coefficient_bits) - 1)
+            z = unit(math.sqrt(g) * z + math.sqrt(1 - g) * atoms[atom]) if code else z
+        return z
+    if rule == 3:
+        chosen = [(a + digit // 2, digit % 2) for (a, _), digit in zip(groups(size, m), digits, strict=True)]
+    elif robust:
+        chosen = [(digit // 2, digit % 2) for digit in digits]
+    else:
+        chosen = [(c, digits[0] >> m - 1 - j & 1) for j, c in enumerate(unrank(digits[0] >> m, m))]
+    return unit(sum((1 - 2 * sign) * atoms[c] for c, sign in chosen))
+
+
+def digits_of(codes, radices, robust):
+    whole, bits, out = int.from_bytes(codes, "big"), 8 * len(codes), []
+    for radix in radices:
+        if robust:
+            bits -= log2_up(radix)
+            out.append(whole >> bits & (1 << log2_up(radix)) - 1)
+        else:
+            whole *= radix
+            out.append(whole >> bits)
+            whole &= (1 << bits) - 1
+    return out
+
+
+def counted(length, side):
+    return 1 if length <= side else 1 + -(-(length - side) // (side - side // 8))
+
+
+def joined(tiles, height, width):
+    c, h, w = tiles[0].shape
+    rows, columns = counted(height, h), counted(width, w)
+    if rows * columns == 1:
+        return tiles[0][:, :height, :width]
+
+    def ramp(side):
+        return np.array([min(1, (1 + min(i, side - 1 - i)) / (side // 8 + 1)) for i in range(side)])
+
+    shape = h + (rows - 1) * (h - h // 8), w + (columns - 1) * (w - w // 8)
+    total, weights = np.zeros((c, *shape)), np.zeros(shape)
+    for number, tile in enumerate(tiles):
+        y, x = number // columns * (h - h // 8), number % columns * (w - w // 8)
+        weight = np.outer(ramp(h), ramp(w))
+        total[:, y : y + h, x : x + w] += weight * tile
+        weights[y : y + h, x : x + w] += weight
+    return (total / weights)[:, :height, :width]
+
+
+def decode(data, denoiser, knots):
+    c, h, w = denoiser.shape
+    d = c * h * w
+    reader = Reader(data)
+    assert reader.bytes(3) == bytes.fromhex("ab5143")
+    version, preset = divmod(reader.bytes(1)[0], 16)
+    flags = reader.bytes(1)[0]
+    mode, robust = flags & 7, bool(flags & 16)
+    assert version == 1 and flags < 32 and not flags & 8
+    fingerprint = reader.bytes(2 if preset else 4)
+    curve = hashlib.sha256(",".join(map(str, knots)).encode()).hexdigest()
+    named = f"{denoiser.fingerprint} {curve}" if preset else denoiser.fingerprint
+    assert fingerprint == hashlib.sha256(named.encode()).digest()[: len(fingerprint)]
+    width, height, n = reader.varint() + 1, reader.varint() + 1, reader.varint()
+
+    full, half = (height, width), ((height + 1) // 2, (width + 1) // 2)
+    colour = mode in (1, 3, 5)
+    sizes = [full] + [half] * (2 if colour and c == 1 else 0) + ([full] if mode in (2, 3) else [])
+    per_plane = [counted(y, h) * counted(x, w) for y, x in sizes]
+    count = sum(per_plane)
+
+    if preset:
+        book = seed = coefficient_bits = 0
+        rule, size = 3, d
+        levels, atoms = preset_plan(CALLS[preset], knots, d, 8 * n // count, robust)
+    else:
+        length = reader.varint()
+        end = reader.place + length
+        book, rule = divmod(reader.bytes(1)[0], 16)
+        size, coefficient_bits, seed, calls = (reader.varint() for _ in range(4))
+        size = size or d
+        levels = [reader.varint() - 32768]
+        for _ in range(calls - 1):
+            levels.append(levels[-1] + reader.varint())
+        atoms = []
+        while len(atoms) < calls - 1:
+            run, m = reader.varint(), reader.varint()
+            atoms += [m] * run
+        assert reader.place == end
+    codes, body = reader.bytes(n), data[: reader.place]
+    crc = binascii.crc_hqx(body, 0xFFFF).to_bytes(2, "big") if preset and n < 256 else zlib.crc32(body).to_bytes(4)
+    assert data[reader.place :] == crc
+
+    per_step = [radices_of(rule, m, size, coefficient_bits, robust) if m else [] for m in atoms]
+    digits = iter(digits_of(codes, [r for own in per_step for _ in range(count) for r in own], robust))
+    x = np.repeat(Stream(seed, "codec start").normal(0, d)[None], count, 0)
+
+    def predicted(level):
+        shown = [torch.from_numpy(row.reshape(1, c, h, w)).float() for row in x]
+        return np.stack([denoiser.predict_x0(one, level / 256).clamp(-1, 1).numpy()[0] for one in shown]).astype(float)
+
+    x0 = predicted(levels[0])
+    for step, m in enumerate(atoms):
+        a, b, std = step_coefficients(levels[step], levels[step + 1])
+        if m:
+            own = [[next(digits) for _ in per_step[step]] for _ in range(count)]
+            z = np.stack([noise(rule, m, o, book, seed, step, size, d, coefficient_bits, robust) for o in own])
+        else:
+            z = Stream(seed, "codec step without a code", step).normal(0, d)[None]
+        x = a * x + b * x0.reshape(count, d) + std * z
+        x0 = predicted(levels[step + 1])
+
+    planes, first = [], 0
+    for (y, wide), number in zip(sizes, per_plane, strict=True):
+        plane = joined(x0[first : first + number], y, wide)
+        planes.append(plane if c == 1 or (colour and not planes) else plane.mean(0, keepdims=True))
+        first += number
+    shown = [planes[0]]
+    if colour and c == 1:
+        luma = planes[0][0]
+        blue, red = (np.repeat(np.repeat(p[0], 2, 0), 2, 1)[:height, :width] for p in planes[1:3])
+        b, r = luma + 1.772 * blue, luma + 1.402 * red
+        shown = [np.stack([r, (luma - 0.299 * r - 0.114 * b) / 0.587, b])]
+    if mode in (2, 3):
+        shown.append(planes[-1])
+    elif mode in (4, 5):
+        shown.append(np.ones((1, *full)))
+    values = np.concatenate(shown).transpose(1, 2, 0)
+    return np.clip(np.floor((values + 1) * 127.5 + 0.5), 0, 255)
+
+
+@pytest.mark.parametrize(
+    "mode,size,channels,options",
+    [
+        ("L", (12, 12), 1, {"target_bytes": 60}),
+        ("L", (12, 12), 1, {"target_bytes": 300, "robust": True}),
+        ("L", (9, 12), 1, {"target_bytes": 14}),
+        ("LA", (12, 5), 1, {"target_bytes": 90}),
+        ("RGB", (20, 13), 1, {"target_bytes": 200}),
+        ("RGBA", (20, 13), 3, {"target_bytes": 300, "robust": True}),
+        ("L", (12, 12), 1, {"plan": paper_plan(8, 64)}),
+        ("L", (12, 12), 1, {"plan": paper_plan(8, 64, shared=True), "robust": True}),
+        ("L", (12, 12), 1, {"plan": paper_plan(6, 64, atoms=3, coefficient_bits=2)}),
+        ("L", (12, 12), 1, {"plan": Plan((-900, 0, 600), (4, 5), book="gaussian", size=60, seed=5)}),
+        ("L", (12, 12), 1, {"plan": Plan((-900, 0, 600, 700), (4, 0, 7), rule="grouped"), "robust": True}),
+    ],
+)
+@pytest.mark.parametrize("preset", ["standard", "fine"])
+def test_the_document_is_enough_to_decode(mode, size, channels, options, preset):
+    codec = toy_codec(12, channels, preset=preset)
+    made = codec.code(picture(*size, mode), **options)
+    model = codec._own
+    pixels = decode(made.data, model.denoiser, model.curve.knots)
+    expected = np.asarray(made.image, dtype=float).reshape(pixels.shape)
+    # Another order of sums can turn a value that lies on the edge between two bytes.
+    assert np.abs(pixels - expected).max() <= 1 and (pixels != expected).mean() < 0.02
