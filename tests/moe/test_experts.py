@@ -10,12 +10,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from quintic.core import ConfigError
 from quintic.core.initial import initialize_
 from quintic.moe import routed
-from quintic.moe.dispatch import choose_kernel, grouped_is_legal
+from quintic.moe.dispatch import Run, grouped_is_legal, kept_rows, plan_runs
 from quintic.moe.experts import Experts
 from quintic.moe.feedforward import FeedForward, SwiGLU
 from quintic.moe.routed import routed_experts
 
-KERNELS = ("loop", "padded", "grouped")
+
+def alone(counts):
+    ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+    return [Run(e, e + 1, ends[e], count) for e, count in enumerate(counts)]
+
+
+def together(counts):
+    """All in one run, or as it is if memory is not made for that much padding."""
+    fits = len(counts) * max(counts) <= kept_rows(sum(counts), len(counts))
+    return [Run(0, len(counts), 0, max(counts))] if fits else plan_runs(counts, 1, 1, cpu=False)
+
+
+KERNELS = {"loop": alone, "padded": together, "grouped": lambda counts: None}
 ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "relu": F.relu}
 
 
@@ -39,7 +51,7 @@ def slow(x, ids, gates, w_in, down, act=F.silu, normalize=False):
 @pytest.fixture
 def use(monkeypatch):
     """Force a kernel instead of letting sizes decide."""
-    return lambda kernel: monkeypatch.setattr(routed, "choose_kernel", lambda *a, **k: kernel)
+    return lambda kernel: monkeypatch.setattr(routed, "plan_runs", lambda counts, *a, **k: KERNELS[kernel](counts))
 
 
 def inputs(n, d, f, experts, k, seed=0, dtype=torch.float64):
@@ -103,24 +115,39 @@ def test_kernels_agree(n, d, f, e, k, load, dtype, use):
         use(kernel)
         y = routed_experts(tensors[0], ids, *tensors[1:])
         results[kernel] = (y, *torch.autograd.grad((y * weight).sum(), tensors))
-    for kernel in KERNELS[1:]:
+    for kernel in ("padded", "grouped"):
         for a, b in zip(results["loop"], results[kernel], strict=True):
             assert torch.isfinite(b).all()
             assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 5e-3) * a.norm() + 1e-12
 
 
-def test_the_choice_is_by_load_and_legality():
-    few, skewed, much = [9, 8, 7, 8], [120, 0, 1, 3], [4000, 4100, 3900, 4000]
-    choose = lambda counts, cpu, legal: choose_kernel(counts, 64, 128, cpu=cpu, legal=legal)  # noqa: E731
-    assert [choose(counts, True, True) for counts in (few, skewed, much)] == ["padded", "grouped", "loop"]
-    assert [choose(counts, True, False) for counts in (few, skewed, much)] == ["padded", "loop", "loop"]
-    assert choose([1, 1] + [0] * 62, True, False) == "loop"  # a decoded token must not read 62 idle experts
-    assert [choose(counts, False, True) for counts in (few, skewed, much)] == ["grouped"] * 3
-    assert [choose(counts, False, False) for counts in (few, skewed, much)] == ["padded", "loop", "padded"]
+def test_neighbours_of_like_load_share_a_call():
+    plan = lambda counts, cpu=True: [tuple(run[:2]) for run in plan_runs(counts, 64, 128, cpu=cpu)]  # noqa: E731
+    assert plan([9, 8, 7, 8]) == [(0, 4)]
+    assert plan([120, 0, 1, 3]) == [(0, 1), (1, 2), (2, 4)]
+    assert plan([4000, 2500, 4000]) == [(0, 1), (1, 2), (2, 3)]
+    assert plan([300, 310, 305, 300, 290]) == [(0, 2), (2, 4), (4, 5)]  # two threads share an even number out
+    assert plan([1, 1] + [0] * 62) == [(0, 2), (2, 64)]  # a decoded token must not read 62 idle experts
+    assert plan([900, 1000], cpu=False) == [(0, 2)]
+    assert plan([0, 0]) == [(0, 2)]
+
+
+def test_where_the_grouped_product_is_legal():
     cpu = torch.device("cpu")
     assert grouped_is_legal(torch.float32, (64, 128), cpu)
     assert not grouped_is_legal(torch.float64, (64, 128), cpu)
     assert not grouped_is_legal(torch.bfloat16, (64, 132), cpu)
+
+
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.booleans())
+def test_runs_hold_every_expert_once_within_the_memory_kept(counts, cpu):
+    runs, at = plan_runs(counts, 32, 64, cpu=cpu), 0
+    for run in runs:
+        assert run.start == at and all(count <= run.size for count in counts[run.first : run.last])
+        assert run.size or not any(counts[run.first : run.last])
+        at = run.stop
+    assert [e for run in runs for e in range(run.first, run.last)] == list(range(len(counts)))
+    assert sum(counts) <= at <= kept_rows(sum(counts), len(counts))
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -161,7 +188,8 @@ def test_memory_for_the_backward_pass_is_input_and_projection_only():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         routed_experts(x, ids, gates, gate_up, down)
     extra = sum(t.nbytes for t in kept if t.data_ptr() not in given)
-    assert extra <= n * k * (2 * f * 4 + 8) + experts * 8
+    rows = kept_rows(n * k, experts)
+    assert rows <= 1.125 * n * k + 8 * experts and extra <= rows * (2 * f * 4 + 8) + (n * k + experts) * 8
 
 
 def test_compiles_as_one_graph_and_new_loads_do_not_recompile():
@@ -195,7 +223,7 @@ def test_dense_network_and_its_gradient(activation, gated):
         FeedForward(4, 4, activation="swish")
 
 
-@pytest.mark.parametrize("kernel", KERNELS[:2])
+@pytest.mark.parametrize("kernel", ["loop", "padded"])
 def test_an_expert_without_tokens_gets_an_exact_zero_gradient(kernel, use):
     use(kernel)
     x, _, gates, gate_up, down = inputs(6, 4, 3, 5, 2)
@@ -203,6 +231,21 @@ def test_an_expert_without_tokens_gets_an_exact_zero_gradient(kernel, use):
     routed_experts(x, ids, gates, gate_up, down).sum().backward()  # also: a gradient of stride 0 comes in
     for weight in (gate_up, down):
         assert weight.grad[2:].eq(0).all() and weight.grad[:2].abs().sum() > 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_not_finite_stays_with_its_experts(kernel, use):
+    """Padding multiplies zeros: nothing that a token of another expert holds may come in with it."""
+    use(kernel)
+    x, _, gates, gate_up, down = inputs(9, 8, 4, 3, 1, dtype=torch.float32)
+    with torch.no_grad():
+        x[0], x[8] = float("nan"), float("inf")
+    ids = torch.tensor([0, 0, 1, 1, 1, 1, 2, 2, 0]).unsqueeze(1)
+    y = routed_experts(x, ids, gates, gate_up, down)
+    y.backward(torch.ones_like(y))
+    assert y.isfinite().all(1).tolist() == x.grad.isfinite().all(1).tolist() == [False] + 7 * [True] + [False]
+    for weight in (gate_up, down):
+        assert weight.grad[1:].isfinite().all() and not weight.grad[0].isfinite().all()
 
 
 def test_all_experts_with_unit_gates_are_one_wide_dense_network():

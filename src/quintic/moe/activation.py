@@ -7,7 +7,7 @@ Fused forward and backward kernels of torch, called with ``out``: experts run th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from quintic.core import ConfigError, suggest
 
-__all__ = ["ACTIVATIONS", "activate_", "activate_for_backward_", "activation_backward_", "check_activation"]
+__all__ = [
+    "ACTIVATIONS", "activate_", "activate_for_backward_", "activation_backward_", "check_activation", "halves",
+]  # fmt: skip
 
 _aten = torch.ops.aten
 
@@ -60,31 +62,30 @@ def check_activation(name: str) -> None:
         raise ConfigError(f"unknown activation {name!r}{suggest(name, ACTIVATIONS)}")
 
 
-def activate_(name: str, h: Tensor, out: Tensor) -> None:
-    """out = a, from h (..., f) or, when twice as wide as ``out``, [g u]."""
-    if h.shape[-1] == out.shape[-1]:
-        ACTIVATIONS[name].forward_(h, out)
+def halves(h: Tensor, width: int) -> tuple[Tensor, ...]:
+    """(z, up) of a projection h = [z up] of a gated network of hidden width ``width``; (h,) of a plain one."""
+    return (h,) if h.shape[-1] == width else h.chunk(2, dim=-1)
+
+
+def activate_(name: str, h: Sequence[Tensor], out: Tensor) -> None:
+    """out = a, from h = (z, up) or (z,)."""
+    ACTIVATIONS[name].forward_(h[0], out)
+    if len(h) > 1:
+        out.mul_(h[1])
+
+
+def activate_for_backward_(name: str, h: Sequence[Tensor], out: Tensor, act: Tensor) -> None:
+    """As :func:`activate_`, leaving act(z) of a gated network in ``act`` for :func:`activation_backward_`."""
+    if len(h) == 1:
+        ACTIVATIONS[name].forward_(h[0], out)
         return
-    z, up = h.chunk(2, dim=-1)
-    ACTIVATIONS[name].forward_(z, out)
-    out.mul_(up)
+    ACTIVATIONS[name].forward_(h[0], act)
+    torch.mul(act, h[1], out=out)
 
 
-def activate_for_backward_(name: str, h: Tensor, out: Tensor, dh: Tensor) -> None:
-    """As :func:`activate_`, leaving act(g) in the second half of ``dh`` for :func:`activation_backward_`."""
-    if h.shape[-1] == out.shape[-1]:
-        ACTIVATIONS[name].forward_(h, out)
-        return
-    (z, up), act = h.chunk(2, dim=-1), dh.chunk(2, dim=-1)[1]
-    ACTIVATIONS[name].forward_(z, act)
-    torch.mul(act, up, out=out)
-
-
-def activation_backward_(name: str, da: Tensor, h: Tensor, dh: Tensor) -> None:
-    """Dh from da, after :func:`activate_for_backward_` on the same ``dh``; overwrites ``da``."""
-    if h.shape[-1] == da.shape[-1]:
-        ACTIVATIONS[name].backward_(da, h, dh)
-        return
-    (z, up), (dz, dup) = h.chunk(2, dim=-1), dh.chunk(2, dim=-1)
-    dup.mul_(da)
-    ACTIVATIONS[name].backward_(da.mul_(up), z, dz)
+def activation_backward_(name: str, da: Tensor, h: Sequence[Tensor], act: Tensor, dh: Sequence[Tensor]) -> None:
+    """Dh from da, with the ``act`` of :func:`activate_for_backward_`; overwrites ``da``."""
+    if len(h) > 1:
+        torch.mul(act, da, out=dh[1])
+        da.mul_(h[1])
+    ACTIVATIONS[name].backward_(da, h[0], dh[0])

@@ -17,9 +17,9 @@ from quintic.core.roles import Normal, Role, declare
 from quintic.moe.activation import (
     ACTIVATIONS,
     activate_,
-    activate_for_backward_,
     activation_backward_,
     check_activation,
+    halves,
 )
 
 __all__ = ["FeedForward", "SwiGLU"]
@@ -99,7 +99,7 @@ class _GatedActivation(torch.autograd.Function):
         ctx.save_for_backward(h)
         ctx.activation = activation
         a = h.new_empty(*h.shape[:-1], h.shape[-1] // 2)
-        activate_(activation, h, a)
+        activate_(activation, halves(h, a.shape[-1]), a)
         return a
 
     @staticmethod
@@ -107,6 +107,7 @@ class _GatedActivation(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (h,) = ctx.saved_tensors
         dh, da = torch.empty_like(h), grad_outputs[0].clone()  # autograd's tensors are not ours to overwrite
-        activate_for_backward_(ctx.activation, h, torch.empty_like(da), dh)
-        activation_backward_(ctx.activation, da, h, dh)
+        parts, act = halves(h, da.shape[-1]), torch.empty_like(da)
+        ACTIVATIONS[ctx.activation].forward_(parts[0], act)
+        activation_backward_(ctx.activation, da, parts, act, halves(dh, da.shape[-1]))
         return dh, None

@@ -24,8 +24,8 @@ def in_backward() -> bool:
 
 
 def if_first(count: Tensor) -> Tensor:
-    """The count, or zeros in a recomputation; also in a compiled graph."""
-    return _if_first(count) if torch.compiler.is_compiling() else count * (not in_backward())
+    """The count; zeros if a compiled graph, which could not ask :func:`in_backward`, finds that it recomputes."""
+    return _if_first(count) if torch.compiler.is_compiling() else count
 
 
 @torch.library.custom_op("quintic::if_first", mutates_args=())

@@ -29,10 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from quintic.moe.activation import activate_, activate_for_backward_, activation_backward_
-from quintic.moe.dispatch import Layout, choose_kernel, grouped_is_legal, lay_out
+from quintic.moe.activation import activate_, activate_for_backward_, activation_backward_, halves
+from quintic.moe.dispatch import Block, Run, blocks_of, grouped_is_legal, kept_rows, lay_out, plan_runs
 from quintic.moe.products import outer_by_expert_, rows_by_expert_
 
 __all__ = ["routed_experts", "unit_rms"]
@@ -85,7 +86,7 @@ def _few(
     for slot, expert in enumerate(experts):
         torch.mv(w_in[expert], x_nd[slot // k], out=h_mh[slot])
     a_mf = h_mh.new_empty(n * k, w_out.shape[2])
-    activate_(activation, h_mh, a_mf)
+    activate_(activation, halves(h_mh, a_mf.shape[1]), a_mf)
     v_md = x_nd.new_empty(n * k, w_out.shape[1])
     for slot, expert in enumerate(experts):
         torch.mv(w_out[expert], a_mf[slot], out=v_md[slot])
@@ -112,10 +113,8 @@ class _RoutedExperts(torch.autograd.Function):
         activation: str,
         normalize: bool,
     ) -> Tensor:
-        y_nd, h_mh, slot_m, counts_e = torch.ops.quintic.routed_forward(
-            x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize
-        )
-        ctx.save_for_backward(x_nd, gates_nk, w_in, w_out, h_mh, slot_m, counts_e)
+        y_nd, *kept = torch.ops.quintic.routed_forward(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize)
+        ctx.save_for_backward(x_nd, gates_nk, w_in, w_out, *kept)
         ctx.activation, ctx.normalize = activation, normalize
         return y_nd
 
@@ -130,39 +129,29 @@ class _RoutedExperts(torch.autograd.Function):
 
 def _forward(
     x_nd: Tensor, ids_nk: Tensor, gates_nk: Tensor, w_in: Tensor, w_out: Tensor, activation: str, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, k = ids_nk.shape
-    flat_m = ids_nk.reshape(-1)
-    slot_m = torch.argsort(flat_m, stable=True)
-    counts_e = torch.bincount(flat_m, minlength=w_in.shape[0])
-    h_mh = x_nd.new_empty(n * k, w_in.shape[1])
-    if n == 0:
-        return x_nd.new_zeros(x_nd.shape), h_mh, slot_m, counts_e
-    layout = _layout(slot_m, counts_e, k, w_in, w_out)
-    x_pd, gate_r1 = _with_padding(x_nd, layout), _gate_rows(gates_nk, layout, x_nd.dtype)
-    y_pd = torch.zeros_like(x_pd, dtype=_accumulation(x_nd.dtype), memory_format=torch.contiguous_format)
-    w_in_t, w_out_t = w_in.transpose(1, 2), w_out.transpose(1, 2)
-
-    rows = max(block.stop - block.start for block in layout.blocks)
-    wide_rd, a_rf = x_nd.new_empty(rows, x_nd.shape[1]), x_nd.new_empty(rows, w_out.shape[2])
-    h_rh = h_mh if layout.real_m is None else x_nd.new_empty(rows, w_in.shape[1])
-    for block in layout.blocks:
-        here, r = slice(block.start, block.stop), block.stop - block.start
-        token, wide, a, h = layout.token_r[here], wide_rd[:r], a_rf[:r], h_rh[here]
-        torch.index_select(x_pd, 0, token, out=wide)
-        h = rows_by_expert_(layout.kernel, block, wide, w_in_t, h)
-        activate_(activation, h, a)
-        if not normalize:
-            a.mul_(gate_r1[here])
-        wide = rows_by_expert_(layout.kernel, block, a, w_out_t, wide)
+) -> tuple[Tensor, ...]:
+    h_rh, row_nk, slot_r, counts_e = _kept(x_nd, ids_nk, w_in)
+    if not ids_nk.numel():
+        return x_nd.new_zeros(x_nd.shape), h_rh, row_nk, slot_r, counts_e.zero_()
+    counts_e = torch.bincount(ids_nk.reshape(-1), minlength=w_in.shape[0])
+    runs, blocks, ends = _plan(counts_e, w_in, w_out)
+    used_r, row_nk = lay_out(ids_nk, counts_e, runs)
+    slot_r[: used_r.numel()] = used_r
+    token_r = used_r // ids_nk.shape[1]
+    (d, f), w_in_t, w_out_t = w_out.shape[1:], w_in.transpose(1, 2), w_out.transpose(1, 2)
+    v_rd = x_nd.new_empty(token_r.numel(), d)
+    rows = max(block.stop - block.start for block in blocks)
+    x_bd, a_bf = x_nd.new_empty(rows, d), x_nd.new_empty(rows, f)
+    for block in blocks:
+        here, b = slice(block.start, block.stop), block.stop - block.start
+        x, a, h, v = x_bd[:b], a_bf[:b], h_rh[here], v_rd[here]
+        torch.index_select(x_nd, 0, token_r[here], out=x)
+        _into(h, rows_by_expert_(block, ends, x, w_in_t, h))
+        activate_(activation, halves(h, f), a)
+        _into(v, rows_by_expert_(block, ends, a, w_out_t, v))
         if normalize:
-            wide.mul_(_inverse_rms(wide) * gate_r1[here])
-        y_pd.index_add_(0, token, wide.to(y_pd.dtype))
-        if layout.kernel == "grouped":  # one block, and an array of its own
-            h_mh = h
-    if layout.real_m is not None:
-        torch.index_select(h_rh, 0, layout.real_m, out=h_mh)
-    return y_pd[:n].to(x_nd.dtype), h_mh, slot_m, counts_e
+            v.mul_(_inverse_rms(v))
+    return _combine(v_rd, row_nk, gates_nk), h_rh, row_nk, slot_r, counts_e
 
 
 def _backward(
@@ -171,84 +160,87 @@ def _backward(
     gates_nk: Tensor,
     w_in: Tensor,
     w_out: Tensor,
-    h_mh: Tensor,
-    slot_m: Tensor,
+    h_rh: Tensor,
+    row_nk: Tensor,
+    slot_r: Tensor,
     counts_e: Tensor,
     activation: str,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, k = gates_nk.shape
     dw_in = torch.empty_like(w_in, memory_format=torch.contiguous_format)
     dw_out = torch.empty_like(w_out, memory_format=torch.contiguous_format)
-    if n == 0:
+    if not gates_nk.numel():
         return torch.zeros_like(x_nd), torch.zeros_like(gates_nk), dw_in.zero_(), dw_out.zero_()
-    layout = _layout(slot_m, counts_e, k, w_in, w_out)
-    x_pd, dy_pd, gate_r1 = (
-        _with_padding(x_nd, layout),
-        _with_padding(dy_nd.to(x_nd.dtype), layout),
-        _gate_rows(gates_nk, layout, x_nd.dtype),
-    )
-    accumulation = _accumulation(x_nd.dtype)
-    dx_pd = torch.zeros_like(x_pd, dtype=accumulation, memory_format=torch.contiguous_format)
-    dgate_r = x_nd.new_empty(layout.slot_r.shape, dtype=accumulation)
-    if layout.real_m is None:
-        h_rh = h_mh
-    else:
-        h_rh = h_mh.new_zeros(layout.slot_r.numel(), h_mh.shape[1]).index_copy_(0, layout.real_m, h_mh)
-
-    rows = max(block.stop - block.start for block in layout.blocks)
+    _, blocks, ends = _plan(counts_e, w_in, w_out)
+    dy_nd = dy_nd.to(x_nd.dtype)
+    token_r = slot_r[: blocks[-1].stop] // gates_nk.shape[1]
+    # Padding has gate 0, and so a gradient of 0.
+    gate_r1 = x_nd.new_zeros(token_r.numel(), 1)
+    gate_r1.view(-1).index_copy_(0, row_nk.view(-1), gates_nk.reshape(-1).to(x_nd.dtype))
     (d, f), w_out_t = w_out.shape[1:], w_out.transpose(1, 2)
-    dy_rd, wide_rd = x_nd.new_empty(2, rows, d)
-    a_rf, da_rf = x_nd.new_empty(2, rows, f)
-    dh_rh = x_nd.new_empty(rows, w_in.shape[1])
-    for block in layout.blocks:
-        here, r = slice(block.start, block.stop), block.stop - block.start
-        token, gate, h = layout.token_r[here], gate_r1[here], h_rh[here]
-        dy, wide, a, da, dh = dy_rd[:r], wide_rd[:r], a_rf[:r], da_rf[:r], dh_rh[:r]
-        torch.index_select(dy_pd, 0, token, out=dy)
-        activate_for_backward_(activation, h, a, dh)
+    dx_rd = x_nd.new_empty(token_r.numel(), d)
+    dgate_r = x_nd.new_empty(token_r.numel(), dtype=_accumulation(x_nd.dtype))
+    rows = max(block.stop - block.start for block in blocks)
+    dy_bd, dh_bh = x_nd.new_empty(rows, d), x_nd.new_empty(rows, w_in.shape[1])
+    a_bf, da_bf, act_bf = x_nd.new_empty(3, rows, f)
+    for block in blocks:
+        here, b = slice(block.start, block.stop), block.stop - block.start
+        token, gate, h = token_r[here], gate_r1[here], halves(h_rh[here], f)
+        dy, a, da, act, dh, dx = dy_bd[:b], a_bf[:b], da_bf[:b], act_bf[:b], dh_bh[:b], dx_rd[here]
+        torch.index_select(dy_nd, 0, token, out=dy)
+        activate_for_backward_(activation, h, a, act)
         if normalize:
-            wide = rows_by_expert_(layout.kernel, block, a, w_out_t, wide)
-            inverse = _inverse_rms(wide)
-            wide.mul_(inverse)
-            slope = (dy * wide).sum(-1, keepdim=True)
+            v = rows_by_expert_(block, ends, a, w_out_t, dx)
+            inverse = _inverse_rms(v)
+            v.mul_(inverse)
+            slope = (dy * v).sum(-1, keepdim=True)
             dgate_r[here] = slope.squeeze(-1)
-            dy.sub_(wide.mul_(slope / d)).mul_(inverse * gate)
-            da = rows_by_expert_(layout.kernel, block, dy, w_out, da)
+            dy.sub_(v.mul_(slope / d)).mul_(inverse * gate)
+            da = rows_by_expert_(block, ends, dy, w_out, da)
         else:
-            da = rows_by_expert_(layout.kernel, block, dy, w_out, da)
-            torch.sum(torch.mul(da, a, out=dh[:, :f]), -1, dtype=accumulation, out=dgate_r[here])
+            da = rows_by_expert_(block, ends, dy, w_out, da)
+            product = dh.view(-1, b, f)[0]  # not yet in use
+            torch.sum(torch.mul(da, a, out=product), -1, dtype=dgate_r.dtype, out=dgate_r[here])
             da.mul_(gate)
             a.mul_(gate)
-        dw_out = outer_by_expert_(layout.kernel, block, dy, a, dw_out)
-        activation_backward_(activation, da, h, dh)
-        torch.index_select(x_pd, 0, token, out=wide)
-        dw_in = outer_by_expert_(layout.kernel, block, dh, wide, dw_in)
-        wide = rows_by_expert_(layout.kernel, block, dh, w_in, wide)
-        dx_pd.index_add_(0, token, wide.to(accumulation))
-
-    dgates_p = dgate_r.new_empty(n * k + 1).index_copy_(0, layout.slot_r, dgate_r)
-    return dx_pd[:n].to(x_nd.dtype), dgates_p[: n * k].view(n, k).to(gates_nk.dtype), dw_in, dw_out
+        dw_out = outer_by_expert_(block, ends, dy, a, dw_out)
+        activation_backward_(activation, da, h, act, halves(dh, f))
+        x = torch.index_select(x_nd, 0, token, out=dy)  # a small scratch stays in the cache
+        dw_in = outer_by_expert_(block, ends, dh, x, dw_in)
+        _into(dx, rows_by_expert_(block, ends, dh, w_in, dx))
+    dgates_m = dgate_r.index_select(0, row_nk.view(-1))
+    return _combine(dx_rd, row_nk), dgates_m.view_as(gates_nk).to(gates_nk.dtype), dw_in, dw_out
 
 
-def _layout(slot_m: Tensor, counts_e: Tensor, top_k: int, w_in: Tensor, w_out: Tensor) -> Layout:
-    counts: list[int] = counts_e.tolist()
+def _kept(x_nd: Tensor, ids_nk: Tensor, w_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for what the backward pass needs, of the same size whatever the load: h, rows, slots, counts."""
+    rows = kept_rows(ids_nk.numel(), w_in.shape[0])
+    slots = ids_nk.new_empty(ids_nk.shape), ids_nk.new_empty(rows)
+    return x_nd.new_empty(rows, w_in.shape[1]), *slots, ids_nk.new_empty(w_in.shape[0])
+
+
+def _plan(counts_e: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[list[Run] | None, list[Block], Tensor | None]:
+    """Runs, blocks and nothing else; or, for the grouped product, one block and the ends of its groups."""
     _, height, width = w_in.shape
+    cpu, counts = w_in.device.type == "cpu", counts_e.tolist()
     legal = grouped_is_legal(w_in.dtype, (width, height, w_out.shape[2]), w_in.device)
-    kernel = choose_kernel(counts, width, height, cpu=w_in.device.type == "cpu", legal=legal)
-    return lay_out(slot_m, counts, top_k, kernel)
+    runs = None if legal and not cpu else plan_runs(counts, width, height, cpu=cpu)
+    if runs is None:
+        return None, [Block(0, sum(counts), [])], counts_e.cumsum(0).to(torch.int32)
+    return runs, blocks_of(runs, cpu=cpu), None
 
 
-def _with_padding(x_nd: Tensor, layout: Layout) -> Tensor:
-    """A row of zeros at the end, which padding reads: its products and gradients are exact zeros."""
-    return x_nd if layout.real_m is None else torch.cat([x_nd, x_nd.new_zeros(1, x_nd.shape[1])])
+def _into(out: Tensor, found: Tensor) -> None:
+    """A product is where it belongs, unless its kernel made a new array."""
+    if found is not out:
+        out.copy_(found)
 
 
-def _gate_rows(gates_nk: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    gates_m = gates_nk.reshape(-1)
-    if layout.real_m is not None:
-        gates_m = torch.cat([gates_m, gates_m.new_zeros(1)])
-    return gates_m.index_select(0, layout.slot_r).unsqueeze(1).to(dtype)
+def _combine(v_rd: Tensor, row_nk: Tensor, weight_nk: Tensor | None = None) -> Tensor:
+    """Sum of each token's rows, in the order of its choices: without atomic additions, the same at every run."""
+    if weight_nk is not None:
+        weight_nk = weight_nk.to(v_rd.dtype)
+    return F.embedding_bag(row_nk, v_rd, mode="sum", per_sample_weights=weight_nk)
 
 
 def _inverse_rms(v: Tensor) -> Tensor:
@@ -261,27 +253,21 @@ def _accumulation(dtype: torch.dtype) -> torch.dtype:
 
 
 def _fake_forward(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize):
-    slots = ids_nk.numel()
-    return (
-        x_nd.new_empty(x_nd.shape),
-        x_nd.new_empty(slots, w_in.shape[1]),
-        ids_nk.new_empty(slots),
-        ids_nk.new_empty(w_in.shape[0]),
-    )
+    return x_nd.new_empty(x_nd.shape), *_kept(x_nd, ids_nk, w_in)
 
 
-def _fake_backward(dy_nd, x_nd, gates_nk, w_in, w_out, h_mh, slot_m, counts_e, activation, normalize):
+def _fake_backward(dy_nd, x_nd, gates_nk, w_in, w_out, h_rh, row_nk, slot_r, counts_e, activation, normalize):
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x_nd, gates_nk, w_in, w_out))
 
 
 torch.library.define(
     "quintic::routed_forward",
     "(Tensor x, Tensor ids, Tensor gates, Tensor w_in, Tensor w_out, str activation, bool normalize)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "quintic::routed_backward",
-    "(Tensor dy, Tensor x, Tensor gates, Tensor w_in, Tensor w_out, Tensor h, Tensor slot, Tensor counts,"
+    "(Tensor dy, Tensor x, Tensor gates, Tensor w_in, Tensor w_out, Tensor h, Tensor row, Tensor slot, Tensor counts,"
     " str activation, bool normalize) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("quintic::routed_forward", "default", _forward)
@@ -299,7 +285,7 @@ def _forward_flops(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize, *
 
 @register_flop_formula(torch.ops.quintic.routed_backward)
 def _backward_flops(
-    dy_nd, x_nd, gates_nk, w_in, w_out, h_mh, slot_m, counts_e, activation, normalize, *, out_shape=None, **_
+    dy_nd, x_nd, gates_nk, w_in, w_out, h_rh, row_nk, slot_r, counts_e, activation, normalize, *, out_shape=None, **_
 ) -> int:
-    again = 2 * slot_m[0] * w_out[1] * w_out[2] if normalize else 0
+    again = 2 * row_nk[0] * row_nk[1] * w_out[1] * w_out[2] if normalize else 0
     return 2 * _forward_flops(x_nd, gates_nk, gates_nk, w_in, w_out, activation, normalize) + again

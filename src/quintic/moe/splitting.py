@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quintic.core import ConfigError, DataError
-from quintic.moe.activation import activate_
+from quintic.moe.activation import activate_, halves
 from quintic.moe.balance import Balance, NoBalance
 from quintic.moe.feedforward import FeedForward
 from quintic.moe.geometry import (
@@ -201,7 +201,7 @@ def _vectors(x_td: Tensor, w_in_ehd: Tensor, w_out_edf: Tensor, activation: str)
     """(tokens, experts, width): what each expert adds."""
     h_teh = torch.einsum("td,ehd->teh", x_td, w_in_ehd)
     a_tef = h_teh.new_empty(*h_teh.shape[:2], w_out_edf.shape[2])
-    activate_(activation, h_teh, a_tef)
+    activate_(activation, halves(h_teh, a_tef.shape[-1]), a_tef)
     return torch.einsum("tef,edf->ted", a_tef, w_out_edf)
 
 
