@@ -2,7 +2,8 @@
 
 Against the dense SwiGLU of the same active FLOPs, against transformers' DeepSeek-V3 experts (eager loop and grouped
 path, same routing and weights), under a Zipf-skewed load against a balanced one, and the share of router and dispatch.
-Every contestant runs once per round, and the smallest time counts: a slow moment of the machine hits all alike.
+The products alone, on rows that are in order already, are the floor of any layer that multiplies as torch does. Every
+contestant runs once per round, and the smallest time counts: a slow moment of the machine hits all alike.
 """
 
 from __future__ import annotations
@@ -118,24 +119,65 @@ def router_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
 
 def dispatch_step(x: Tensor, ids: Tensor, experts: int, hidden: int) -> Callable[[], None]:
     """What moves rows in a forward and a backward pass, without any product: sort, three gathers, two sums."""
-    from quintic.moe.dispatch import choose_kernel, lay_out
+    from quintic.moe.dispatch import blocks_of, lay_out, plan_runs
 
-    width = x.shape[1]
-    k = ids.shape[1]
+    width, gates = x.shape[1], torch.full(ids.shape, 1.0 / ids.shape[1])
 
     def run() -> None:
-        flat = ids.reshape(-1)
-        slots, counts = torch.argsort(flat, stable=True), torch.bincount(flat, minlength=experts).tolist()
-        layout = lay_out(slots, counts, k, choose_kernel(counts, width, 2 * hidden, cpu=True, legal=True))
-        padded = x if layout.real_m is None else torch.cat([x, x.new_zeros(1, width)])
-        wide = x.new_empty(max(block.stop - block.start for block in layout.blocks), width)
-        for gathers in (1, 2):  # forward: tokens; backward: gradients and tokens
-            y = torch.zeros_like(padded)
-            for block in layout.blocks:
-                token, rows = layout.token_r[block.start : block.stop], wide[: block.stop - block.start]
-                for _ in range(gathers):
-                    torch.index_select(padded, 0, token, out=rows)
-                y.index_add_(0, token, rows)
+        counts = torch.bincount(ids.flatten(), minlength=experts)
+        runs = plan_runs(counts.tolist(), width, 2 * hidden, cpu=True)
+        slots, rows = lay_out(ids, counts, runs)
+        token, blocks = slots // ids.shape[1], blocks_of(runs, cpu=True)
+        y = x.new_zeros(len(slots), width)
+        wide = x.new_empty(max(block.stop - block.start for block in blocks), width)
+        for weights in (gates, None):  # forward: tokens; backward: gradients and tokens
+            for block in blocks:
+                for _ in range(1 if weights is not None else 2):
+                    torch.index_select(x, 0, token[block.start : block.stop], out=wide[: block.stop - block.start])
+            F.embedding_bag(rows, y, mode="sum", per_sample_weights=weights)
+
+    return run
+
+
+def products_step(layer: nn.Module, x: Tensor, ids: Tensor) -> Callable[[], None]:
+    """The six products of a forward and a backward pass, called as the layer calls them."""
+    from quintic.moe.dispatch import blocks_of, plan_runs
+    from quintic.moe.products import outer_by_expert_, rows_by_expert_
+
+    w_in, w_out = layer.experts.gate_up.detach(), layer.experts.down.detach()
+    experts, width, hidden = w_out.shape
+    runs = plan_runs(torch.bincount(ids.flatten(), minlength=experts).tolist(), width, 2 * hidden, cpu=True)
+    rows = runs[-1].stop
+    x_rd, h_rh, a_rf = (torch.randn(rows, size) for size in (width, 2 * hidden, hidden))
+    v_rd, da_rf, dw_in, dw_out = (torch.empty_like(like) for like in (x_rd, a_rf, w_in, w_out))
+    w_in_t, w_out_t = w_in.transpose(1, 2), w_out.transpose(1, 2)
+
+    def run() -> None:
+        for block in blocks_of(runs, cpu=True):
+            x, h, a, v, da = (t[block.start : block.stop] for t in (x_rd, h_rh, a_rf, v_rd, da_rf))
+            rows_by_expert_(block, None, x, w_in_t, h)
+            rows_by_expert_(block, None, a, w_out_t, v)
+            rows_by_expert_(block, None, v, w_out, da)
+            outer_by_expert_(block, None, v, a, dw_out)
+            outer_by_expert_(block, None, h, x, dw_in)
+            rows_by_expert_(block, None, h, w_in, v)
+
+    return run
+
+
+def dense_products_step(width: int, hidden: int, x: Tensor) -> Callable[[], None]:
+    """The six products of the dense network; gate and up as one, which favours it."""
+    h, a, y = (torch.randn(len(x), size) for size in (2 * hidden, hidden, width))
+    w_in, w_out = torch.randn(2 * hidden, width), torch.randn(width, hidden)
+    da, dx, dw_in, dw_out = (torch.empty_like(like) for like in (a, x, w_in, w_out))
+
+    def run() -> None:
+        torch.mm(x, w_in.t(), out=h)
+        torch.mm(a, w_out.t(), out=y)
+        torch.mm(y, w_out, out=da)
+        torch.mm(y.t(), a, out=dw_out)
+        torch.mm(h.t(), x, out=dw_in)
+        torch.mm(h, w_in, out=dx)
 
     return run
 
@@ -164,6 +206,7 @@ def one(shape: tuple[int, ...], seconds: float) -> dict:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, width, generator=g)
     balanced, zipf = balanced_ids(tokens, experts, k), zipf_ids(tokens, experts, k)
+    ids = layer.router(x).ids_nk
     contestants = {
         "dense": step(Dense(width, k * hidden), x),
         "layer": step(layer, x),
@@ -172,7 +215,9 @@ def one(shape: tuple[int, ...], seconds: float) -> dict:
         "experts, balanced": step(Given(layer, balanced), x),
         "experts, zipf": step(Given(layer, zipf), x),
         "router": router_step(layer, x),
-        "dispatch": dispatch_step(x, layer.router(x).ids_nk, experts, hidden),
+        "dispatch": dispatch_step(x, ids, experts, hidden),
+        "products": products_step(layer, x, ids),
+        "products of the dense": dense_products_step(width, k * hidden, x),
     }
     ms = {name: 1000.0 * value for name, value in race(contestants, seconds).items()}
     load = torch.bincount(zipf.flatten(), minlength=experts)
@@ -183,6 +228,8 @@ def one(shape: tuple[int, ...], seconds: float) -> dict:
         "layer / transformers grouped": ms["layer"] / ms["transformers grouped"],
         "layer / transformers eager": ms["layer"] / ms["transformers eager"],
         "zipf / balanced": ms["experts, zipf"] / ms["experts, balanced"],
+        "products / dense": ms["products"] / ms["dense"],
+        "products of the dense / dense": ms["products of the dense"] / ms["dense"],
         "router share": ms["router"] / ms["layer"],
         "router and dispatch share": (ms["router"] + ms["dispatch"]) / ms["layer"],
         "zipf MaxVio": float(load.max() * experts / load.sum() - 1),
@@ -205,6 +252,8 @@ def section(result: dict) -> str:
     m = result["machine"]
     columns = (
         "layer / dense",
+        "products / dense",
+        "products of the dense / dense",
         "layer / transformers grouped",
         "layer / transformers eager",
         "zipf / balanced",
@@ -231,6 +280,8 @@ def section(result: dict) -> str:
         "the experts of DeepSeek-V3 by their eager loop and by their grouped path, behind the router of this package.",
         f"Zipf: expert e with probability proportional to 1/e (MaxVio up to {worst:.1f}). Router: scores, selection",
         "and gates with their gradients. Dispatch: sorting, gathering and adding up rows, without the products.",
+        "Products: the six products of the layer alone, on rows in order, into memory at hand; what is between this",
+        "column and the first is the router, rows that move, activations and the calls of all these.",
     ]
     return "\n".join(lines)
 
