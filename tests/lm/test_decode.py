@@ -1,6 +1,7 @@
 """Generation: seeds, greedy, filters, windows longer than the context, stop ids."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from quintic.data.tokenizer import Tokenizer
 from quintic.lm import LanguageModel, LMConfig, generate
 from quintic.lm.decode import Sampling, generate_batch, sample_token
 from quintic.lm.task import generate_text
+from quintic.lm.token_step import TokenStep, suits
 
 PROMPT = [1, 2, 3]
 
@@ -138,3 +140,51 @@ def test_stop_strings_end_the_text_before_them(model):
         pieces = list(generate_text(model, tokenizer, "a", stop=["not in there", stop, ""], **options))
         assert "".join(pieces) == whole[: whole.index(stop)]
     assert "".join(generate_text(model, tokenizer, "a", stop=[whole[-3:] + "x"], **options)) == whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_shared": 0},
+        {"num_shared": 2, "score": "softmax", "normalize_gates": False, "select": "sigmoid"},
+        {"dense": True, "qk_nope_dim": 8, "v_dim": 24},
+    ],
+)
+def test_a_quick_step_is_a_step_of_the_model(changes):
+    config = replace(LMConfig(), **changes)
+    model = LanguageModel(config).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gain"):
+                parameter.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(len(name)))
+        for block in model.blocks[1:]:
+            if not config.dense:
+                block.ffn.router.bias.copy_(torch.linspace(-0.3, 0.3, config.num_experts))
+        assert suits(model)
+        quick, ids = TokenStep(model, 100), torch.randint(264, (3, 30), generator=torch.Generator().manual_seed(1))
+        documents = torch.ones_like(ids)
+        documents[1, :7] = 0
+        expected = model(ids, documents=documents)[..., :100]
+        cache = model.new_cache(3)
+        model(ids[:, :10], documents=documents[:, :10], cache=cache)
+        quick.hide(documents[:, :10].tolist(), config.context)
+        for place in range(10, 30):
+            torch.testing.assert_close(quick(ids[:, place], cache), expected[:, place])
+
+
+@pytest.mark.parametrize("changes", [{"q_rank": 16}, {"num_groups": 2, "top_groups": 1}, {"normalize_experts": "rms"}])
+def test_models_without_a_quick_step_write_what_they_would_uncached(changes):
+    model = LanguageModel(replace(LMConfig(), **changes)).double()
+    assert not suits(model)
+    text = PROMPT + list(generate(model, PROMPT, max_tokens=20, temperature=0))
+    logits = model(torch.tensor([text]))[0]
+    assert logits[2:-1].argmax(-1).tolist() == text[3:]
+
+
+def test_what_has_no_quick_step():
+    model = LanguageModel(LMConfig())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not suits(model)
+    assert suits(model) and not suits(model.bfloat16())
+    assert not suits(LanguageModel(replace(LMConfig(), d_model=512, d_expert=256), seed=None))

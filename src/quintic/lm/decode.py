@@ -11,6 +11,7 @@ from torch import Tensor
 from quintic.core import ConfigError, DataError
 from quintic.core.counter_rng import Stream
 from quintic.lm.model import LanguageModel
+from quintic.lm.token_step import TokenStep, suits
 
 __all__ = ["Sampling", "generate", "generate_batch", "sample_token"]
 
@@ -145,6 +146,8 @@ def _decode(
     was_training = model.training
     model.eval()
     try:
+        quick = TokenStep(model, num_ids) if suits(model) else None
+        device = model.rotation.device
         cache = model.new_cache(len(texts))
         unseen, documents = _left_padded([text[-context:] for text in texts])
         for step in range(max_tokens):
@@ -154,24 +157,38 @@ def _decode(
                 # The window is full: start again from its newer half.
                 cache = model.new_cache(len(texts))
                 unseen, documents = _left_padded([text[-max(1, context // 2) :] for text in texts])
-            device = model.rotation.device
-            marks = None if documents is None else torch.tensor(documents, device=device)
-            logits = model(torch.tensor(unseen, device=device), documents=marks, cache=cache)[:, -1, :num_ids]
+            ids = torch.tensor(unseen, device=device)
+            if quick is not None and cache[0].length:
+                logits = quick(ids[:, 0], cache)
+            else:
+                marks = None if documents is None else torch.tensor(documents, device=device)
+                logits = model(ids, documents=marks, cache=cache)[:, -1, :num_ids]
+                if quick is not None:
+                    quick.hide(documents, context)
             tokens: list[int | None] = []
-            for row, text in enumerate(texts):
-                uniform = float(noises[row].uniform(step, 1)[0])
-                token = None if ended[row] else sample_token(logits[row], uniform, rule, text)
+            for row, token in enumerate(_picked(logits, rule, noises, step, texts)):
                 ended[row] = ended[row] or token in stop_ids
                 tokens.append(None if ended[row] else token)
-                text.append(text[-1] if token is None else token)
+                texts[row].append(texts[row][-1] if ended[row] else token)
             if all(ended):
                 return
             unseen = [[text[-1]] for text in texts]
-            if documents is not None:
+            if documents is not None and quick is None:
                 documents = [[*row, 1] for row in documents]
             yield tokens
     finally:
         model.train(was_training)
+
+
+def _picked(
+    logits_bv: Tensor, rule: Sampling, noises: Sequence[Stream], step: int, texts: Sequence[Sequence[int]]
+) -> list[int]:
+    """The next token of every row."""
+    if rule.temperature == 0 and rule.repetition_penalty == 1.0:
+        return logits_bv.argmax(dim=-1).tolist()
+    draws = (float(noise.uniform(step, 1)[0]) for noise in noises)
+    rows = zip(logits_bv, draws, texts, strict=True)
+    return [sample_token(logits, uniform, rule, text) for logits, uniform, text in rows]
 
 
 def _left_padded(texts: list[list[int]]) -> tuple[list[list[int]], list[list[int]] | None]:
