@@ -6,11 +6,13 @@ import tomllib
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from quintic.assets import preset_names
 from quintic.cli.app import main
-from quintic.cli.wiring import KINDS
+from quintic.cli.wiring import KINDS, build_settings, build_task
 from quintic.engine.metrics import read_metrics
+from quintic.engine.verification import verify_resume
 
 SMALL = ["--size", "tiny", "engine.steps=6", "engine.eval_every=3", "engine.checkpoint_every=3"]
 IMAGES = ["data.drawn=200", "data.size=8"]
@@ -45,6 +47,49 @@ def test_every_task_resumes_bit_for_bit(run, capsys):
     assert "exact: 4 steps equal 2 steps" in capsys.readouterr().out
 
 
+MUCH = ["engine.ema_decay=0.9", "engine.micro_batch_size=5", "optim.decay=spectral", "optim.clip=adaptive"]
+OF_TEXT = {
+    "spectral decay, QK-clip, all losses": [*MUCH, "lm.aux_weight=0.01", "lm.z_weight=0.001", "lm.qk_clip=1"],
+    "bias by quantiles, blocks again": [
+        "lm.balance_rule=quantile",
+        "lm.checkpoint=true",
+        "engine.background_save=true",
+    ],
+    "a loss over everything": ["lm.balance=none", "lm.aux_weight=0.01", "lm.aux_over=global", *MUCH[:2]],
+    "no Adam": ["optim.vectors=sign", "optim.embeddings=row-l2", "optim.cap=0.5", "lm.balance_rule=sign"],
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [*((task, [*MUCH, *IMAGES]) for task in KINDS if task != "lm"), *(("lm", more) for more in OF_TEXT.values())],
+    ids=[*(task for task in KINDS if task != "lm"), *OF_TEXT],
+)
+def test_every_state_of_every_task_resumes_bit_for_bit(tmp_path, task, settings, dtype):
+    """Averages, spectral vectors, memory of the clipping, balancers, accumulation, in both precisions."""
+    book = tmp_path / "book.txt"
+    book.write_text("the whale swam under the ship and the captain looked at the sea.\n" * 100)
+    paths = [book] if task == "lm" else []
+    made, resolved, _ = build_task(task, paths, build_settings(task, "tiny", [*settings, f"engine.dtype={dtype}"]))
+    result = verify_resume(made, resolved, tmp_path, steps=4, cut=2)
+    assert result.differences == []
+    parts = {path.name.split(".")[0] for path in (tmp_path / "parted" / "checkpoints" / "step-4").iterdir()}
+    assert ("average" in parts) == ("engine.ema_decay=0.9" in settings) and {"model", "training"} <= parts
+    if "optim.decay=spectral" in settings:
+        names = load_file(tmp_path / "parted" / "checkpoints" / "step-4" / "training.safetensors")
+        assert any("top_space" in name for name in names)
+
+
+@pytest.mark.parametrize("task", list(KINDS))
+def test_a_stop_is_seen_in_the_middle_of_a_sample(tmp_path, task):
+    made, _, _ = build_task(task, [], build_settings(task, "tiny", [] if task == "lm" else IMAGES))
+    asked = []
+    made.sample(made.build(0).eval(), tmp_path / "sample", 0, lambda: asked.append(1) or len(asked) > 2)
+    assert len(asked) == 3
+    assert not (tmp_path / "sample.png").exists()
+
+
 def test_every_task_generates_and_evaluates(run, tmp_path, capsys):
     task = tomllib.loads((run / "config.toml").read_text())["task"]
     assert quintic("evaluate", run) == 0
@@ -70,6 +115,10 @@ def test_every_task_generates_and_evaluates(run, tmp_path, capsys):
         Image.fromarray(arrays[0][i, :, :, 0]).save(folder / f"{i}.png")
     assert quintic("evaluate", run, folder) == 0
     assert "3 images" in capsys.readouterr().out
+    # Whatever size and colours pictures have, the model gets them as it takes them.
+    Image.fromarray(arrays[0][0, :, :, 0]).convert("RGB").resize((12, 10)).save(folder / "3.png")
+    assert quintic("evaluate", run, folder) == 0
+    assert "4 images" in capsys.readouterr().out
 
 
 def test_a_flow_takes_a_class_and_guidance(run, tmp_path, capsys):

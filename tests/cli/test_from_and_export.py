@@ -49,7 +49,8 @@ def test_the_exported_folder_speaks_as_the_run_does(run, tmp_path, capsys):
     made = model.generate(
         ids, attention_mask=whole, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    assert quintic("generate", run, "--prompt", "the wha", "--temperature", "0", "--max-tokens", "40") == 0
+    greedy = ("--temperature", "0", "--max-tokens", "40", "--dtype", "float32")
+    assert quintic("generate", run, "--prompt", "the wha", *greedy) == 0
     assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(made[0, 1:])
     assert quintic("export", run, tmp_path / "hf") == 2
     assert "exists already" in capsys.readouterr().err
@@ -110,3 +111,34 @@ def test_verify_resume(run, capsys):
     assert sorted(path.name for path in run.iterdir()) == before
     assert quintic("verify-resume", run, "--cut", "9") == 2
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_model_without_a_tokenizer_is_refused(run, book, tmp_path, capsys):
+    assert quintic("export", run, tmp_path / "hf") == 0
+    (tmp_path / "hf" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    for words in (("train", book, *SMALL, "--from", tmp_path / "hf"), ("import", tmp_path / "hf")):
+        assert quintic(*words, "--out", tmp_path / "new") == 2
+        assert "has no tokenizer.json" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "new").exists()
+    given = f"data.tokenizer={tmp_path / 'tokenizer.json'}"
+    words = ("train", book, *SMALL, "--from", tmp_path / "hf", given, "engine.steps=1", "--out", tmp_path / "new")
+    assert quintic(*words) == 0
+
+
+def test_verify_resume_starts_where_the_run_started(run, book, tmp_path, capsys, monkeypatch):
+    """From the weights of another model, if the run did; what was never trained has nothing to prove."""
+    from quintic.engine import verification
+
+    new = tmp_path / "new"
+    assert quintic("train", book, *SMALL, "engine.steps=4", "--from", run, "--out", new) == 0
+    first = []
+    plain = verification.differences
+    monkeypatch.setattr(
+        verification, "differences", lambda *runs: first.append(read_metrics(runs[0].metrics_file)[0]) or plain(*runs)
+    )
+    assert quintic("verify-resume", new, "--steps", "2", "--cut", "1") == 0
+    assert first[0]["loss"] == read_metrics(new / "metrics.jsonl")[0]["loss"]
+    assert quintic("export", run, tmp_path / "hf") == 0
+    assert quintic("import", tmp_path / "hf", "--out", tmp_path / "imported") == 0
+    assert quintic("verify-resume", tmp_path / "imported") == 2
+    assert "was imported, not trained" in capsys.readouterr().err

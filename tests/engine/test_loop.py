@@ -166,8 +166,10 @@ def test_non_finite_stops_before_the_update(tmp_path):
     settings, run = toy.toy_run(tmp_path / "nan")
     task = toy.ToyTask()
     task.poison_step = 7
-    with pytest.raises(loop.TrainingError, match=r"step 8.*not finite.*lower optim\.lr"):
+    with pytest.raises(loop.TrainingError, match=r"step 8.*not finite.*lower optim\.lr") as stopped:
         go(task, settings, run)
+    numbers = loop.Order(task.num_examples, 0, task.fingerprint).examples(7 * 8, 8).tolist()
+    assert f"examples were {', '.join(map(str, numbers))}." in str(stopped.value)
     assert [row["step"] for row in rows_of(run)] == list(range(1, 8))
     weights = load_file(run.checkpoints / "step-5" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
@@ -364,3 +366,12 @@ def test_every_kind_of_clipping_and_decay_resumes_bit_for_bit(tmp_path, kind):
     assert sum(rows[3]["layer_share"].values()) == pytest.approx(1.0)
     thresholds = {row["clip_threshold"] for row in rows}
     assert len(thresholds) > 5 if kind == ADAPTIVE else thresholds == {1.0}
+
+
+def test_leftovers_of_a_killed_save_go(tmp_path, whole):
+    """Also of a step at which nothing will be saved again, as after a signal."""
+    (whole.checkpoints / "step-7.tmp").mkdir()
+    (whole.checkpoints / "step-7.tmp" / "model.safetensors").write_bytes(b"torn")
+    settings, _ = toy.toy_run(tmp_path / "other")
+    go(toy.ToyTask(), settings, Run.open(whole.folder))
+    assert list(list_checkpoints(whole.checkpoints)) == [10, 12] and len(list(whole.checkpoints.iterdir())) == 2

@@ -9,7 +9,6 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from quintic.cli.printing import say
-from quintic.core import CheckpointError
 
 __all__ = ["import_model"]
 
@@ -34,9 +33,8 @@ def import_model(folder: Path, /, *, out: Annotated[Path, Parameter(name=["--out
 
     Run.refuse_existing(out)
     origin = open_origin(folder, "lm")
-    if origin.tokenizer is None:
-        raise CheckpointError(f"{folder} has no tokenizer.json, without which its model can neither read nor write")
     settings = origin.settings("lm", build_settings("lm", "small", []))
+    assert origin.tokenizer is not None
     header = {"task": "lm", "size": "imported", "paths": [], "fingerprint": ""}
     run = Run.create(out, settings, header, origin.weights)
     shutil.copyfile(origin.tokenizer, out / "tokenizer.json")

@@ -31,7 +31,16 @@ class Origin:
     """Its state dict."""
 
     def settings(self, task: str, settings: Settings) -> Settings:
-        """Settings with the shape of this model and its tokenizer, except where the user said otherwise."""
+        """Settings with the shape of this model and its tokenizer, except where the user said otherwise.
+
+        Raises:
+            CheckpointError: It reads tokens, and nothing says which.
+        """
+        if self.tokenizer is None and settings.sources.get("data.tokenizer", "given") != "given":
+            raise CheckpointError(
+                f"{self.folder} has no tokenizer.json, without which its model can neither read nor write: put it "
+                "there, or name the file with data.tokenizer=FILE"
+            )
         why = f"from {self.folder}"
         for field in dataclasses.fields(self.model):
             if settings.sources[f"{task}.{field.name}"] != "given":

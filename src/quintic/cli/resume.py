@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from quintic.cli.printing import say
-from quintic.core import CheckpointError, DataError
+from quintic.core import DataError
 
 __all__ = ["resume"]
 
@@ -29,7 +29,7 @@ def resume(run: Path, /, *, device: str | None = None, log: str | None = None) -
     quintic resume runs/book
     """
     from quintic.cli.train import run_training
-    from quintic.cli.wiring import build_task, open_run
+    from quintic.cli.wiring import build_task, open_run, refuse_untrained
     from quintic.core.machine import pick_device
     from quintic.engine.checkpoint import list_checkpoints
     from quintic.engine.mesh import join_ranks
@@ -41,8 +41,7 @@ def resume(run: Path, /, *, device: str | None = None, log: str | None = None) -
     folder, settings, header = open_run(run)
     rows = read_metrics(folder.metrics_file)
     steps = settings["engine"].steps
-    if (made := header.get("size")) in ("imported", "compressed"):
-        raise CheckpointError(f"{run} was {made}, not trained; train it further with: quintic train TEXT --from {run}")
+    refuse_untrained(run, header)
     if rows and rows[-1]["step"] >= steps and steps in list_checkpoints(folder.checkpoints):
         say(f"{run} is finished: all {steps} steps are done; nothing to resume")
         return

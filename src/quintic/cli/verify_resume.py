@@ -46,13 +46,15 @@ def verify_resume(
     quintic verify-resume runs/book
     quintic verify-resume runs/book --steps 20 --cut 7
     """
-    from quintic.cli.wiring import build_task, open_run
+    from quintic.cli.wiring import build_task, open_run, refuse_untrained
     from quintic.engine.verification import verify_resume as verify
 
-    _, settings, header = open_run(run)
+    folder, settings, header = open_run(run)
+    refuse_untrained(run, header)
+    initial = folder.initial if folder.initial.exists() else None
     task, settings, _ = build_task(header["task"], [Path(path) for path in header["paths"]], settings)
-    with tempfile.TemporaryDirectory() as folder, Console(stderr=True).status("training a few steps, twice"):
-        result = verify(task, settings, Path(folder), steps=steps, cut=cut)
+    with tempfile.TemporaryDirectory() as empty, Console(stderr=True).status("training a few steps, twice"):
+        result = verify(task, settings, Path(empty), steps=steps, cut=cut, initial=initial)
     if as_json:
         say(json.dumps({"exact": not result.differences, **asdict(result)}))
     if result.differences:

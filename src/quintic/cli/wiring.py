@@ -36,6 +36,7 @@ __all__ = [
     "open_run",
     "pick_checkpoint",
     "refuse",
+    "refuse_untrained",
     "section_types",
     "shipped_models",
     "split_arguments",
@@ -234,6 +235,18 @@ def refuse(options: dict[str, Any], task: str) -> None:
     for name in options:
         shown = "class" if name == "label" else name.replace("_", "-")
         raise ConfigError(f"--{shown} has no meaning for a run of task {task}")
+
+
+def refuse_untrained(folder: Path, header: dict[str, Any]) -> None:
+    """Refuse to go on with the training of a model that was not trained in this folder.
+
+    Raises:
+        CheckpointError: It was imported or compressed.
+    """
+    if (made := header.get("size")) in ("imported", "compressed"):
+        raise CheckpointError(
+            f"{folder} was {made}, not trained; train it further with: quintic train TEXT --from {folder}"
+        )
 
 
 def pick_checkpoint(run: Run, wanted: str) -> Path | None:

@@ -1,15 +1,19 @@
 """Initial weights as a pure function of (seed, parameter name, element position).
 
 No stream order, no device generator: one process, a sharded mesh and a later reader of the code all get
-the same bits. Element i of a parameter (in row-major order) is element i of its own stream.
+the same bits. Element i of a parameter (in row-major order) is element i of its own stream. Of a divided
+parameter every process makes its own part, so that no process ever needs room for the whole model.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quintic.core.counter_rng import Stream
+from quintic.core.divided import region
 from quintic.core.roles import Constant, declared_roles
 
 __all__ = ["initialize_"]
@@ -32,9 +36,27 @@ def initialize_(model: nn.Module, seed: int) -> None:
         if isinstance(init, Constant):
             parameter.fill_(init.value)
             continue
+        here: Tensor = getattr(parameter, "to_local", lambda whole=parameter: whole)()
+        flat = torch.empty(here.numel(), dtype=here.dtype)
         stream = Stream(seed, "weights", name)
-        flat = torch.empty(parameter.numel(), dtype=parameter.dtype)
-        for start in range(0, flat.numel(), _CHUNK):
-            count = min(_CHUNK, flat.numel() - start)
-            flat[start : start + count] = torch.from_numpy(stream.normal(start, count) * init.std)
-        parameter.copy_(flat.view(parameter.shape))
+        for place, first, length in _runs(parameter):
+            for start in range(0, length, _CHUNK):
+                count = min(_CHUNK, length - start)
+                drawn = torch.from_numpy(stream.normal(first + start, count) * init.std)
+                # In float64 too the weights are those of the model in float32.
+                flat[place + start : place + start + count] = drawn.float()
+        here.copy_(flat.view(here.shape))
+
+
+def _runs(parameter: nn.Parameter) -> list[tuple[int, int, int]]:
+    """(first element here, the same element in the whole parameter, length) of what lies here without a gap."""
+    shape, (first, sizes) = parameter.shape, region(parameter)
+    cut = [axis for axis in range(len(shape)) if sizes[axis] != shape[axis]]
+    assert len(cut) <= 1, "parameters are divided along one axis"
+    axis = cut[0] if cut else 0
+    below = math.prod(shape[axis + 1 :])
+    length = math.prod(sizes[axis:])
+    return [
+        (row * length, (row * shape[axis] + first[axis]) * below if cut else 0, length)
+        for row in range(math.prod(shape[:axis]))
+    ]

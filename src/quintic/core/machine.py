@@ -90,8 +90,8 @@ def autocast(device: torch.device, dtype: torch.dtype, *, cache: bool = True) ->
     Args:
         device: Where to compute.
         dtype: What was chosen.
-        cache: Whether the weights in bfloat16 are kept to the end for further use; no for weights that are divided
-            among processes, of which only a part is to be here at a time.
+        cache: Whether the weights in bfloat16 are kept to the end for further use; not in training, which uses each
+            once, and not where weights are divided among processes and only a part is to be here at a time.
     """
     enabled = dtype == torch.bfloat16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=cache)

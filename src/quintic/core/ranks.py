@@ -6,13 +6,15 @@ What is asked of them is small: sums of numbers, agreement on a flag, what each 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from quintic.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -92,6 +94,26 @@ class Ranks:
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, mine, group=self.group)
         return found
+
+    def together(self, act: Callable[[], _T]) -> list[_T]:
+        """What every rank's act returns, by rank; if one fails, all do.
+
+        Raises:
+            CheckpointError: Another rank failed, in its words.
+            Exception: This one failed.
+        """
+        found, error = None, None
+        try:
+            found = act()
+        except Exception as caught:
+            error = caught
+        answers: list[tuple[Any, str | None]] = self.gather((found, None if error is None else str(error)))
+        if error is not None:
+            raise error
+        for rank, (_, problem) in enumerate(answers):
+            if problem is not None:
+                raise CheckpointError(f"rank {rank}: {problem}")
+        return [answer for answer, _ in answers]
 
     def apart(self) -> Ranks:
         """The same processes with a process group of their own, for another thread; all ranks call this."""

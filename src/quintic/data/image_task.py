@@ -20,12 +20,16 @@ from quintic.core import DataError
 from quintic.core.counter_rng import Stream
 from quintic.core.loss import Loss
 from quintic.core.ranks import ALONE, Ranks
-from quintic.data.images import ImageData, ImageSplit
+from quintic.data.images import ImageData, ImageSplit, as_pixels, image_grid
 
 __all__ = ["ImageTask", "image_fields"]
 
 _EVAL_BATCH = 100
 _VALIDATION_IMAGES = 2000
+
+
+class _Stopped(Exception):
+    """Somebody asked for a stop."""
 
 
 def image_fields(section: str, config: Any, data: ImageData) -> dict[str, tuple[Any, str]]:
@@ -79,6 +83,10 @@ class ImageTask(ABC):
     @abstractmethod
     def evaluation_loss(self, model: nn.Module, batch: dict[str, Tensor], noise: Stream, first: int) -> Loss:
         """Loss of evaluated images number ``first`` and on, with noise that :meth:`noise` takes from the stream."""
+
+    @abstractmethod
+    def draw(self, model: nn.Module, seed: int, check: Callable[[], None]) -> Tensor:
+        """Images for a look, (n, c, h, w) in [-1, 1]; ``check`` is called often, and what it raises passes through."""
 
     def describe_images(self) -> tuple[list[str], dict[str, Any]]:
         """Sizes of the splits, in lines for a person and as facts."""
@@ -146,6 +154,22 @@ class ImageTask(ABC):
         total, values = ranks.sum(total, values)
         prefix, mean = "val" if split == "validation" else split, total / values
         return {f"{prefix}_{name}": value for name, value in {"loss": mean, **self.step_metrics(mean)}.items()}
+
+    def sample(self, model: nn.Module, path: Path, seed: int, should_stop: Callable[[], bool]) -> str:
+        """A grid of images, written to ``path.png``; a stop leaves it out."""
+
+        def check() -> None:
+            if should_stop():
+                raise _Stopped
+
+        try:
+            check()
+            images = self.draw(model, seed, check)
+        except _Stopped:
+            return ""
+        file = path.with_name(path.name + ".png")
+        image_grid(as_pixels(images.float().cpu().numpy())).save(file)
+        return f"{len(images)} images in {file}"
 
     def noise(self, draw: Callable[[int, int], NDArray[np.float64]], images: Tensor, first: int) -> Tensor:
         """Numbers of a stream for images number ``first`` and on, (n, c, h, w) float64."""

@@ -131,14 +131,19 @@ def ddim_sample(
     seed: int = 0,
     noise: Noise | None = None,
     clip: bool = True,
+    check: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Draw images with noise at the start only; the arguments of :func:`ancestral_sample`."""
+    """Draw images with noise at the start only.
+
+    The arguments are those of :func:`ancestral_sample`, and ``check``: called before every step, and what it raises
+    ends the sampling.
+    """
 
     def move(x: Tensor, x0: Tensor, level: float, following: float, _: Callable[[], Tensor]) -> Tensor:
         (alpha_s, sigma_s), (alpha_t, sigma_t) = alpha_sigma(level), alpha_sigma(following)
         return float(alpha_t) * x0 + float(sigma_t / sigma_s) * (x - float(alpha_s) * x0)
 
-    return _sample(denoiser, count, levels, seed, noise, clip, move)
+    return _sample(denoiser, count, levels, seed, noise, clip, move, check)
 
 
 def _sample(
@@ -149,6 +154,7 @@ def _sample(
     noise: Noise | None,
     clip: bool,
     move: Callable[[Tensor, Tensor, float, float, Callable[[], Tensor]], Tensor],
+    check: Callable[[], None] = lambda: None,
 ) -> Tensor:
     check_levels(levels)
     if count < 1:
@@ -156,6 +162,7 @@ def _sample(
     draw = seeded_noise(seed, count, denoiser.shape) if noise is None else noise
     x = draw(0)
     for step, level in enumerate(levels):
+        check()
         x0 = denoiser.predict_x0(x, level)
         if clip:
             x0 = x0.clamp(-1.0, 1.0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from quintic.core.counter_rng import Stream
 from quintic.core.loss import Loss
 from quintic.data.image_task import ImageTask, image_fields
-from quintic.data.images import ImageData, as_pixels, as_signed, image_grid
+from quintic.data.images import ImageData, as_signed
 from quintic.diffusion.config import DDPMConfig
 from quintic.diffusion.network import NetworkDenoiser, make_target
 from quintic.diffusion.noise_schedule import NoiseSchedule, alpha_sigma
@@ -114,20 +113,15 @@ class DDPMTask(ImageTask):
         drawn = self.noise(noise.normal, x0, first).to(x0)
         return self._loss(model, x0, drawn, levels, batch.get("labels"))
 
-    def sample(self, model: nn.Module, path: Path, seed: int, should_stop: Callable[[], bool]) -> str:
-        """A grid of images drawn by DDIM, written to ``path.png``; a stop leaves it out."""
-        if should_stop():
-            return ""
+    def draw(self, model: nn.Module, seed: int, check: Callable[[], None]) -> Tensor:
+        """Images by DDIM."""
         levels = self.schedule.grid(self.config.sample_steps)
         was_training = model.training
         model.eval()
         try:
-            images = ddim_sample(self.denoiser(model), self.config.sample_images, levels, seed=seed)
+            return ddim_sample(self.denoiser(model), self.config.sample_images, levels, seed=seed, check=check)
         finally:
             model.train(was_training)
-        file = path.with_name(path.name + ".png")
-        image_grid(as_pixels(images.cpu().numpy())).save(file)
-        return f"{self.config.sample_images} images in {file}"
 
     def flops_per_example(self, model: nn.Module) -> float:
         """Forward and backward FLOPs of one image; backward counts as two forwards."""

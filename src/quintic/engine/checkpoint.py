@@ -29,6 +29,7 @@ __all__ = [
     "FORMAT",
     "TrainState",
     "check_fit",
+    "clear_leftovers",
     "list_checkpoints",
     "load_average",
     "load_model",
@@ -210,11 +211,17 @@ def load_average(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def prune_checkpoints(folder: Path, keep_last: int, best: int | None) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints and the best one, and leftovers of killed saves."""
+    """Delete all but the newest ``keep_last`` checkpoints and the best one."""
     found = list_checkpoints(folder)
     for step in sorted(found)[:-keep_last]:
         if step != best:
             shutil.rmtree(found[step])
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what killed saves have left; for the start of a run, when nothing is being saved."""
+    for path in folder.glob("step-*.tmp"):
+        shutil.rmtree(path)
 
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

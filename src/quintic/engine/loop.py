@@ -23,12 +23,14 @@ from torch import nn
 
 from quintic.core import ConfigError, QuinticError
 from quintic.core.counter_rng import Stream
-from quintic.core.machine import autocast, describe, matmul_peak, peak_memory_bytes, pick_device, pick_dtype
+from quintic.core.initial import initialize_
+from quintic.core.machine import autocast, describe, matmul_peak, peak_memory_bytes, pick_device
 from quintic.core.ranks import ALONE, Ranks
 from quintic.data.order import Order
 from quintic.engine.averaging import WeightAverage
 from quintic.engine.checkpoint import (
     TrainState,
+    clear_leftovers,
     load_average,
     load_model,
     load_training,
@@ -37,6 +39,7 @@ from quintic.engine.checkpoint import (
     usable_checkpoint,
 )
 from quintic.engine.config import EngineConfig, Settings
+from quintic.engine.hardware import agreed_dtype, changes
 from quintic.engine.metrics import MetricsFile
 from quintic.engine.progress import Display
 from quintic.engine.run import Run
@@ -106,7 +109,8 @@ def train(
             f"engine.batch_size = {settings['engine'].batch_size} does not divide among {ranks.world} ranks; "
             f"use a multiple of {ranks.world}"
         )
-    with run.locked() if ranks.is_main else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        ranks.together(lambda: stack.enter_context(run.locked()) if ranks.is_main else None)
         return _train(task, settings, run, console, quiet_peak, stop_at, ranks, log)
 
 
@@ -123,7 +127,8 @@ def _train(
     engine: EngineConfig = settings["engine"]
     optim: OptimConfig = settings["optim"]
     device = pick_device(engine.device)
-    dtype = pick_dtype(engine.dtype, device)
+    earlier = run.machine()
+    dtype = agreed_dtype(engine.dtype, earlier, device, ranks)
     peak = None if quiet_peak or not ranks.is_main else matmul_peak(device, dtype)
     facts = describe(device, dtype) | ({"ranks": ranks.world} if ranks.world > 1 else {})
     if peak is not None:
@@ -132,6 +137,7 @@ def _train(
         run.record_machine(facts)
         run.record(status="running")
         run.checkpoints.mkdir(exist_ok=True)
+        clear_leftovers(run.checkpoints)
         run.samples.mkdir(exist_ok=True)
         task.save_with(run.folder)
     ranks.wait()
@@ -141,20 +147,25 @@ def _train(
         state = TrainState()
         checkpoint = usable_checkpoint(run.checkpoints, display.note, ranks=ranks)
         given = checkpoint is not None or run.initial.exists()
-        model = task.build(None if given else engine.seed).to(device)
+        model = task.build(None if given or ranks.mesh is not None else engine.seed)
         if dtype == torch.float64:
             model.double()
-        divide_(model, ranks, reshard=engine.reshard)
+        divide_(model, ranks, reshard=engine.reshard)  # before weights are put in: no rank needs room for all of them
+        model.to(device)
         if checkpoint is not None:
             load_model(checkpoint, model)
         elif given:
             load_weights([run.initial], model)
+        elif ranks.mesh is not None:
+            initialize_(model, engine.seed)
         optimizer = build_optimizer(model, optim)
         average = WeightAverage(model, engine.ema_decay)
         if checkpoint is not None:
             state = load_training(checkpoint, model, optimizer)
             average.load_state_dict(load_average(checkpoint, average.state_dict()))
             display.note(f"continuing from step {state.step}")
+            for words in changes(earlier, facts, device):
+                display.note(words)
         order = Order(task.num_examples, engine.seed, task.fingerprint)
         sink = open_sink(log, run, state.step, display.note) if log and ranks.is_main else None
         told = None if sink is None else sink.write
@@ -187,13 +198,13 @@ def _train(
                 if state.step > metrics.last_step:
                     due = _due(state.step, engine)
                     if due.evaluate:
-                        with _in_use(model, average, dtype):
+                        with _in_use(model, average, dtype, ranks):
                             values = task.evaluate(model, "validation", should_stop, ranks)
                         if values is None:
                             break
                         state.row |= values
                     if due.sample:
-                        using = _in_use(model, average, dtype, whole=task.samples_whole)
+                        using = _in_use(model, average, dtype, ranks, whole=task.samples_whole)
                         with _samples_folder(run, ranks) as folder, using:
                             sample = task.sample(model, folder / f"step-{state.step:06d}", engine.seed, should_stop)
                     metrics.append(state.row)
@@ -264,7 +275,7 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
     for start in range(0, len(own), size):
         batch = task.batch(own[start : start + size])
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with autocast(device, dtype):
+        with autocast(device, dtype, cache=False):
             loss = task.loss(model, batch)
         (loss.total if loss.regularizer is None else loss.total + loss.regularizer).backward()
         total += float(loss.total.detach())
@@ -282,7 +293,8 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
     if not finite and engine.on_nonfinite == "stop":
         raise TrainingError(
             f"step {state.step + 1}: loss {total / count:.4g}, gradient norm {norm:.4g} - not finite; nothing was "
-            "updated. The last checkpoint is intact; start a new run with a lower optim.lr or a longer warm-up, "
+            f"updated. Its examples were {', '.join(map(str, examples.tolist()))}. "
+            "The last checkpoint is intact; start a new run with a lower optim.lr or a longer warm-up, "
             "or leave such steps out with engine.on_nonfinite=skip"
         )
     lr = optim.lr * lr_factor(state.step, engine.steps, optim)
@@ -355,9 +367,12 @@ def _loss_again(parts: _Parts, batch: Batch, noise: int) -> float:
 
 
 @contextlib.contextmanager
-def _in_use(model: nn.Module, average: WeightAverage, dtype: torch.dtype, *, whole: bool = False) -> Iterator[None]:
+def _in_use(
+    model: nn.Module, average: WeightAverage, dtype: torch.dtype, ranks: Ranks, *, whole: bool = False
+) -> Iterator[None]:
     """The model as it is validated and sampled: with averaged weights, if there are any."""
-    with average.applied(), put_away(model, whole=whole), autocast(next(model.parameters()).device, dtype):
+    precision = autocast(next(model.parameters()).device, dtype, cache=ranks.mesh is None)
+    with average.applied(), put_away(model, whole=whole), precision:
         yield
 
 

@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from quintic.core import CheckpointError
+from quintic.core.divided import region
 
 __all__ = ["Held", "Stored", "held_here", "part_files", "save_held"]
 
@@ -57,7 +58,7 @@ def held_here(tensors: Mapping[str, Tensor], *, shard: int = 0, shards: int = 1,
     for name, tensor in tensors.items() if shard >= 0 else ():
         here = tensor
         if isinstance(tensor, DTensor) and shards > 1:
-            here, start = tensor.to_local(), _region(tensor)[0]
+            here, start = tensor.to_local(), region(tensor)[0]
             if not here.numel():
                 continue
             places[name] = (list(tensor.shape), start)
@@ -140,7 +141,7 @@ class Stored:
         """
         shape = self.shapes[name]
         divided = like if isinstance(like, DTensor) and like.shape == shape else None
-        first, sizes = ([0] * len(shape), list(shape)) if divided is None else _region(divided)
+        first, sizes = ([0] * len(shape), list(shape)) if divided is None else region(divided)
         here = self._read_region(name, first, sizes)
         if divided is None:
             return here
@@ -172,17 +173,3 @@ class Stored:
 
 def _between(low: list[int], high: list[int], origin: list[int]) -> tuple[slice, ...]:
     return tuple(slice(a - s, b - s) for a, b, s in zip(low, high, origin, strict=True))
-
-
-def _region(tensor: DTensor) -> tuple[list[int], list[int]]:
-    """First index and length on every axis of what this rank holds."""
-    start, sizes = [0] * tensor.ndim, list(tensor.shape)
-    for axis, placement in enumerate(tensor.placements):
-        if isinstance(placement, Shard):
-            dim = placement.dim
-            step = -(-sizes[dim] // tensor.device_mesh.size(axis))
-            before = min(sizes[dim], step * tensor.device_mesh.get_local_rank(axis))
-            start[dim] += before
-            sizes[dim] = min(step, sizes[dim] - before)
-    assert list(tensor.to_local().shape) == sizes
-    return start, sizes

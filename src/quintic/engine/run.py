@@ -151,6 +151,13 @@ class Run:
             raise CheckpointError(f"{path} is damaged ({error}); delete it and repeat") from error
         atomic_write(path, json.dumps({**old, **facts}, indent=1, ensure_ascii=False))
 
+    def machine(self) -> dict[str, Any]:
+        """What ``machine.json`` holds; nothing if there is none, or a damaged one."""
+        try:
+            return dict(json.loads((self.folder / "machine.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
+
     def record_machine(self, facts: Mapping[str, Any]) -> None:
         """Write ``machine.json``."""
         atomic_write(self.folder / "machine.json", json.dumps(facts, indent=1))

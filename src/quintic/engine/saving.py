@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,6 @@ from quintic.engine.checkpoint import FORMAT, TrainState, parameter_names
 from quintic.engine.pieces import Held, held_here, save_held
 
 __all__ = ["Saver", "Snapshot", "take_snapshot", "write_checkpoint"]
-
-_T = TypeVar("_T")
 
 
 class Snapshot(NamedTuple):
@@ -106,33 +104,15 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> 
                 (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             stack.close()  # flushed and renamed
 
-        _together(ranks, begin)
-        files = _together(ranks, write)
-        _together(ranks, finish)
+        ranks.together(begin)
+        files = ranks.together(write)
+        ranks.together(finish)
     return target
 
 
 def _identity(path: Path) -> dict[str, Any]:
     fsync_path(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def _together(ranks: Ranks, act: Callable[[], _T]) -> list[_T]:
-    """What every rank's act returns; if one fails, all do."""
-    found, error = None, None
-    try:
-        found = act()
-    except Exception as caught:
-        error = caught
-    answers: list[tuple[Any, str | None]] = ranks.gather(
-        (found, None if error is None else f"{type(error).__name__}: {error}")
-    )
-    if error is not None:
-        raise error
-    for rank, (_, problem) in enumerate(answers):
-        if problem is not None:
-            raise CheckpointError(f"rank {rank} could not save its part: {problem}")
-    return [answer for answer, _ in answers]
 
 
 class Saver:

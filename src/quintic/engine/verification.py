@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from quintic.core import ConfigError
 from quintic.engine.checkpoint import list_checkpoints
@@ -38,7 +39,9 @@ class Verification:
     """Names of what is not bit for bit equal; empty if the resume is exact."""
 
 
-def verify_resume(task: Task, settings: Settings, folder: Path, *, steps: int = 6, cut: int = 3) -> Verification:
+def verify_resume(
+    task: Task, settings: Settings, folder: Path, *, steps: int = 6, cut: int = 3, initial: Path | None = None
+) -> Verification:
     """Train twice from the start, once with a stop and a resume in between, and compare every bit.
 
     Args:
@@ -47,6 +50,7 @@ def verify_resume(task: Task, settings: Settings, folder: Path, *, steps: int = 
         folder: An empty folder for the two short runs.
         steps: How many steps to train.
         cut: After which step to stop and resume.
+        initial: Weights to start from, :attr:`quintic.engine.run.Run.initial`; None starts from the seed's.
 
     Raises:
         ConfigError: ``cut`` does not lie inside the steps.
@@ -56,7 +60,8 @@ def verify_resume(task: Task, settings: Settings, folder: Path, *, steps: int = 
         raise ConfigError(f"the cut must lie between step 1 and {steps - 1} of {steps} steps, found {cut}")
     for name, value in (("eval_every", cut), ("sample_every", 0), ("checkpoint_every", 0), ("diagnose_every", 2)):
         settings = settings.derive(f"engine.{name}", value, "verification")
-    whole, parted = (Run.create(folder / name, settings, {"task": task.name}) for name in ("whole", "parted"))
+    start = None if initial is None else load_file(initial)
+    whole, parted = (Run.create(folder / name, settings, {"task": task.name}, start) for name in ("whole", "parted"))
     quiet = Console(quiet=True)
     for run, until in ((whole, steps), (parted, cut), (parted, steps)):
         if train(task, settings, run, quiet, quiet_peak=True, stop_at=until).step < until:

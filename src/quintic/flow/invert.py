@@ -14,7 +14,7 @@ not, the block is inverted again token by token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -227,6 +227,7 @@ def invert_flow(
     guidance: Guidance | None = None,
     certify: bool = False,
     tolerance: Tolerance | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Inversion:
     """Invert all blocks, last to first.
 
@@ -238,6 +239,7 @@ def invert_flow(
         guidance: Towards the class.
         certify: Check sequential blocks too.
         tolerance: Of guesses and of the check; None is :meth:`Tolerance.of` the precision.
+        check: Called before every block; what it raises ends the inversion.
 
     Raises:
         ConfigError: Unknown method, or a plan for another number of blocks.
@@ -255,7 +257,7 @@ def invert_flow(
         raise ConfigError(f"this plan is for {len(windows)} blocks, the flow has {len(blocks)}")
     x = z_bnd.to(blocks[0].position)
     with torch.inference_mode():
-        x, reports = _invert(model, x, rows, windows, guidance, certify, tolerance)
+        x, reports = _invert(model, x, rows, windows, guidance, certify, tolerance, check)
     return Inversion(x.clone(), reports)  # a tensor that autograd may use
 
 
@@ -267,10 +269,12 @@ def _invert(
     guidance: Guidance | None,
     certify: bool,
     tolerance: Tolerance,
+    check: Callable[[], None],
 ) -> tuple[Tensor, tuple[BlockReport, ...]]:
     workspace, blocks = Workspace(model, len(x), rows, guidance), model.stack
     reports = []
     for index in reversed(range(len(blocks))):
+        check()
         block, window = blocks[index], windows[index]
         folded = workspace.fold(block)
         z = block.ordered(x)

@@ -226,6 +226,7 @@ class TarFlow(nn.Module):
         method: str | SamplingPlan = "auto",
         guidance: Guidance | None = None,
         certify: bool = False,
+        check: Callable[[], None] = lambda: None,
     ) -> tuple[Tensor, Inversion]:
         """Latents to images, the inverse of :meth:`forward`.
 
@@ -235,6 +236,7 @@ class TarFlow(nn.Module):
             method: ``auto`` (measure and plan), ``sequential``, ``jacobi``, ``window:K``, or a plan.
             guidance: Towards the class; the map is then another one, still exactly inverted.
             certify: Check sequential blocks by a parallel pass too, not only those that guessed.
+            check: Called before every block; what it raises ends the work.
 
         Returns:
             Images (b, c, h, w) and the certificate.
@@ -253,10 +255,13 @@ class TarFlow(nn.Module):
         with self._without_autocast():
             if self.direction == "sampling":
                 for block in self.stack:
+                    check()
                     tokens = block(tokens, rows)[0]
                 found = Inversion(tokens, ())
             else:
-                found = invert_flow(self, tokens, rows, method=method, guidance=guidance, certify=certify)
+                found = invert_flow(
+                    self, tokens, rows, method=method, guidance=guidance, certify=certify, check=check
+                )
         images = to_image(found.tokens, self.shape, self.patch)
         return (logit_inverse(images) if self.preprocess == "logit" else images), found
 
@@ -272,6 +277,7 @@ class TarFlow(nn.Module):
         certify: bool = False,
         batch: int = 64,
         progress: Callable[[int, int], None] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Samples:
         """Draw images.
 
@@ -285,6 +291,7 @@ class TarFlow(nn.Module):
             certify: See :meth:`decode`.
             batch: Images at a time.
             progress: Told images done and wanted.
+            check: See :meth:`decode`.
 
         Raises:
             QuinticError: An image was not finite in four draws.
@@ -297,7 +304,7 @@ class TarFlow(nn.Module):
             count = min(batch, n - first)
             part = rows[first : first + count] if isinstance(rows, Tensor) else rows
             z = self._draw(count, seed, 0, first)
-            x, found = self.decode(z, part, method=method, guidance=guidance, certify=certify)
+            x, found = self.decode(z, part, method=method, guidance=guidance, certify=certify, check=check)
             inversions.append(found)
             for attempt in range(1, _TRIES):
                 bad = ~x.isfinite().flatten(1).all(1)

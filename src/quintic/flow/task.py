@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from quintic.core import ConfigError
 from quintic.core.counter_rng import Stream
 from quintic.core.loss import Loss
 from quintic.data.image_task import ImageTask, image_fields
-from quintic.data.images import ImageData, as_pixels, image_grid
+from quintic.data.images import ImageData
 from quintic.flow.block import Linear
 from quintic.flow.config import TarFlowConfig
 from quintic.flow.guidance import Guidance
@@ -138,18 +137,13 @@ class TarFlowTask(ImageTask):
         with torch.autocast(weight.device.type, enabled=False):
             return self._loss(model, images, drawn.to(weight), batch.get("labels"))
 
-    def sample(self, model: nn.Module, path: Path, seed: int, should_stop: Callable[[], bool]) -> str:
-        """A grid of images, of all classes in turn, written to ``path.png``; a stop leaves it out."""
+    def draw(self, model: nn.Module, seed: int, check: Callable[[], None]) -> Tensor:
+        """Images of all classes in turn."""
         assert isinstance(model, TarFlow)
-        if should_stop():
-            return ""
         n, c = self.config.sample_images, self.config
         labels = torch.arange(n) % c.classes if c.classes else None
         guidance = Guidance(c.guidance) if c.guidance and c.classes else None
-        images = model.sample(n, labels, seed=seed, guidance=guidance, method="sequential").images
-        file = path.with_name(path.name + ".png")
-        image_grid(as_pixels(images.float().cpu().numpy())).save(file)
-        return f"{n} images in {file}"
+        return model.sample(n, labels, seed=seed, guidance=guidance, method="sequential", check=check).images
 
     def flops_per_example(self, model: nn.Module) -> float:
         """Forward and backward FLOPs of one image: 6 per matrix element and token, and causal attention."""
