@@ -18,7 +18,7 @@ def plan_of(config, **changes):
     given = {
         "ranks": 1, "shards": 1, "examples_per_step": 64, "micro_batch": 1, "tokens_per_example": config.context,
         "flops_per_token": model.flops_per_token(config.context), "active": model.num_parameters()[1],
-        "activation_numbers_per_token": saved_numbers_per_token(config), "vocab_size": config.vocab_size,
+        "activation_numbers_per_token": saved_numbers_per_token(config), "logits": 128 * config.vocab_size,
         "compute_bytes": 2,
     }  # fmt: skip
     return make_plan(model, **{**given, **changes})
@@ -42,13 +42,13 @@ def test_bytes_and_communication_follow_their_formulas():
     )
     assert many.bytes_per_rank["optimizer"] == total - adam + 2 * adam
     # 128 examples over 8 ranks by 4 at a time: 4 micro-batches; 3/4 of everything comes from elsewhere.
-    assert many.sent_per_step["weights"] == pytest.approx(2 * 0.75 * total * 2 * 4)
+    assert many.sent_per_step["weights"] == pytest.approx(2 * 0.75 * total * 4 * 4)
     assert many.sent_per_step["gradients"] == pytest.approx(0.75 * total * 4 * 4 + 2 * 0.5 * total / 4 * 4)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert many.sent_per_step["muon"] == pytest.approx(2 * 0.75 / 4 * 4 * (total - adam - experts), abs=1)
     kept = plan_of(config, ranks=8, shards=4, examples_per_step=128, micro_batch=4, reshard=False)
     assert kept.sent_per_step["weights"] == pytest.approx(many.sent_per_step["weights"] / 2)
-    assert kept.bytes_per_rank["gathered weights"] >= 2 * total
+    assert kept.bytes_per_rank["gathered weights"] >= 4 * total
     adamw = plan_of(config, ranks=8, shards=4, optimizer="adamw")
     assert adamw.sent_per_step["muon"] == 0 and adamw.bytes_per_rank["optimizer"] == 2 * total
     assert 0 < plan_of(config, ranks=8, shards=8).muon_overhead <= 0.25
@@ -68,6 +68,10 @@ def test_advice_helps():
     wide = plan_of(config, ranks=shards, shards=shards, examples_per_step=shards)
     assert 2 * (wide.bytes_per_rank["weights"] * 2 + wide.bytes_per_rank["optimizer"]) <= 16.01 * 2**30
     assert plan_of(LMConfig()).advice(2**30) == []
+    words = " ".join(tight.advice(80 * 2**30))
+    assert "lm.checkpoint=true" in words
+    again = plan_of(replace(config, checkpoint=True), ranks=64, shards=64, checkpoint=True)
+    assert again.total_bytes < 0.5 * plan_of(config, ranks=64, shards=64).total_bytes and not again.advice(80 * 2**30)
     assert "micro_batch_size" in " ".join(plan_of(LMConfig(), micro_batch=64).advice(2**20))
 
 
@@ -110,3 +114,25 @@ def test_what_is_kept_for_the_backward_pass(config):
         loss = F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
     measured = sum(kept.values()) / 4 / ids.numel() - config.vocab_size
     assert loss.requires_grad and saved_numbers_per_token(config) == pytest.approx(measured, rel=0.25)
+
+
+def test_weights_in_bfloat16_are_kept_for_the_backward_pass():
+    """All but the table, which is looked up, and the router, which stays in float32."""
+    model = LanguageModel(LAPTOP)
+    numbers = {p.numel() for name, p in model.named_parameters() if p.ndim > 1}
+    kept = {}
+
+    def pack(t):
+        if t.dtype == torch.bfloat16 and t.numel() in numbers and t.untyped_storage().nbytes() == 2 * t.numel():
+            kept[t.untyped_storage().data_ptr()] = t  # held, so that no other takes its place
+        return t
+
+    ids = torch.randint(0, LAPTOP.vocab_size, (1, 8))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, targets=ids)
+    assert loss.requires_grad
+    plan = plan_of(LAPTOP)
+    assert plan.bytes_per_rank["weights in bfloat16"] == pytest.approx(sum(t.nbytes for t in kept.values()), rel=0.25)
+    again = plan_of(replace(LAPTOP, checkpoint=True), checkpoint=True)
+    assert again.bytes_per_rank["weights in bfloat16"] < 0.5 * plan.bytes_per_rank["weights in bfloat16"]
+    assert plan_of(LAPTOP, compute_bytes=4).bytes_per_rank["weights in bfloat16"] == 0

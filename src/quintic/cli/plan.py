@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -11,9 +13,12 @@ from rich.table import Table
 
 from quintic.cli.printing import say
 from quintic.cli.wiring import build_settings, kind_of, split_arguments
-from quintic.core import ConfigError
+from quintic.core import CheckpointError, ConfigError
 
 __all__ = ["plan"]
+
+_BYTES_A_TOKEN = 3
+"""Of a text that is as long as the training, to guess its vocabulary by."""
 
 
 def plan(
@@ -24,7 +29,8 @@ def plan(
     memory_gib: float = 0.0,
     tokens: float = 0.0,
     peak_tflops: float = 0.0,
-    mfu: float = 0.4,
+    mfu: float | None = None,
+    mfu_of: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Parameters, bytes per rank, communication per step and hours for a language model, without allocating it.
@@ -46,7 +52,9 @@ def plan(
     peak_tflops
         Peak of one rank's matrix products in TFLOP/s; 0 measures this machine.
     mfu
-        Share of the peak that training reaches.
+        Share of the peak that training reaches; 0.4 if nothing is given or measured.
+    mfu_of
+        Take the share that this run has reached, the median of its steps; twenty are enough.
     as_json
         Print the numbers as JSON.
 
@@ -54,11 +62,15 @@ def plan(
     --------
     quintic plan --size laptop
     quintic plan --size moonlight-16b-a3b --ranks 64 --memory-gib 80 --tokens 5.7e12 --peak-tflops 989
+    quintic plan --size small --mfu-of runs/a
     quintic plan --size small --json
     """
     paths, overrides = split_arguments(arguments)
     if paths:
         raise ConfigError(f"plan takes settings only, found the path {paths[0]}")
+    if mfu is not None and mfu_of is not None:
+        raise ConfigError("give either --mfu or --mfu-of")
+    mfu = _reached(mfu_of) if mfu_of is not None else 0.4 if mfu is None else mfu
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu must be in (0, 1], found {mfu}")
     if ranks < 1:
@@ -76,10 +88,19 @@ def plan(
     import torch
 
     from quintic.core.machine import matmul_peak, pick_device, pick_dtype
+    from quintic.data.tokenizer import vocab_size_for
     from quintic.engine.plan import as_rows, make_plan
+    from quintic.lm.cross_entropy import rows_at_a_time
     from quintic.lm.memory import saved_numbers_per_token
 
-    c, engine = settings["lm"], settings["engine"]
+    engine = settings["engine"]
+    budget = tokens or float(engine.steps * engine.batch_size * settings["lm"].context)
+    assumed = ""
+    if settings.sources["lm.vocab_size"] == "default":
+        vocabulary = -(-(settings["data"].vocab_size or vocab_size_for(int(_BYTES_A_TOKEN * budget))) // 8) * 8
+        settings = settings.derive("lm.vocab_size", vocabulary, "assumed")
+        assumed = f"the text decides the vocabulary; {vocabulary:,} tokens assumed, lm.vocab_size=N for another"
+    c = settings["lm"]
     with torch.device("meta"):
         model = kind_of("lm").build("lm", settings)
     device = pick_device("auto")
@@ -94,13 +115,13 @@ def plan(
         flops_per_token=model.flops_per_token(c.context),
         active=model.num_parameters()[1],
         activation_numbers_per_token=saved_numbers_per_token(c),
-        vocab_size=c.vocab_size,
+        logits=c.vocab_size * rows_at_a_time(c.vocab_size, "cuda"),
         compute_bytes=2 if dtype == torch.bfloat16 else 4,
         optimizer=settings["optim"].name,
         reshard=engine.reshard,
+        checkpoint=c.checkpoint,
     )
     peak = peak_tflops * 1e12 or matmul_peak(device, dtype)
-    budget = tokens or float(engine.steps * found.tokens_per_step)
     hours = found.hours(budget, peak, mfu)
     advice = found.advice(memory_gib * 2**30) if memory_gib else []
     if as_json:
@@ -111,9 +132,11 @@ def plan(
                     "bytes_per_rank": found.bytes_per_rank,
                     "sent_per_step": found.sent_per_step,
                     "muon_overhead": found.muon_overhead,
+                    "vocabulary": c.vocab_size,
                     "tokens_per_step": found.tokens_per_step,
                     "flops_per_token": found.flops_per_token,
                     "tokens": budget,
+                    "mfu": mfu,
                     "hours": hours,
                     "advice": advice,
                 }
@@ -121,8 +144,12 @@ def plan(
         )
         return
     console = Console()
-    table = Table(box=None, pad_edge=False, show_header=False, title_justify="left")
-    table.title = f"{size}: {ranks} ranks, {shards or ranks} shards, {found.micro_batch} examples a forward pass"
+    say(
+        f"{size}: {_count(ranks, 'rank')}, {_count(shards or ranks, 'shard')}, "
+        f"{_count(found.micro_batch, 'example')} a forward pass",
+        console=console,
+    )
+    table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for row in as_rows(found):
@@ -133,5 +160,20 @@ def plan(
         "activations are an estimate, and what the communication costs in time depends on the network",
         console=console,
     )
-    for line in advice:
+    for line in [*([assumed] if assumed else []), *advice]:
         say(line, console=console)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + "s" * (number != 1)
+
+
+def _reached(run: Path) -> float:
+    """Median MFU of a run's steps."""
+    from quintic.engine import Run
+    from quintic.engine.metrics import iter_metrics
+
+    found = [row["mfu"] for row in iter_metrics(Run.open(run).metrics_file, containing='"mfu"') if row["mfu"]]
+    if not found:
+        raise CheckpointError(f"{run} has no step whose share of the peak was measured; train it for some steps")
+    return median(found)

@@ -2,16 +2,18 @@
 
 Everything follows from the shapes and declared roles of a model on the meta device; nothing is allocated. Ranks form a
 mesh of R replicas of S shards (R S = N). A rank holds 1/S of weights, gradients and optimizer state, and gathers one
-block at a time. Per step a rank sends, with P parameters (in elements):
+block at a time, and the embedding and the head. In bfloat16 the matrices that were used are kept in it too, from the
+forward to the backward pass: all of them, or with activation checkpointing those of a block. Per step a rank sends,
+with P parameters (in elements):
 
-    gather of the weights, forward and backward      2 (S-1)/S P   in the compute dtype, once per micro-batch;
+    gather of the weights, forward and backward      2 (S-1)/S P   in float32, once per micro-batch;
                                                                    half of it where they are kept (reshard = false)
     sum of the gradients over the shards               (S-1)/S P   in float32, once per micro-batch
     sum of the gradients over the replicas      2 (R-1)/R P / S    in float32
     Muon: matrices to their owners and back        2 (S-1)/S^2 P2  in float32, P2 without expert stacks, which are
                                                                    sharded by expert and stay where they are
 
-so with one micro-batch in float32 Muon adds 2 P2 / (3 S P) to the volume of AdamW. Activations
+so with one micro-batch Muon adds 2 P2 / (3 S P) to the volume of AdamW. Activations
 are an estimate, tested to a quarter.
 """
 
@@ -40,13 +42,15 @@ class Plan:
     parameters: dict[str, int]
     """total, active per token, and both without embedding and head."""
     bytes_per_rank: dict[str, int]
-    """weights, gradients, optimizer, gathered block, activations, logits."""
+    """weights, gradients, optimizer, weights in bfloat16, gathered weights, activations, logits."""
     sent_per_step: dict[str, int]
     """weights, gradients, muon."""
     tokens_per_step: int
     micro_batch: int
     """Examples of one forward pass on one rank."""
     flops_per_token: float
+    checkpoint: bool
+    """Whether blocks are computed again in the backward pass."""
 
     @property
     def total_bytes(self) -> int:
@@ -75,9 +79,11 @@ class Plan:
         b = self.bytes_per_rank
         fixed = b["weights"] + b["gradients"] + b["optimizer"]
         found = [f"{self.total_bytes / _GIB:.1f} GiB do not fit in {memory_bytes / _GIB:.1f} GiB per rank:"]
-        passing = b["activations"] + b["logits"] > 0.3 * self.total_bytes
+        passing = b["activations"] > 0.3 * self.total_bytes
         if passing and self.micro_batch > 1:
-            found.append("halve engine.micro_batch_size: activations and logits shrink with it")
+            found.append("halve engine.micro_batch_size: activations shrink with it")
+        if b["weights in bfloat16"] > 0.2 * memory_bytes and not self.checkpoint:
+            found.append("set lm.checkpoint=true: weights in bfloat16 and activations are then those of a block")
         if fixed > 0.5 * memory_bytes:
             need = -(-fixed * self.shards // int(0.5 * memory_bytes))
             found.append(f"shard over {need} ranks: weights, gradients and optimizer state then take half of a rank")
@@ -99,10 +105,11 @@ def make_plan(
     flops_per_token: float,
     active: int,
     activation_numbers_per_token: float,
-    vocab_size: int,
+    logits: int,
     compute_bytes: int,
     optimizer: str = "muon",
     reshard: bool = True,
+    checkpoint: bool = False,
 ) -> Plan:
     """Work out the needs of a run.
 
@@ -116,10 +123,11 @@ def make_plan(
         flops_per_token: Forward and backward.
         active: Parameters at work on a token.
         activation_numbers_per_token: Kept for the backward pass, in numbers of the compute dtype.
-        vocab_size: Width of the logits.
+        logits: How many of them are in memory at a time.
         compute_bytes: Bytes of a number in matrix products: 2 for bfloat16.
         optimizer: muon or adamw.
         reshard: Whether gathered weights are put away between forward and backward pass, ``engine.reshard``.
+        checkpoint: Whether blocks are computed again in the backward pass, ``lm.checkpoint``.
 
     Raises:
         ConfigError: The ranks do not form such a mesh, or the batch does not divide among them.
@@ -140,7 +148,8 @@ def make_plan(
     under_muon = {row.name for row in route(model) if row.algorithm == "muon"} if optimizer == "muon" else set()
     muon = sum(sizes[name] for name in under_muon)
     owned_by_muon = sum(sizes[name] for name in under_muon if found[name].role is not Role.EXPERT_STACK)
-    largest = max(_block_sizes(model), default=total)
+    blocks = _block_sizes(model) or [0]
+    largest = max(blocks)
     replicas = ranks // shards
     tokens = micro_batch * tokens_per_example
     share = (shards - 1) / shards
@@ -157,28 +166,31 @@ def make_plan(
             "weights": 4 * total // shards,
             "gradients": 4 * total // shards,
             "optimizer": 4 * (muon + 2 * (total - muon)) // shards,
-            **_gathered(total, largest, compute_bytes, shards, reshard),
+            "weights in bfloat16": 0 if compute_bytes == 4 else 2 * (largest if checkpoint else total - tables),
+            "gathered weights": 0 if shards == 1 else _gathered(total, largest, sum(blocks), reshard),
             "activations": int(tokens * activation_numbers_per_token * compute_bytes),
-            "logits": tokens * vocab_size * (2 * 4 + compute_bytes),
+            "logits": logits * (4 if compute_bytes == 4 else 8),  # the product and the gradient in bfloat16 too
         },
         {
-            "weights": int((1 + reshard) * share * total * compute_bytes * micro_batches),
+            "weights": int((1 + reshard) * share * total * 4 * micro_batches),
             "gradients": int(share * total * 4 * micro_batches + 2 * (replicas - 1) / replicas * total / shards * 4),
             "muon": int(2 * share / shards * owned_by_muon * 4),
         },
         examples_per_step * tokens_per_example,
         micro_batch,
         flops_per_token,
+        checkpoint,
     )
 
 
-def _gathered(total: int, largest: int, compute_bytes: int, shards: int, reshard: bool) -> dict[str, int]:
-    """Bytes of weights of other ranks that are here for a time, and of their gradients."""
-    if shards == 1:
-        return {"gathered block": 0}
-    if not reshard:
-        return {"gathered weights": compute_bytes * total + 4 * largest}
-    return {"gathered block": (2 * compute_bytes + 4) * largest}  # two: the next one is fetched meanwhile
+def _gathered(total: int, largest: int, in_blocks: int, reshard: bool) -> int:
+    """Bytes of whole weights that are here for a time, and of their whole gradients, in float32.
+
+    What is in no block (embedding and head) is here as long as any block is; of the blocks there are two at a time, as
+    the next one is fetched meanwhile, or all of them if none is put away.
+    """
+    outside = total - in_blocks
+    return 4 * (outside + (min(2 * largest, in_blocks) if reshard else in_blocks)) + 4 * (outside + largest)
 
 
 def _block_sizes(model: nn.Module) -> list[int]:

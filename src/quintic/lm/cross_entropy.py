@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["linear_cross_entropy", "rows_at_a_time"]
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18}
 """Logits in memory at a time, by type of device."""
@@ -46,6 +46,16 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore: 
     return total
 
 
+def rows_at_a_time(vocabulary: int, device_type: str) -> int:
+    """Tokens whose logits are in memory together.
+
+    Example:
+        >>> rows_at_a_time(163840, "cuda"), rows_at_a_time(1024, "cpu")
+        (128, 256)
+    """
+    return max(_LEAST_ROWS, _CHUNK_ELEMENTS.get(device_type, _OTHERWISE) // vocabulary)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -59,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_nd) if needs_x else None
         grad_w = torch.zeros_like(weight_vd, dtype=wide) if needs_w else None
         vocabulary = weight_vd.shape[0]
-        size = max(_LEAST_ROWS, _CHUNK_ELEMENTS.get(x_nd.device.type, _OTHERWISE) // vocabulary)
+        size = rows_at_a_time(vocabulary, x_nd.device.type)
         scratch = x_nd.new_empty(min(size, len(x_nd)), vocabulary, dtype=wide)
         for start in range(0, len(x_nd), size):
             rows = slice(start, start + size)
