@@ -40,6 +40,13 @@ def test_folders_and_patterns_there_and_back(folder, capsys):
         run("encode", "in", "--out", "coded", "--model", "model.safetensors")
 
 
+def test_a_picture_that_cannot_be_read_does_not_stop_the_others(folder, capsys):
+    (folder / "in" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="1 of 4 pictures could not be coded"):
+        run("encode", "in", "--out", "coded", "--target-bytes", 70, "--model", "model.safetensors")
+    assert len(list((folder / "coded").glob("*.qdc"))) == 3 and "a.png" in capsys.readouterr().out
+
+
 def test_info_needs_no_model(folder, capsys):
     run("encode", "in/p1.png", "--out", "a.qdc", "--quality", 30, "--robust", "--model", "model.safetensors")
     (folder / "model.safetensors").unlink()

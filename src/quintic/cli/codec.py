@@ -83,15 +83,25 @@ def encode(
     targets = target_paths(files, out, SUFFIX, overwrite)
     codec = _codec(model, preset)
     pixels = coded = 0
+    failed = 0
     for path, target in progress(list(zip(files, targets, strict=True)), "encoding"):
-        picture = open_picture(path)
-        made = codec.code(
-            picture, target_bytes, target_psnr, quality, exact=exact, robust=robust, roi=_roi(roi, picture)
-        )
+        try:
+            picture = open_picture(path)
+            made = codec.code(
+                picture, target_bytes, target_psnr, quality, exact=exact, robust=robust, roi=_roi(roi, picture)
+            )
+        except UserError as error:
+            if len(files) == 1:
+                raise
+            failed += 1
+            say(f"{path}: {error}")
+            continue
         atomic_write(target, made.data)
         pixels += made.image.width * made.image.height
         coded += len(made.data)
         say(f"{target}: {len(made.data)} bytes, {made.psnr:.2f} dB")
+    if failed:
+        raise DataError(f"{failed} of {len(files)} pictures could not be coded; the others are there")
     if len(files) > 1:
         say(f"{len(files)} files, {coded} bytes, {8 * coded / pixels:.3f} bits per pixel")
 
