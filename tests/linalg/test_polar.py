@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from quintic.core import ConfigError
 from quintic.linalg import choose_method, msign
 from quintic.linalg.coefficients import PRESETS, resolve_schedule
+from quintic.linalg.polar import msign_
 
 METHODS = ["newton-schulz", "gram", "svd"]
 
@@ -89,7 +90,7 @@ def test_exact_preset_and_svd_give_the_polar_factor_and_keep_the_null_space(n, m
     singular = np.zeros(min(n, m))
     singular[:rank] = np.linspace(1.0, 0.05, rank)
     M = with_spectrum(n, m, singular, seed=data.draw(st.integers(0, 1000)))
-    out = msign((M * 10.0**exponent).float(), method=method, coefficients="exact", dtype=torch.float32)
+    out = msign((M * 10.0**exponent).float(), method=method, coefficients="exact")
     expected = polar_of(M) if rank else torch.zeros(n, m)
     assert (out - expected).abs().max() < 1e-3
 
@@ -108,6 +109,47 @@ def test_scale_does_not_matter(method, exponent):
     M = with_spectrum(16, 32, np.geomspace(1, 1e-2, 16)).float()
     M = M / M.abs().max()
     torch.testing.assert_close(msign(M * 10.0**exponent, method=method), msign(M, method=method), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_default_keeps_the_null_space_whether_bfloat16_is_fast_or_not(monkeypatch, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
+    for n, m in ((96, 96), (64, 256), (256, 64)):
+        k = min(n, m)
+        M = with_spectrum(n, m, np.where(np.arange(k) < k // 3, 1.0, 0.0))
+        U, _, Vh = torch.linalg.svd(M)
+        out = U.T @ msign(M.float()).double() @ Vh.T
+        out[: k // 3, : k // 3] = 0.0
+        assert out.abs().max() < 1e-3
+
+
+def test_bfloat16_products_fill_the_null_space():
+    """Why they are not the default: if this fails, they could be."""
+    M = with_spectrum(96, 96, np.where(np.arange(96) < 32, 1.0, 0.0))
+    U, _, Vh = torch.linalg.svd(M)
+    null = (U.T @ msign(M.float(), dtype=torch.bfloat16).double() @ Vh.T)[32:, 32:]
+    assert torch.linalg.matrix_norm(null, 2) > 0.1
+
+
+@pytest.mark.parametrize("exponent", [-100, -50, 0, 50, 100])
+def test_bfloat16_products_do_not_depend_on_the_scale_and_keep_zero_and_neighbours(exponent):
+    M = randn(4, 16, 32)
+    M[1] = 0.0
+    clean = msign(M, dtype=torch.bfloat16)
+    M[2] *= 2.0**exponent  # about 1e-30 to 1e30
+    M[3, 0, 0] = float("nan")
+    out = msign(M, dtype=torch.bfloat16)
+    assert torch.equal(out[:3], clean[:3])
+    assert torch.equal(out[1], torch.zeros(16, 32))
+    assert out[3].isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (0, 4, 4), (70, 48, 80), (3, 64, 700), (2, 3, 40, 30), (4, 1, 9)])
+def test_in_place_equals_out_of_place(shape):
+    M = randn(*shape)
+    expected = msign(M)
+    assert msign_(M) is M
+    assert torch.equal(M, expected)
 
 
 def test_denormal_input_has_a_direction_too():

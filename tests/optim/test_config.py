@@ -43,6 +43,8 @@ def train(net, optimizer, steps=10):
         ("nesterov", 1),
         ("scale", "adam"),
         ("coefficients", "quintc"),
+        ("ns_dtype", "float16"),
+        ("momentum_form", "mean"),
         ("adamw_beta1", 1.0),
         ("adamw_beta2", -0.1),
         ("adamw_eps", -1e-8),
@@ -99,6 +101,12 @@ def test_muon_gets_the_settings():
         }  # fmt: skip
         assert group["adamw_betas"] == (0.8, 0.9)
         assert group["adamw_eps"] == 1e-6
+        assert group["ns_dtype"] is None
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_the_precision_of_the_matrix_sign_can_be_chosen(name):
+    assert {g["ns_dtype"] for g in build_optimizer(model(), OptimConfig(ns_dtype=name)).param_groups} == {name}
 
 
 def test_adamw_is_torch_adamw_over_the_whole_model():

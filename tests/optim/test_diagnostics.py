@@ -314,10 +314,11 @@ def test_matrices_under_adamw_have_spectra_but_no_residual():
     assert take_step(model, optimizer)[0].metrics["signal_to_noise"] > 0
 
 
-def test_signal_to_noise_of_both_halves():
+@pytest.mark.parametrize("form", ["average", "sum"])
+def test_signal_to_noise_of_both_halves(form):
     """The same gradient each time is all signal; momentum 0 tells nothing."""
     model = Net().double()
-    optimizer = Muon(model, lr=0.0, momentum=0.5)
+    optimizer = Muon(model, lr=0.0, momentum=0.5, momentum_form=form)
     for _ in range(60):
         found, _ = take_step(model, optimizer)
     assert found.metrics["signal_to_noise"] > 1e6

@@ -218,6 +218,22 @@ def test_moonlight_buffer_is_scaled_by_the_momentum_of_the_file():
     torch.testing.assert_close(optimizer.state[model.deep.weight]["momentum_buffer"], expected)
 
 
+@pytest.mark.parametrize("source", ["torch", "moonlight"])
+def test_a_sum_takes_over_sums_and_averages(source):
+    model, mu = Net(), 0.8
+    optimizer = ours(model, momentum_form="sum")
+    if source == "moonlight":
+        load_foreign_state(optimizer, moonlight_state(Net(), mu=mu), source, names=[*MATRICES, *REST])
+        expected = average(gradients(Net(), "deep.weight"), mu) / (1 - mu)
+    else:
+        old = Net()
+        theirs = torch.optim.Muon(pick(old, MATRICES), lr=1e-2, momentum=mu)
+        run(old, [theirs], 2)
+        load_foreign_state(optimizer, theirs.state_dict(), source, names=MATRICES)
+        expected = theirs.state[old.deep.weight]["momentum_buffer"] / (1 - mu)
+    torch.testing.assert_close(optimizer.state[model.deep.weight]["momentum_buffer"], expected)
+
+
 def test_bare_tensors_are_matched_by_position():
     old, new = Net(), Net()
     muon = torch.optim.Muon(pick(old, MATRICES), lr=1e-2)

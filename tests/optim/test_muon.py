@@ -120,6 +120,42 @@ def test_average_form_of_the_momentum_matches_torch_and_the_sum_form_up_to_its_f
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
+def test_the_sum_form_is_the_posts_and_gives_the_same_steps(nesterov):
+    a, b = (parameters((6, 9), (3, 4, 4), dtype=torch.float64) for _ in range(2))
+    average = Muon(a, momentum=0.9, nesterov=nesterov)
+    summed = Muon(b, momentum=0.9, nesterov=nesterov, momentum_form="sum")
+    totals = [torch.zeros_like(p) for p in b]
+    for step in range(5):
+        set_grads(a, step + 1)
+        set_grads(b, step + 1)
+        totals = [0.9 * total + p.grad for total, p in zip(totals, b, strict=True)]
+        average.step()
+        summed.step()
+    for p, q, total in zip(a, b, totals, strict=True):
+        torch.testing.assert_close(summed.state[q]["momentum_buffer"], total)
+        torch.testing.assert_close(q, p)
+
+
+def test_a_changed_momentum_tells_the_forms_apart():
+    """Directions by hand in float64: (mu B + G) of the sum, mu B + (1 - mu) G of the average."""
+    g = [torch.randn(4, 4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2)]
+    mu = (0.5, 0.9)
+    averages = (1 - mu[0]) * g[0], mu[1] * (1 - mu[0]) * g[0] + (1 - mu[1]) * g[1]
+    sums = g[0], mu[1] * g[0] + g[1]
+    ahead = {"average": mu[1] * averages[1] + (1 - mu[1]) * g[1], "sum": mu[1] * sums[1] + g[1]}
+    assert not torch.allclose(msign(ahead["average"]), msign(ahead["sum"]), atol=0.1)
+    for form, direction in ahead.items():
+        p = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
+        optimizer = Muon([p], lr=1.0, weight_decay=0.0, scale="none", momentum_form=form)
+        for gradient, momentum in zip(g, mu, strict=True):
+            optimizer.param_groups[0]["momentum"] = momentum
+            p.grad = gradient
+            before = p.detach().clone()
+            optimizer.step()
+        torch.testing.assert_close(before - p.detach(), msign(direction))
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("shape", [(16, 16), (32, 8), (8, 32)])
 def test_agrees_with_torch_optim_muon_given_its_keywords(shape, adjust, nesterov):

@@ -4,7 +4,7 @@ import torch
 from tests.optim.toy import parameters, run, set_grads, snapshot
 
 import quintic.optim.matrices as matrices_module
-from quintic.linalg import msign
+from quintic.linalg.polar import msign_
 from quintic.optim import Muon
 
 SHAPES = [(8, 6), (3, 8, 6), (6, 6), (8, 6), (2, 6, 6), (6, 8), (5, 20), (1, 7), (7, 1)]
@@ -49,9 +49,9 @@ def test_same_shapes_share_one_call_of_msign(monkeypatch):
 
     def spy(stack, **keywords):
         calls.append(tuple(stack.shape))
-        return msign(stack, **keywords)
+        return msign_(stack, **keywords)
 
-    monkeypatch.setattr(matrices_module, "msign", spy)
+    monkeypatch.setattr(matrices_module, "msign_", spy)
     params = parameters(*SHAPES)
     set_grads(params, 1)
     Muon(params).step()
@@ -64,9 +64,9 @@ def test_extra_memory_is_capped(monkeypatch):
 
     def spy(stack, **keywords):
         sizes.append(len(stack))
-        return msign(stack, **keywords)
+        return msign_(stack, **keywords)
 
-    monkeypatch.setattr(matrices_module, "msign", spy)
+    monkeypatch.setattr(matrices_module, "msign_", spy)
     monkeypatch.setattr(matrices_module, "_STACK_BYTES", 3 * 8 * 6 * 4 + 1)
     params = parameters((8, 8, 6), (8, 6), (8, 6), (6, 8, 6))
     set_grads(params, 1)

@@ -58,6 +58,32 @@ def test_what_is_not_a_matrix_is_refused_at_once(group, message):
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("shape", [(16,), (0,), ()])
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_matrices_that_were_flattened_or_sharded_away_are_refused_at_the_step(shape, with_gradient):
+    """Under some engines Muon silently never runs, since all it gets are flat or empty tensors."""
+    p = nn.Parameter(torch.zeros(4, 4))
+    optimizer = Muon([("deep.weight", p)])
+    p.data = torch.zeros(shape)
+    p.grad = torch.zeros(shape) if with_gradient else None
+    with pytest.raises(ConfigError, match=r"'deep\.weight' was a matrix.*fully_shard"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 4), nn.Embedding(5, 2), nn.Conv1d(2, 3, 3)])
+def test_a_module_whose_matrices_are_gone_is_refused_at_once(layer):
+    layer.weight.data = torch.zeros(0)
+    with pytest.raises(ConfigError, match=r"^1\.weight of .*sharded away"):
+        Muon(nn.Sequential(nn.Linear(4, 4), layer))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+def test_gram_in_half_precision_and_other_dtypes_are_refused_at_once(dtype):
+    (p,) = parameters((3, 9))
+    with pytest.raises(ConfigError, match=str(dtype).removeprefix("torch.")):
+        Muon([p], method="gram", ns_dtype=dtype)
+
+
 def test_a_parameter_listed_twice_is_refused():
     (p,) = parameters((3, 3))
     with warnings.catch_warnings():

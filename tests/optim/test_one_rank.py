@@ -34,6 +34,7 @@ def divided(model, mesh):
     [
         {},
         {"nesterov": False, "weight_decay": 0.0, "maximize": True},
+        {"momentum_form": "sum"},
         {"decay": "spectral", "decay_rank": 2},
         {"vectors": "sign", "embeddings": "row-l2", "cap": 0.5},
         {"clip": "spectral", "norm": "schatten:4"},

@@ -15,7 +15,9 @@ All leading axes are a batch: (..., n, m). For n > m the products run from the r
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,15 +25,16 @@ from torch import Tensor
 from quintic.core import ConfigError, suggest
 from quintic.core.machine import fast_dtype
 from quintic.linalg.coefficients import Coefficients, Schedule, resolve_schedule
+from quintic.linalg.workspace import Workspace
 
-__all__ = ["METHODS", "choose_method", "msign"]
+__all__ = ["METHODS", "choose_method", "msign", "msign_"]
 
 METHODS = ("auto", "newton-schulz", "gram", "svd")
 """Names accepted by :func:`msign`."""
 
 _GRAM_ASPECT = 2  # from here on Gram's saving exceeds the cost of its extra small products
 _GRAM_DTYPES = (torch.float32, torch.float64)
-_CACHED_ELEMENTS = 2**17  # on CPUs, matrices worked on at a time: all steps of a part run within the cache
+_CACHED_BYTES = 2**18  # on CPUs, of the matrices that a thread works on at a time: all steps run within its cache
 
 
 def choose_method(rows: int, columns: int, dtype: torch.dtype) -> str:
@@ -68,8 +71,9 @@ def msign(
         method: ``auto`` (:func:`choose_method`), ``newton-schulz``, ``gram`` or ``svd``.
         steps: Polynomial steps; ``None`` is 5, or the length of a listed schedule. Not used by ``svd``.
         coefficients: Preset name, triple or triples, see :mod:`quintic.linalg.coefficients`. Not used by ``svd``.
-        dtype: Dtype of the products. ``None``: float64 for float64 input, else bfloat16 where the hardware
-            has matrix units for it and float32 elsewhere.
+        dtype: Dtype of the products. ``None``: float64 for float64 input; else float32 on CPUs, for ``gram`` and for
+            ``svd``, and on accelerators what they have matrix units for. Bfloat16 is faster on CPUs with AMX, but
+            fills the null space of rank-deficient matrices with rounding errors of order 1.
 
     Returns:
         (..., n, m) in M's dtype. With the default five steps singular values from 1% of the Frobenius norm on end
@@ -84,6 +88,41 @@ def msign(
         tensor([[ 1.,  0.],
                 [ 0., -1.]])
     """
+    form, schedule, dtype = _resolved(M, method, steps, coefficients, dtype)
+    if torch.is_grad_enabled() and M.requires_grad and M.numel():
+        with _no_autocast(M.device):
+            matrices = M.reshape(-1, *M.shape[-2:])
+            return form(_normalized(matrices).to(dtype), schedule, None, None).reshape(M.shape).to(M.dtype)
+    out = torch.empty_like(M, memory_format=torch.contiguous_format)
+    _by_parts(M, out, form, schedule, dtype)
+    return out
+
+
+@torch.no_grad()
+def msign_(
+    M: Tensor,
+    *,
+    method: str = "auto",
+    steps: int | None = None,
+    coefficients: Coefficients = "quintic",
+    dtype: torch.dtype | None = None,
+    space: Workspace | None = None,
+) -> Tensor:
+    """:func:`msign` in place, for a contiguous M: the working memory is that of a few matrices, in ``space`` if given.
+
+    Example:
+        >>> M = torch.tensor([[3.0, 4.0]])
+        >>> msign_(M) is M, M
+        (True, tensor([[0.6000, 0.8000]]))
+    """
+    _by_parts(M, M, *_resolved(M, method, steps, coefficients, dtype), space)
+    return M
+
+
+def _resolved(
+    M: Tensor, method: str, steps: int | None, coefficients: Coefficients, dtype: torch.dtype | None
+) -> tuple[_Form, Schedule, torch.dtype]:
+    """How, with what polynomials, and in which dtype; all arguments checked."""
     if M.ndim < 2 or not M.is_floating_point():
         raise ConfigError(
             f"msign needs real floating matrices (..., n, m), found shape {tuple(M.shape)} of {M.dtype}; "
@@ -92,10 +131,8 @@ def msign(
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}{suggest(method, METHODS)}")
     schedule = resolve_schedule(coefficients, steps)
-    if M.numel() == 0:
-        return M.clone()
     if dtype is None:
-        dtype = torch.float64 if M.dtype == torch.float64 else fast_dtype(M.device)
+        dtype = _accurate_dtype(M, method)
     if method == "auto":
         method = choose_method(M.shape[-2], M.shape[-1], dtype)
     if method == "gram" and dtype not in _GRAM_DTYPES:
@@ -104,82 +141,103 @@ def msign(
         )
     if method == "svd" and dtype not in _GRAM_DTYPES:
         dtype = torch.float32  # no half-precision decomposition exists
-
-    compute = {"svd": _svd, "gram": _gram, "newton-schulz": _newton_schulz}[method]
-    matrices = M.reshape(-1, *M.shape[-2:])
-    fitting = max(1, _CACHED_ELEMENTS // (M.shape[-2] * M.shape[-1]))
-    kind = M.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-        if kind != "cpu" or len(matrices) <= fitting or (torch.is_grad_enabled() and M.requires_grad):
-            out = compute(_normalized(matrices).to(dtype), schedule)
-            return out.reshape(M.shape).to(M.dtype)
-        out = torch.empty_like(matrices, memory_format=torch.contiguous_format)
-        for part, done in zip(matrices.split(fitting), out.split(fitting), strict=True):
-            done.copy_(compute(_normalized(part).to(dtype), schedule))
-        return out.reshape(M.shape)
+    return {"svd": _svd, "gram": _gram, "newton-schulz": _newton_schulz}[method], schedule, dtype
 
 
-def _normalized(M: Tensor) -> Tensor:
+def _accurate_dtype(M: Tensor, method: str) -> torch.dtype:
+    """The dtype of the products where none was asked for."""
+    if M.dtype == torch.float64:
+        return torch.float64
+    return torch.float32 if M.device.type == "cpu" or method in ("gram", "svd") else fast_dtype(M.device)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
+def _by_parts(
+    M: Tensor, out: Tensor, form: _Form, schedule: Schedule, dtype: torch.dtype, space: Workspace | None = None
+) -> None:
+    """Msign of M into contiguous ``out``, which may be M; without autograd."""
+    if not M.numel():
+        return
+    n, m = M.shape[-2:]
+    matrices, results = M.reshape(-1, n, m), out.view(-1, n, m)
+    fitting = len(matrices)
+    if M.device.type == "cpu":
+        fitting = max(1, _CACHED_BYTES * torch.get_num_threads() // (n * m * dtype.itemsize))
+    space = space or Workspace()
+    wide = torch.promote_types(M.dtype, torch.float32)
+    with torch.no_grad(), _no_autocast(M.device):
+        for part, result in zip(matrices.split(fitting), results.split(fitting), strict=True):
+            X = _normalized(part, space.get("unit", part.shape, wide, M.device))
+            if dtype != wide:
+                X = space.get("lower", part.shape, dtype, M.device).copy_(X)
+            target = result if dtype == result.dtype else None
+            done = form(X, schedule, space, target)
+            if target is None:
+                result.copy_(done)
+
+
+_Form: TypeAlias = Callable[[Tensor, Schedule, Workspace | None, Tensor | None], Tensor]
+"""(X of norm 1, polynomials, buffers, tensor that takes the result) -> msign of X. With buffers X is one of them."""
+
+
+def _squares(space: Workspace | None, X: Tensor, *names: str) -> list[Tensor | None]:
+    """Buffers of the shape of X's Gram matrices; none at all where autograd needs the intermediates."""
+    if space is None:
+        return [None] * len(names)
+    short = min(X.shape[-2:])
+    return [space.get(name, (*X.shape[:-2], short, short), X.dtype, X.device) for name in names]
+
+
+def _normalized(M: Tensor, out: Tensor | None = None) -> Tensor:
     """M / ||M||_F per matrix in at least float32, without overflow or underflow; zero stays zero."""
     X = M if M.dtype == torch.float64 else M.float()
-    peak = X.detach().abs().amax((-2, -1), keepdim=True)
-    X = X / torch.where(peak > 0, peak, 1.0)
-    # The largest element is now exactly 1, so that the norm is at least 1 except for a zero matrix.
-    return X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=1.0)
+    fixed = X.detach()
+    peak = torch.maximum(fixed.amax((-2, -1), keepdim=True), -fixed.amin((-2, -1), keepdim=True))
+    # Twice as fast as divisions. The least normal number has an inverse; beside it denormals are still visible.
+    X = torch.mul(X, peak.clamp(min=torch.finfo(X.dtype).tiny).reciprocal(), out=out)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    return torch.mul(X, torch.where(norm > 0, norm, 1.0).reciprocal(), out=out)
 
 
-class _Products:
-    """Products from the short side, into buffers that are used again unless autograd needs the intermediates."""
-
-    def __init__(self, X: Tensor) -> None:
-        self.reuse = not (torch.is_grad_enabled() and X.requires_grad)
-        self.wide = X.shape[-2] <= X.shape[-1]
-        self.short = min(X.shape[-2:])
-
-    def small(self, X: Tensor, count: int) -> list[Tensor | None]:
-        """Uninitialised buffers of the shape of X's Gram matrix."""
-        shape = (*X.shape[:-2], self.short, self.short)
-        return [X.new_empty(shape) if self.reuse else None for _ in range(count)]
-
-    def gram(self, X: Tensor, out: Tensor | None) -> Tensor:
-        """X X^T, or X^T X if X is tall."""
-        return torch.bmm(X, X.mT, out=out) if self.wide else torch.bmm(X.mT, X, out=out)
-
-    def apply(self, P: Tensor, X: Tensor, a: float, out: Tensor | None) -> Tensor:
-        """a X + P X, or a X + X P if X is tall."""
-        return torch.baddbmm(X, P, X, beta=a, out=out) if self.wide else torch.baddbmm(X, X, P, beta=a, out=out)
-
-
-def _newton_schulz(X: Tensor, schedule: Schedule) -> Tensor:
-    do = _Products(X)
-    a_out, p_out = do.small(X, 2)
-    here = X
-    there = torch.empty_like(X) if do.reuse else None
-    for a, b, c in schedule:
-        A = do.gram(here, a_out)
-        P = torch.baddbmm(A, A, A, beta=b, alpha=c, out=p_out)
-        moved = do.apply(P, here, a, there)
-        here, there = moved, (here if do.reuse else None)
+def _newton_schulz(X: Tensor, schedule: Schedule, space: Workspace | None, out: Tensor | None) -> Tensor:
+    if X.shape[-2] > X.shape[-1]:
+        return _newton_schulz(X.mT, schedule, space, None if out is None else out.mT).mT
+    gram, polynomial = _squares(space, X, "gram", "polynomial")
+    diagonal = None if polynomial is None else polynomial.diagonal(dim1=-2, dim2=-1)
+    here, there = X, None if space is None else space.get("long", X.shape, X.dtype, X.device)
+    last = len(schedule) - 1
+    for step, (a, b, c) in enumerate(schedule):
+        A = torch.bmm(here, here.mT, out=gram)
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c, out=polynomial)
+        (P.diagonal(dim1=-2, dim2=-1) if diagonal is None else diagonal).add_(a)
+        moved = torch.bmm(P, here, out=out if step == last else there)
+        here, there = moved, (None if there is None else here)
     return here
 
 
-def _gram(X: Tensor, schedule: Schedule) -> Tensor:
+def _gram(X: Tensor, schedule: Schedule, space: Workspace | None, out: Tensor | None) -> Tensor:
     """Symbols: R = X X^T; one step multiplies X by P = a I + Z, Z = b R + c R^2, hence R by P twice.
 
     Q collects the product of the P. After two steps, and after every three from there on, Q is applied to X
     and R computed anew: rounding errors of R grow with the square of the slope at 0.
     """
-    do = _Products(X)
-    r, rz, z, q, q_other = do.small(X, 5)
+    if X.shape[-2] > X.shape[-1]:
+        return _gram(X.mT, schedule, space, None if out is None else out.mT).mT
+    r, rp, z, q, q_other = _squares(space, X, "gram", "product", "polynomial", "q", "next q")
+    there = None if space is None else space.get("long", X.shape, X.dtype, X.device)
     segments = [schedule[:2], *(schedule[i : i + 3] for i in range(2, len(schedule), 3))]
-    spare = torch.empty_like(X) if do.reuse else None
     for segment in segments:
-        R = do.gram(X, r)
+        there = out if out is not None and segment is segments[-1] else there
+        R = torch.bmm(X, X.mT, out=r)
         Q: Tensor | None = None
         for i, (a, b, c) in enumerate(segment):
             Z = torch.baddbmm(R, R, R, beta=b, alpha=c, out=z)
             if i < len(segment) - 1:
-                RP = torch.baddbmm(R, R, Z, beta=a, out=rz)
+                RP = torch.baddbmm(R, R, Z, beta=a, out=rp)
                 next_R = torch.baddbmm(RP, RP, Z, beta=a, out=r)
             else:
                 next_R = R
@@ -191,18 +249,20 @@ def _gram(X: Tensor, schedule: Schedule) -> Tensor:
                 q, q_other = q_other, q
             R = next_R
         assert Q is not None
-        moved = torch.bmm(Q, X, out=spare) if do.wide else torch.bmm(X, Q, out=spare)
-        X, spare = moved, (X if do.reuse else None)
+        moved = torch.bmm(Q, X, out=there)
+        X, there = moved, (None if there is None else X)
     return X
 
 
-def _svd(X: Tensor, schedule: Schedule) -> Tensor:
-    """Exact; takes the schedule only to have the signature of the others."""
+def _svd(X: Tensor, schedule: Schedule, space: Workspace | None, out: Tensor | None) -> Tensor:
+    """Exact; has the arguments of the others."""
     if min(X.shape[-2:]) == 1:
-        return X  # normalised already
-    # LAPACK refuses a whole batch for one non-finite element.
-    finite = X.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    U, S, Vh = torch.linalg.svd(X.masked_fill(~finite, 0.0), full_matrices=False)
-    floor = S[..., :1] * (max(X.shape[-2:]) * torch.finfo(X.dtype).eps)
-    kept = U * S.gt(floor).to(X.dtype).unsqueeze(-2)
-    return (kept @ Vh).masked_fill(~finite, torch.nan)
+        result = X  # normalised already
+    else:
+        # LAPACK refuses a whole batch for one non-finite element.
+        finite = X.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+        U, S, Vh = torch.linalg.svd(X.masked_fill(~finite, 0.0), full_matrices=False)
+        floor = S[..., :1] * (max(X.shape[-2:]) * torch.finfo(X.dtype).eps)
+        kept = U * S.gt(floor).to(X.dtype).unsqueeze(-2)
+        result = (kept @ Vh).masked_fill(~finite, torch.nan)
+    return result if out is None else out.copy_(result)

@@ -14,6 +14,7 @@ from quintic.linalg.schatten import schatten_exponent
 from quintic.optim.clip import CLIPPING, GradientClipping
 from quintic.optim.decay import DECAYS
 from quintic.optim.lr import SCALES
+from quintic.optim.momentum import MOMENTUM_FORMS
 from quintic.optim.muon import Muon
 from quintic.optim.routing import EMBEDDINGS, VECTORS
 from quintic.optim.sharded import DISTRIBUTED
@@ -27,7 +28,9 @@ _CHOICES = {
     "decay": DECAYS,
     "vectors": VECTORS,
     "embeddings": EMBEDDINGS,
+    "ns_dtype": ("auto", "float32", "bfloat16"),
     "distributed": DISTRIBUTED,
+    "momentum_form": MOMENTUM_FORMS,
     "schedule": ("wsd", "cosine", "constant"),
     "decay_shape": ("1-sqrt", "linear"),
 }
@@ -49,6 +52,8 @@ class OptimConfig:
     """How many of the largest singular values spectral decay shrinks."""
     momentum: float = 0.95
     """Muon's momentum, in [0, 1)."""
+    momentum_form: str = "average"
+    """Muon's momentum is an average of gradients or their sum; the steps differ only while momentum changes."""
     momentum_start: float = 0.85
     """Muon's momentum at the first step, if momentum_warmup_fraction is not 0."""
     momentum_warmup_fraction: float = 0.0
@@ -67,6 +72,8 @@ class OptimConfig:
     """A step is scaled down to a predicted loss change of lr * cap, in place of a warm-up; 0 is no cap."""
     coefficients: str = "quintic"
     """Polynomials of the matrix sign: quintic, keller, su, polar-express, taylor or exact."""
+    ns_dtype: str = "auto"
+    """Dtype of the matrix sign's products: auto (float32 on CPUs, bfloat16 on GPUs fast at it), float32 or bfloat16."""
     distributed: str = "owner"
     """How msign of matrices divided among ranks is taken: owner (each by one rank) or gather (by all)."""
     adamw_beta1: float = 0.9
@@ -159,6 +166,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         decay=config.decay,
         decay_rank=config.decay_rank,
         momentum=config.momentum,
+        momentum_form=config.momentum_form,
         nesterov=config.nesterov,
         scale=config.scale,
         norm=config.norm,
@@ -166,6 +174,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         vectors=config.vectors,
         embeddings=config.embeddings,
         coefficients=config.coefficients,
+        ns_dtype=None if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
         distributed=config.distributed,
         adamw_betas=(config.adamw_beta1, config.adamw_beta2),
         adamw_eps=config.adamw_eps,

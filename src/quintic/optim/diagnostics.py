@@ -41,6 +41,7 @@ from quintic.optim.measures import (
     svd_entropy,
     wide,
 )
+from quintic.optim.momentum import gradient_weight
 from quintic.optim.routing import roles
 from quintic.optim.split import parts_of
 
@@ -212,7 +213,9 @@ def diagnose(
 def _momentum(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Tensor | None, float, int | None]:
     """Average of gradients of a parameter, its decay rate, and how many went into it if few may have."""
     if "momentum_buffer" in state and "dampening" not in group:  # torch.optim.SGD's buffer is a sum, not an average
-        return state["momentum_buffer"], group.get("momentum", 0.0), None
+        beta = group.get("momentum", 0.0)
+        weight = gradient_weight(group.get("momentum_form", "average"), beta)
+        return state["momentum_buffer"] * ((1.0 - beta) / weight), beta, None
     if "exp_avg" in state:
         return state["exp_avg"], group["adamw_betas" if "adamw_betas" in group else "betas"][0], int(state["step"])
     return None, 0.0, None

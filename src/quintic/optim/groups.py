@@ -14,12 +14,16 @@ from quintic.linalg.polar import METHODS
 from quintic.linalg.schatten import schatten_exponent
 from quintic.optim.decay import DECAYS
 from quintic.optim.lr import SCALES, convert_lr
+from quintic.optim.momentum import MOMENTUM_FORMS
 from quintic.optim.routing import RoleTable
 from quintic.optim.split import Part, parts_of
 
-__all__ = ["check_group", "groups_of", "matrices_in", "name_of", "warn_about_small_lr"]
+__all__ = ["check_group", "check_still_matrices", "groups_of", "matrices_in", "name_of", "warn_about_small_lr"]
 
 _ALGORITHMS = ("muon", "adamw")
+_HALF = ("bfloat16", "float16")
+_DTYPES = ("float32", "float64", *_HALF)
+_NO_MATRICES = ("elements", "vector")  # layouts of what has one axis or none
 
 
 def warn_about_small_lr(groups: list[dict[str, Any]]) -> None:
@@ -66,6 +70,18 @@ def name_of(group: dict[str, Any], p: Tensor) -> str:
     return repr(names[index]) if names else f"parameter {index}"
 
 
+def check_still_matrices(group: dict[str, Any]) -> None:
+    """Raise ConfigError if a matrix of a group of Muon has been flattened, or taken away, since it was given."""
+    if group["algorithm"] != "muon" or group["layout"] in _NO_MATRICES:
+        return
+    for p in group["params"]:
+        if p.ndim < 2:
+            raise ConfigError(
+                f"{name_of(group, p)} was a matrix and now has shape {tuple(p.shape)}: it was flattened or sharded "
+                "away, and Muon needs whole matrices. Shard with torch's fully_shard, which keeps shapes"
+            )
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Raise ConfigError for the first setting or parameter that cannot work."""
     lr = group["lr"]
@@ -81,9 +97,16 @@ def check_group(group: dict[str, Any]) -> None:
     for name, value in (("momentum", group["momentum"]), ("adamw_betas[0]", beta1), ("adamw_betas[1]", beta2)):
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"{name} = {value}; expected a number in [0, 1)")
-    for name, known in (("scale", SCALES), ("algorithm", _ALGORITHMS), ("method", METHODS), ("decay", DECAYS)):
+    choices = {
+        "scale": SCALES, "algorithm": _ALGORITHMS, "method": METHODS, "decay": DECAYS, "momentum_form": MOMENTUM_FORMS,
+    }  # fmt: skip
+    for name, known in choices.items():
         if group[name] not in known:
             raise ConfigError(f"unknown {name} {group[name]!r}{suggest(str(group[name]), known)}")
+    if group["ns_dtype"] not in (None, *_DTYPES):
+        raise ConfigError(f"ns_dtype = {group['ns_dtype']}; expected None or a dtype of {', '.join(_DTYPES)}")
+    if group["method"] == "gram" and group["ns_dtype"] in _HALF:
+        raise ConfigError(f"method 'gram' loses all accuracy in {group['ns_dtype']}; use 'newton-schulz' or 'auto'")
     resolve_schedule(group["coefficients"], group["ns_steps"])
     schatten_exponent(group["norm"])
     rank = group["decay_rank"]
@@ -97,7 +120,7 @@ def check_group(group: dict[str, Any]) -> None:
         if group["algorithm"] != "muon":
             continue
         advice = "put it in a group with algorithm='adamw', or pass the whole module, which routes it"
-        if p.ndim < 2 and group["layout"] not in ("elements", "vector"):
+        if p.ndim < 2 and group["layout"] not in _NO_MATRICES:
             raise ConfigError(f"{name_of(group, p)} of shape {tuple(p.shape)} is not a matrix; {advice}")
         if p.ndim > 3 and group["layout"] is None:
             raise ConfigError(

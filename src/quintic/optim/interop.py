@@ -6,9 +6,9 @@
 | keller: the four classes of KellerJordan/Muon | the same | exp_avg, exp_avg_sq |
 | moonlight: toy_train.py of MoonshotAI/Moonlight | B <- mu B + G | moment1, moment2 |
 
-The sum form is 1 / (1 - mu) times the average form, which is ours; so its buffers are multiplied by (1 - mu). Only
-state is taken over: learning rate, decay and scale stay those of the optimizer that loads, since they mean different
-things there (:func:`quintic.optim.convert_lr`).
+The sum form is 1 / (1 - mu) times the average form, and a buffer is converted to the form that ours has
+(:mod:`quintic.optim.momentum`), by default the average. Only state is taken over: learning rate, decay and scale stay
+those of the optimizer that loads, since they mean different things there (:func:`quintic.optim.convert_lr`).
 
 These files number parameters in the order in which they were given to the optimizer. A number says nothing about
 another model's order, and shapes agree by accident, so parameters are matched by name: by the names in the file
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import CheckpointError, ConfigError, suggest
+from quintic.optim.momentum import gradient_weight
 from quintic.optim.muon import Muon
 
 __all__ = ["SOURCES", "ForeignState", "load_foreign_state"]
@@ -38,6 +39,7 @@ _MARKS = {  # settings in every group of that optimizer: any one of these sets
     "keller": ({"use_muon"}, {"lr", "weight_decay", "momentum"}),
     "moonlight": ({"wd", "adamw_betas"},),
 }
+_FORMS = {"torch": "average", "keller": "average", "moonlight": "sum"}
 _NOT_KELLER = {"nesterov", "dampening"}  # of torch.optim.Muon and SGD, whose groups have Keller's settings too
 _RENAMED = {"moment1": "exp_avg", "moment2": "exp_avg_sq"}
 _OURS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq", "step")}
@@ -190,6 +192,8 @@ def _convert(
                 "the state is of another model, or names are in another order"
             )
         converted[key] = value.to(p.device, dtype, copy=True).contiguous()
-    if source == "moonlight" and algorithm == "muon":
-        converted["momentum_buffer"].mul_(1.0 - theirs["momentum"])
+    if algorithm == "muon":
+        mu = theirs["momentum"]
+        factor = gradient_weight(ours["momentum_form"], mu) / gradient_weight(_FORMS[source], mu)
+        converted["momentum_buffer"].mul_(factor)
     return converted

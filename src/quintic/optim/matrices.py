@@ -16,15 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quintic.linalg import msign
+from quintic.linalg.polar import msign_
 from quintic.linalg.schatten import schatten_direction, schatten_exponent
+from quintic.linalg.workspace import Workspace
 from quintic.optim.decay import follow_top_space, spectral_decay_
 from quintic.optim.lr import UPDATE_RMS, scale_factor
+from quintic.optim.momentum import advance_
 from quintic.optim.split import Part
 
 __all__ = ["Piece", "chunks", "pieces_of", "update_matrices"]
 
 _STACK_BYTES = 64 * 2**20  # of one stack; a step needs about four times this
+_CPU_STACK_BYTES = 4 * 2**20  # on CPUs, which gain nothing from more
 
 
 class Piece(NamedTuple):
@@ -49,8 +52,10 @@ class Piece(NamedTuple):
 def pieces_of(weights: Part, gradient: Part, momentum: Part, top_space: Tensor | None = None) -> list[Piece]:
     """A part of a parameter, cut along its first axis if it is a stack larger than the working memory."""
     whole = Piece(weights.tensor, gradient.tensor, momentum.tensor, *weights[1:], top_space)
-    length = len(weights.tensor) if weights.tensor.ndim else 1
-    fitting = max(1, _STACK_BYTES * length // whole.stack_bytes)
+    if whole.stack_bytes <= (cap := _cap(momentum.tensor.device)):
+        return [whole]
+    length = len(weights.tensor)
+    fitting = max(1, cap * length // whole.stack_bytes)
     if length <= fitting or weights.matrices % length:  # in the second case the first axis is within the matrix
         return [whole]
     each = weights.matrices // length
@@ -65,8 +70,9 @@ def chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
     """Consecutive pieces that fit in the working memory together; one that does not fit comes alone."""
     chunk: list[Piece] = []
     size = 0
+    cap = _cap(pieces[0].momentum.device)
     for piece in pieces:
-        if chunk and size + piece.stack_bytes > _STACK_BYTES:
+        if chunk and size + piece.stack_bytes > cap:
             yield chunk
             chunk, size = [], 0
         chunk.append(piece)
@@ -74,86 +80,89 @@ def chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
     yield chunk
 
 
-def update_matrices(group: dict[str, Any], pieces: list[Piece], bad: Tensor) -> None:
+def _cap(device: torch.device) -> int:
+    return min(_STACK_BYTES, _CPU_STACK_BYTES) if device.type == "cpu" else _STACK_BYTES
+
+
+def update_matrices(group: dict[str, Any], pieces: list[Piece], keep: Tensor | float, space: Workspace) -> None:
     """One step for matrices of one shape with the settings of one group.
 
     Args:
-        group: lr, weight_decay, momentum, nesterov, scale, maximize, norm and msign's settings.
+        group: lr, weight_decay, scale, norm, the settings of momentum and those of msign.
         pieces: Matrices of equal n, m, device and dtype of momentum; with or without spectral decay.
-        bad: 0-d bool that turns this into no step, without being read.
+        keep: 1, or a 0-d tensor of 1 or 0 that turns this into no step, without being read.
+        space: Buffers to work in.
     """
-    parameters = [piece.parameter for piece in pieces]
     momenta = [piece.momentum for piece in pieces]
-    counts = [piece.matrices for piece in pieces]
-    n, m, dtype, device = pieces[0].n, pieces[0].m, momenta[0].dtype, momenta[0].device
-    stack = torch.empty((sum(counts), n, m), dtype=dtype, device=device)
-    bad = bad.to(device)
-    keep = (~bad).to(dtype)
-    mu, lr = group["momentum"], group["lr"]
+    count, n, m = sum(piece.matrices for piece in pieces), pieces[0].n, pieces[0].m
+    stack = space.get("stack", (count, n, m), momenta[0].dtype, momenta[0].device)
+    views = _views(stack, pieces)
+    torch._foreach_copy_(views, [piece.gradient for piece in pieces])
+    if isinstance(keep, Tensor):
+        keep = keep.to(stack.device, stack.dtype)
+        stack.masked_fill_(keep == 0.0, 0.0)
+    advance_(group, momenta, views, keep)
+
+    update = _direction(group, stack, space)
+    lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.reshape(())
-
-    views = _views(stack, parameters, counts)
-    torch._foreach_copy_(views, [piece.gradient for piece in pieces])
-    if group["maximize"]:
-        stack.neg_()
-    stack.masked_fill_(bad, 0.0)
-    torch._foreach_mul_(momenta, 1.0 - keep * (1.0 - mu))
-    torch._foreach_add_(momenta, views, alpha=1.0 - mu)
-    if group["nesterov"]:
-        torch._foreach_lerp_(views, momenta, mu)
-    else:
-        torch._foreach_copy_(views, momenta)
-
-    update = _direction(group, stack)
     if group["scale"] == "rms":
         norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
         factor = UPDATE_RMS * math.sqrt(n * m) / torch.where(norm > 0, norm, 1.0)
     else:
         factor = scale_factor(group["scale"], n, m)
-    update.mul_(keep * -lr * factor)
+    factor = keep * -lr * factor
+    if isinstance(factor, Tensor):
+        update.mul_(factor)
+        factor = 1.0
 
     # Half-precision weights are updated in float32 and rounded once.
-    targets = [p.to(dtype) for p in parameters]
+    targets = [piece.parameter.to(stack.dtype) for piece in pieces]
     if group["weight_decay"]:
         amount = keep * lr * group["weight_decay"]
         if pieces[0].top_space is not None:
-            torch._foreach_copy_(views, targets)  # the stack is free again
-            _decay_top(stack, pieces, amount, bad)
-            torch._foreach_copy_(targets, views)
+            weights = torch.empty_like(stack)
+            of_weights = _views(weights, pieces)
+            torch._foreach_copy_(of_weights, targets)
+            _decay_top(weights, pieces, amount, keep)
+            torch._foreach_copy_(targets, of_weights)
         else:
             torch._foreach_mul_(targets, 1.0 - amount)
-    torch._foreach_add_(targets, _views(update, parameters, counts))
-    for p, target in zip(parameters, targets, strict=True):
-        if target is not p:
-            p.copy_(target)
+    torch._foreach_add_(targets, _views(update, pieces), alpha=factor)
+    for piece, target in zip(pieces, targets, strict=True):
+        if target is not piece.parameter:
+            piece.parameter.copy_(target)
 
 
-def _direction(group: dict[str, Any], stack: Tensor) -> Tensor:
-    """Steepest descent in the group's norm for every matrix of a stack."""
+def _direction(group: dict[str, Any], stack: Tensor, space: Workspace) -> Tensor:
+    """Steepest descent in the group's norm for every matrix of a stack, which may be overwritten."""
     vectors = 1 in stack.shape[-2:]  # the same in all norms, and exact without an iteration
     p = schatten_exponent(group["norm"])
     if p < math.inf and not vectors:
         return schatten_direction(stack, p)
-    return msign(
+    return msign_(
         stack,
         method="auto" if vectors else group["method"],
         steps=group["ns_steps"],
         coefficients=group["coefficients"],
         dtype=None if group["ns_dtype"] is None else getattr(torch, group["ns_dtype"]),
+        space=space,
     )
 
 
-def _views(stack: Tensor, shaped_like: list[Tensor], counts: list[int]) -> list[Tensor]:
-    """The stack's matrices, parameter by parameter, in each parameter's shape."""
-    return [part.view(p.shape) for part, p in zip(stack.split(counts), shaped_like, strict=True)]
+def _views(stack: Tensor, pieces: list[Piece]) -> list[Tensor]:
+    """The stack's matrices, piece by piece, each in the shape of its parameter."""
+    parts = stack.split([piece.matrices for piece in pieces])
+    return [part.view(piece.parameter.shape) for part, piece in zip(parts, pieces, strict=True)]
 
 
-def _decay_top(weights: Tensor, pieces: list[Piece], amount: Tensor, bad: Tensor) -> None:
+def _decay_top(weights: Tensor, pieces: list[Piece], amount: Tensor | float, keep: Tensor | float) -> None:
     """Spectral weight decay of a (matrices, n, m) stack, in place; the vectors move with it unless the step is bad."""
     states = [piece.top_space for piece in pieces if piece.top_space is not None]
     assert len(states) == len(pieces)
-    old = torch.cat(states)
-    V = torch.where(bad, old, follow_top_space(weights, old))
+    V = follow_top_space(weights, old := torch.cat(states))
+    if isinstance(keep, Tensor):
+        V = torch.where(keep > 0.0, V, old)
     spectral_decay_(weights, V, amount)
     torch._foreach_copy_(states, list(V.split([len(state) for state in states])))

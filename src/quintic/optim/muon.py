@@ -7,7 +7,8 @@ For a matrix W (n outputs, m inputs) with gradient G at step t (mu: momentum, et
     W <- (1 - eta lambda) W - eta s(n, m) msign(U)
 
 Decay is decoupled and uses the base rate eta, never eta s. Since msign ignores scale, the average form of the
-momentum gives the same direction as the posts' sum form B <- mu B + G.
+momentum gives the same direction as the posts' sum form B <- mu B + G, which can be had too
+(:mod:`quintic.optim.momentum`).
 
 One ``torch.optim.Optimizer`` also runs AdamW for what is not a matrix, so there is one state dict and one
 learning rate. A step whose gradients contain a NaN or an infinity changes nothing at all, and is counted.
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 
 from quintic.core import CheckpointError, ConfigError, suggest
 from quintic.linalg.coefficients import Coefficients
+from quintic.linalg.workspace import Workspace
 from quintic.optim.adamw import new_state, update_with_adamw
 from quintic.optim.cap import cap_step_
 from quintic.optim.decay import start_top_space, top_space_shape
-from quintic.optim.groups import check_group, groups_of, matrices_in, name_of, warn_about_small_lr
+from quintic.optim.groups import check_group, check_still_matrices, groups_of, matrices_in, name_of, warn_about_small_lr
 from quintic.optim.matrices import Piece, chunks, pieces_of, update_matrices
 from quintic.optim.nonfinite import NONFINITE, any_nonfinite, sift_nonfinite_
 from quintic.optim.routing import RoleTable, roles
@@ -39,8 +41,8 @@ __all__ = ["Muon"]
 
 _ADJUST = {"original": "keller", "match_rms_adamw": "moonlight"}  # torch.optim.Muon's names
 _SETTINGS = (
-    "lr", "weight_decay", "momentum", "nesterov", "scale", "ns_steps", "coefficients", "method", "ns_dtype", "maximize",
-    "decay", "decay_rank", "norm",
+    "lr", "weight_decay", "momentum", "momentum_form", "nesterov", "scale", "ns_steps", "coefficients", "method",
+    "ns_dtype", "maximize", "decay", "decay_rank", "norm",
 )  # fmt: skip
 _MARKS = ("algorithm", "scale", "adamw_betas")  # settings by which a state is known to be ours
 
@@ -62,6 +64,8 @@ class Muon(torch.optim.Optimizer):
         lr: Learning rate of both halves; a number or a 0-d tensor.
         weight_decay: Decoupled weight decay of both halves.
         momentum: Muon's momentum mu, in [0, 1).
+        momentum_form: ``average`` of gradients or ``sum``, see :mod:`quintic.optim.momentum`; the same steps while mu
+            is constant.
         nesterov: Use the Nesterov form.
         decay: ``frobenius``, which shrinks every singular value, or ``spectral``, which shrinks the largest of each
             matrix under Muon, see :mod:`quintic.optim.decay`. AdamW's half always has the first.
@@ -81,7 +85,8 @@ class Muon(torch.optim.Optimizer):
         ns_steps: Steps of the polynomial; ``None`` is 5, or the length of a listed schedule.
         coefficients: Preset, triple or triples, see :mod:`quintic.linalg.coefficients`.
         method: How msign is computed, see :func:`quintic.linalg.msign`.
-        ns_dtype: Dtype of msign's products; ``None`` picks by capability.
+        ns_dtype: Dtype of msign's products; ``None`` is float32 on CPUs and picks by capability elsewhere, see
+            :func:`quintic.linalg.msign`. Bfloat16 is faster on CPUs with AMX, and coarse.
         adamw_betas: AdamW's decay rates.
         adamw_eps: AdamW's epsilon.
         distributed: How msign of matrices divided among processes (DTensor) is taken: ``owner`` (each by one process,
@@ -98,8 +103,7 @@ class Muon(torch.optim.Optimizer):
         ConfigError: A setting is out of range, a parameter under Muon is not a matrix, or (``strict``) ambiguous.
 
     State: ``momentum_buffer`` for Muon; ``step``, ``exp_avg``, ``exp_avg_sq`` for AdamW; float32 for half-precision
-    parameters; ``top_space`` for spectral decay (of further parts ``top_space_1`` and so on). The momentum has
-    torch.optim.Muon's form.
+    parameters; ``top_space`` for spectral decay (of further parts ``top_space_1`` and so on).
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 16), nn.Linear(16, 100, bias=False))
@@ -121,6 +125,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         *,
+        momentum_form: str = "average",
         decay: str = "frobenius",
         decay_rank: int = 1,
         scale: str = "moonlight",
@@ -159,6 +164,7 @@ class Muon(torch.optim.Optimizer):
         self.cap = cap
         self.distributed = distributed
         self.nonfinite = nonfinite
+        self._space = Workspace()
         self._skipped: Tensor | None = None
         self._cap_factor: Tensor | None = None
         if isinstance(params, nn.Module):
@@ -170,6 +176,7 @@ class Muon(torch.optim.Optimizer):
             "decay": decay,
             "decay_rank": decay_rank,
             "momentum": momentum,
+            "momentum_form": momentum_form,
             "nesterov": nesterov,
             "scale": scale,
             "norm": norm,
@@ -226,7 +233,7 @@ class Muon(torch.optim.Optimizer):
             The closure's loss.
 
         Raises:
-            ConfigError: A gradient is sparse.
+            ConfigError: A gradient is sparse, or a matrix has been flattened or sharded away.
             NonFiniteGradientError: A gradient is not finite, with ``nonfinite="raise"``.
         """
         loss = None
@@ -253,6 +260,7 @@ class Muon(torch.optim.Optimizer):
 
     def _active(self, group: dict[str, Any]) -> list[Tensor]:
         """Parameters to update now, checked."""
+        check_still_matrices(group)
         params = [p for p in group["params"] if p.grad is not None and p.numel()]
         for p in params:
             if p.grad is not None and p.grad.layout != torch.strided:
@@ -265,9 +273,10 @@ class Muon(torch.optim.Optimizer):
     def _muon(self, active: list[tuple[dict[str, Any], list[Tensor]]], bad: Tensor) -> None:
         """Update matrices, all of one shape and with the same settings at a time."""
         buckets: dict[Any, tuple[dict[str, Any], list[Piece]]] = {}
-        ready: list[tuple[dict[str, Any], dict[str, Any], Tensor, Sequence[Tensor]]] = []
+        ready: list[tuple[dict[str, Any], dict[str, Any], Any, Tensor, Sequence[Tensor]]] = []
         divided: list[Divided] = []
         for group, params in active:
+            key = _key(group)
             for p in params:
                 assert p.grad is not None
                 state = self.state[p]
@@ -275,26 +284,28 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = new_state(p)
                 tensors = (p.detach(), p.grad, state["momentum_buffer"])
                 if holds_whole_matrices(p):
-                    ready.append((group, group, p, [local(t) for t in tensors]))
+                    ready.append((group, group, key, p, [local(t) for t in tensors]))
                 else:
                     divided.append(Divided(group, p, *tensors[1:]))
         gathered = assemble(divided, bad, self.distributed)
         for (group, p, *_), stand_in in zip(divided, gathered, strict=True):
             if stand_in is not None:
-                ready.append((group, stand_in.group, p, stand_in[1:]))
-        for group, settings, p, tensors in ready:
+                ready.append((group, stand_in.group, _key(stand_in.group), p, stand_in[1:]))
+        for group, settings, key, p, tensors in ready:
             if not tensors[0].numel():
                 continue  # all of it lies with other processes
-            key, state = _key(settings), self.state[p]
+            state = self.state[p]
             views = (matrices_in(group, t) for t in tensors)
             for i, (part, gradient, average) in enumerate(zip(*views, strict=True)):
                 shape = (part.n, part.m, part.tensor.device, average.tensor.dtype)
                 top = _top_space(settings, state, i, part)
                 pieces = buckets.setdefault((*shape, key), (settings, []))[1]
                 pieces.extend(pieces_of(part, gradient, average, top))
+        good = bad.device.type == "cpu" and not bad  # elsewhere looking would wait
+        keep = 1.0 if good else (~bad).to(torch.float32)
         for group, pieces in buckets.values():
             for chunk in chunks(pieces):
-                update_matrices(group, chunk, bad)
+                update_matrices(group, chunk, keep, self._space)
         scatter_(divided, [each and each.weights for each in gathered], bad, self.distributed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -342,6 +353,7 @@ class Muon(torch.optim.Optimizer):
             "cap": self.cap,
             "nonfinite": self.nonfinite,
             "distributed": self.distributed,
+            "_space": Workspace(),
             **counts,
         }
 

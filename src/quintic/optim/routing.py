@@ -282,6 +282,11 @@ def _infer(model: nn.Module, declared: Mapping[str, ParameterRole]) -> dict[str,
 def _infer_one(path: str, module: nn.Module, local: str, parameter: nn.Parameter, *, is_first: bool) -> _Guess:
     """What the module's type says of one of its parameters."""
     kind = type(module).__name__
+    if parameter.ndim < 2 and local == "weight" and isinstance(module, (nn.Linear, nn.Embedding, *_CONV)):
+        raise ConfigError(
+            f"{path or kind}.weight of {kind} has shape {tuple(parameter.shape)}: it was flattened or sharded away. "
+            "Shard with torch's fully_shard, which keeps shapes, or make the optimizer before"
+        )
     if parameter.ndim < 2:
         return _Guess(Role.VECTOR, f"{local} of {kind}")
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):

@@ -27,6 +27,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from quintic.optim.momentum import advance_
+
 __all__ = [
     "DISTRIBUTED",
     "Divided",
@@ -151,19 +153,14 @@ def scatter_(divided: list[Divided], results: list[Tensor | None], bad: Tensor, 
 
 def _advance(divided: Divided, bad: Tensor) -> Tensor:
     """The local part of the direction whose msign is taken."""
-    group, own_momentum = divided.group, local(divided.momentum)
-    mu = group["momentum"]
-    g = local(divided.gradient).to(own_momentum.dtype, copy=True)
-    if group["maximize"]:
-        g.neg_()
-    g.masked_fill_(bad, 0.0)
-    keep = (~bad).to(g.dtype)
-    own_momentum.mul_(1.0 - keep * (1.0 - mu)).add_(g, alpha=1.0 - mu)
-    return g.lerp_(own_momentum, mu) if group["nesterov"] else own_momentum
+    momentum = local(divided.momentum)
+    direction = local(divided.gradient).to(momentum.dtype, copy=True).masked_fill_(bad, 0.0)
+    advance_(divided.group, [momentum], [direction], (~bad).to(momentum.dtype))
+    return direction
 
 
 def _stand_in(group: dict[str, Any], direction: Tensor, weights: Tensor | None = None) -> Gathered:
-    settings = {"momentum": 0.0, "nesterov": False, "maximize": False}
+    settings = {"momentum": 0.0, "momentum_form": "average", "nesterov": False, "maximize": False}
     decay = 0.0 if weights is None else group["weight_decay"]
     weights = torch.zeros_like(direction) if weights is None else weights
     return Gathered({**group, **settings, "weight_decay": decay}, weights, direction, torch.zeros_like(direction))

@@ -75,6 +75,9 @@ def parts_of(
         >>> [part[1:] for part in parts_of(torch.zeros(8, 64, 32)) + parts_of(torch.zeros(16, 3, 3, 3), "conv")]
         [(8, 64, 32), (1, 16, 27)]
     """
+    if split is None and layout == "stack" and orientation == "out_in" and t.ndim >= 2:  # nearly always
+        *lead, n, m = t.shape
+        return [Part(t, math.prod(lead), n, m)]
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}{suggest(str(layout), LAYOUTS)}")
     if orientation not in ORIENTATIONS:
