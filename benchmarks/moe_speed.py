@@ -126,9 +126,9 @@ def dispatch_step(x: Tensor, ids: Tensor, experts: int, hidden: int) -> Callable
     def run() -> None:
         counts = torch.bincount(ids.flatten(), minlength=experts)
         runs = plan_runs(counts.tolist(), width, 2 * hidden, cpu=True)
-        slots, rows = lay_out(ids, counts, runs)
-        token, blocks = slots // ids.shape[1], blocks_of(runs, cpu=True)
-        y = x.new_zeros(len(slots), width)
+        token, rows = lay_out(ids, counts, runs)
+        blocks = blocks_of(runs, cpu=True)
+        y = x.new_zeros(len(token), width)
         wide = x.new_empty(max(block.stop - block.start for block in blocks), width)
         for weights in (gates, None):  # forward: tokens; backward: gradients and tokens
             for block in blocks:

@@ -32,7 +32,7 @@ __all__ = ["Block", "Run", "blocks_of", "grouped_is_legal", "kept_rows", "lay_ou
 _CALL = 10_000_000
 _MOVE = 20
 
-_BLOCK_ROWS = 1024  # of a CPU's scratch: a few hundred kilobytes to a few megabytes
+_BLOCK_ROWS = 2048  # of a CPU's scratch: a megabyte to some ten
 
 
 class Run(NamedTuple):
@@ -130,7 +130,7 @@ def lay_out(ids_nk: Tensor, counts_e: Tensor, runs: list[Run] | None) -> tuple[T
         runs: From :func:`plan_runs`; None for the grouped product, which needs no padding.
 
     Returns:
-        Slot of every row, and (tokens, k) row of every slot.
+        Token of every row, and (tokens, k) row of every slot.
     """
     slot_m = torch.argsort(ids_nk.reshape(-1), stable=True)
     m, device = slot_m.numel(), slot_m.device
@@ -142,11 +142,12 @@ def lay_out(ids_nk: Tensor, counts_e: Tensor, runs: list[Run] | None) -> tuple[T
         row_m += gap_e.repeat_interleave(counts_e, output_size=m)
         slot_r = slot_m[first_e.clamp_(max=m - 1)].repeat_interleave(sizes_e, output_size=runs[-1].stop)
         slot_r.index_copy_(0, row_m, slot_m)
-    return slot_r, torch.empty_like(slot_m).index_copy_(0, slot_m, row_m).view_as(ids_nk)
+    row_nk = torch.empty_like(slot_m).index_copy_(0, slot_m, row_m).view_as(ids_nk)
+    return torch.div(slot_r, ids_nk.shape[1], rounding_mode="trunc"), row_nk
 
 
 def blocks_of(runs: list[Run], *, cpu: bool) -> list[Block]:
-    """Runs that share a scratch: on a CPU a thousand rows together, or one run alone."""
+    """Runs that share a scratch: on a CPU some thousand rows together, or one run alone."""
     limit = _BLOCK_ROWS if cpu else runs[-1].stop
     blocks, first = [], 0
     for at, run in enumerate(runs):

@@ -130,14 +130,13 @@ class _RoutedExperts(torch.autograd.Function):
 def _forward(
     x_nd: Tensor, ids_nk: Tensor, gates_nk: Tensor, w_in: Tensor, w_out: Tensor, activation: str, normalize: bool
 ) -> tuple[Tensor, ...]:
-    h_rh, row_nk, slot_r, counts_e = _kept(x_nd, ids_nk, w_in)
+    h_rh, row_nk, kept_r, counts_e = _kept(x_nd, ids_nk, w_in)
     if not ids_nk.numel():
-        return x_nd.new_zeros(x_nd.shape), h_rh, row_nk, slot_r, counts_e.zero_()
+        return x_nd.new_zeros(x_nd.shape), h_rh, row_nk, kept_r, counts_e.zero_()
     counts_e = torch.bincount(ids_nk.reshape(-1), minlength=w_in.shape[0])
     runs, blocks, ends = _plan(counts_e, w_in, w_out)
-    used_r, row_nk = lay_out(ids_nk, counts_e, runs)
-    slot_r[: used_r.numel()] = used_r
-    token_r = used_r // ids_nk.shape[1]
+    token_r, row_nk = lay_out(ids_nk, counts_e, runs)
+    kept_r[: token_r.numel()] = token_r
     (d, f), w_in_t, w_out_t = w_out.shape[1:], w_in.transpose(1, 2), w_out.transpose(1, 2)
     v_rd = x_nd.new_empty(token_r.numel(), d)
     rows = max(block.stop - block.start for block in blocks)
@@ -151,7 +150,7 @@ def _forward(
         _into(v, rows_by_expert_(block, ends, a, w_out_t, v))
         if normalize:
             v.mul_(_inverse_rms(v))
-    return _combine(v_rd, row_nk, gates_nk), h_rh, row_nk, slot_r, counts_e
+    return _combine(v_rd, row_nk, gates_nk), h_rh, row_nk, kept_r, counts_e
 
 
 def _backward(
@@ -162,7 +161,7 @@ def _backward(
     w_out: Tensor,
     h_rh: Tensor,
     row_nk: Tensor,
-    slot_r: Tensor,
+    token_r: Tensor,
     counts_e: Tensor,
     activation: str,
     normalize: bool,
@@ -173,7 +172,7 @@ def _backward(
         return torch.zeros_like(x_nd), torch.zeros_like(gates_nk), dw_in.zero_(), dw_out.zero_()
     _, blocks, ends = _plan(counts_e, w_in, w_out)
     dy_nd = dy_nd.to(x_nd.dtype)
-    token_r = slot_r[: blocks[-1].stop] // gates_nk.shape[1]
+    token_r = token_r[: blocks[-1].stop]
     # Padding has gate 0, and so a gradient of 0.
     gate_r1 = x_nd.new_zeros(token_r.numel(), 1)
     gate_r1.view(-1).index_copy_(0, row_nk.view(-1), gates_nk.reshape(-1).to(x_nd.dtype))
@@ -213,10 +212,10 @@ def _backward(
 
 
 def _kept(x_nd: Tensor, ids_nk: Tensor, w_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for what the backward pass needs, of the same size whatever the load: h, rows, slots, counts."""
+    """Room for what the backward pass needs, of the same size whatever the load: h, rows, tokens, counts."""
     rows = kept_rows(ids_nk.numel(), w_in.shape[0])
-    slots = ids_nk.new_empty(ids_nk.shape), ids_nk.new_empty(rows)
-    return x_nd.new_empty(rows, w_in.shape[1]), *slots, ids_nk.new_empty(w_in.shape[0])
+    where = ids_nk.new_empty(ids_nk.shape), ids_nk.new_empty(rows)
+    return x_nd.new_empty(rows, w_in.shape[1]), *where, ids_nk.new_empty(w_in.shape[0])
 
 
 def _plan(counts_e: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[list[Run] | None, list[Block], Tensor | None]:
@@ -256,7 +255,7 @@ def _fake_forward(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize):
     return x_nd.new_empty(x_nd.shape), *_kept(x_nd, ids_nk, w_in)
 
 
-def _fake_backward(dy_nd, x_nd, gates_nk, w_in, w_out, h_rh, row_nk, slot_r, counts_e, activation, normalize):
+def _fake_backward(dy_nd, x_nd, gates_nk, w_in, w_out, h_rh, row_nk, token_r, counts_e, activation, normalize):
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x_nd, gates_nk, w_in, w_out))
 
 
@@ -267,7 +266,7 @@ torch.library.define(
 )
 torch.library.define(
     "quintic::routed_backward",
-    "(Tensor dy, Tensor x, Tensor gates, Tensor w_in, Tensor w_out, Tensor h, Tensor row, Tensor slot, Tensor counts,"
+    "(Tensor dy, Tensor x, Tensor gates, Tensor w_in, Tensor w_out, Tensor h, Tensor row, Tensor token, Tensor counts,"
     " str activation, bool normalize) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("quintic::routed_forward", "default", _forward)
@@ -285,7 +284,7 @@ def _forward_flops(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize, *
 
 @register_flop_formula(torch.ops.quintic.routed_backward)
 def _backward_flops(
-    dy_nd, x_nd, gates_nk, w_in, w_out, h_rh, row_nk, slot_r, counts_e, activation, normalize, *, out_shape=None, **_
+    dy_nd, x_nd, gates_nk, w_in, w_out, h_rh, row_nk, token_r, counts_e, activation, normalize, *, out_shape=None, **_
 ) -> int:
     again = 2 * row_nk[0] * row_nk[1] * w_out[1] * w_out[2] if normalize else 0
     return 2 * _forward_flops(x_nd, gates_nk, gates_nk, w_in, w_out, activation, normalize) + again
