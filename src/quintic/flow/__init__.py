@@ -1,6 +1,7 @@
 """TARFLOW: a normalizing flow of images with exact likelihood and exact, fast sampling."""
 
 from quintic.flow.config import TarFlowConfig
+from quintic.flow.guess import LinearGuess
 from quintic.flow.guidance import Guidance
 from quintic.flow.inpainting import Inpainting, inpaint
 from quintic.flow.loading import load_flow, save_flow, shipped_flow, shipped_flow_names
@@ -13,6 +14,7 @@ __all__ = [
     "Guidance",
     "ImageScores",
     "Inpainting",
+    "LinearGuess",
     "Samples",
     "SamplingPlan",
     "TarFlow",

@@ -52,7 +52,8 @@ class TarFlowConfig:
     learned_prior: bool = False
     """Whether the variance of every latent is learned, in place of 1."""
     direction: str = "density"
-    """Which way is one parallel pass: density (training fast, sampling slow) or sampling (the reverse)."""
+    """Which way is one parallel pass: density (training fast, sampling slow) or sampling (the reverse; it wants a
+    lower optim.lr, about 0.003)."""
     checkpoint: bool = False
     """Whether training keeps the inputs of blocks alone and computes the rest again."""
     sample_images: int = 36

@@ -27,10 +27,14 @@ from quintic.flow.guidance import Guidance
 
 if TYPE_CHECKING:
     from quintic.flow.block import FlowBlock
+    from quintic.flow.guess import LinearGuess
     from quintic.flow.planning import SamplingPlan
     from quintic.flow.tarflow import TarFlow
 
 __all__ = ["BlockReport", "Inversion", "Tolerance", "Workspace", "invert_block", "invert_flow", "step_", "sweep_"]
+
+_LARGE = 1e6
+"""No guess is kept beyond it."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,12 @@ class Workspace:
 
 
 def invert_block(
-    workspace: Workspace, folded: FoldedBlock, z_bnd: Tensor, window: int, tolerance: float
+    workspace: Workspace,
+    folded: FoldedBlock,
+    z_bnd: Tensor,
+    window: int,
+    tolerance: float,
+    guess: Tensor | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Invert one block.
 
@@ -146,6 +155,7 @@ def invert_block(
         z_bnd: (b, n, d) in the block's order; left as it is.
         window: Tokens of a sweep, at least 1.
         tolerance: A guess that moves less, relative to 1 + its size, has settled.
+        guess: Of x, in the block's order, where sweeps begin; None begins from z.
 
     Returns:
         x (b, n, d) in the block's order, and the number of tokens of every sweep.
@@ -157,6 +167,8 @@ def invert_block(
         for token in range(last):
             step_(workspace, folded, places, token)
         return x, [1] * last
+    if guess is not None:
+        x[:, 1:] = torch.where(guess[:, 1:].abs() < _LARGE, guess[:, 1:], x[:, 1:])
     done = 0
     widths = []
     while done < last:
@@ -198,7 +210,7 @@ def sweep_(
     place[:, :final] = fresh[:, :final]
     # A masked key still spoils a sum if it is not finite, so guesses are kept finite.
     guesses, plain = fresh[:, final:], z_bnd[:, done + 1 + final : end + 1]
-    place[:, final:] = torch.where(guesses.abs() < 1e6, guesses, plain)
+    place[:, final:] = torch.where(guesses.abs() < _LARGE, guesses, plain)
     return done + final
 
 
@@ -227,6 +239,7 @@ def invert_flow(
     guidance: Guidance | None = None,
     certify: bool = False,
     tolerance: Tolerance | None = None,
+    guess: LinearGuess | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Inversion:
     """Invert all blocks, last to first.
@@ -239,6 +252,7 @@ def invert_flow(
         guidance: Towards the class.
         certify: Check sequential blocks too.
         tolerance: Of guesses and of the check; None is :meth:`Tolerance.of` the precision.
+        guess: Where guesses begin; None begins from the latents.
         check: Called before every block; what it raises ends the inversion.
 
     Raises:
@@ -257,7 +271,7 @@ def invert_flow(
         raise ConfigError(f"this plan is for {len(windows)} blocks, the flow has {len(blocks)}")
     x = z_bnd.to(blocks[0].position)
     with torch.inference_mode():
-        x, reports = _invert(model, x, rows, windows, guidance, certify, tolerance, check)
+        x, reports = _invert(model, x, rows, windows, guidance, certify, tolerance, guess, check)
     return Inversion(x.clone(), reports)  # a tensor that autograd may use
 
 
@@ -269,6 +283,7 @@ def _invert(
     guidance: Guidance | None,
     certify: bool,
     tolerance: Tolerance,
+    guess: LinearGuess | None,
     check: Callable[[], None],
 ) -> tuple[Tensor, tuple[BlockReport, ...]]:
     workspace, blocks = Workspace(model, len(x), rows, guidance), model.stack
@@ -278,7 +293,8 @@ def _invert(
         block, window = blocks[index], windows[index]
         folded = workspace.fold(block)
         z = block.ordered(x)
-        found, widths = invert_block(workspace, folded, z, window, tolerance.guess)
+        start = guess(index, z) if guess is not None and window > 1 else None
+        found, widths = invert_block(workspace, folded, z, window, tolerance.guess, start)
         residual, failed = None, False
         if window > 1 or certify:
             residual = workspace.residual(block, found, z)

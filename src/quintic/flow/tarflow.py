@@ -27,6 +27,7 @@ from quintic.core.initial import initialize_
 from quintic.core.roles import Constant, Role, declare
 from quintic.flow.block import FlowBlock
 from quintic.flow.config import DIRECTIONS, NOISES, PREPROCESSINGS
+from quintic.flow.guess import LinearGuess
 from quintic.flow.guidance import Guidance
 from quintic.flow.invert import Inversion, invert_flow
 from quintic.flow.likelihood import bits, dequantise, log_normal, logit_forward, logit_inverse
@@ -226,6 +227,7 @@ class TarFlow(nn.Module):
         method: str | SamplingPlan = "auto",
         guidance: Guidance | None = None,
         certify: bool = False,
+        guess: LinearGuess | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> tuple[Tensor, Inversion]:
         """Latents to images, the inverse of :meth:`forward`.
@@ -236,6 +238,7 @@ class TarFlow(nn.Module):
             method: ``auto`` (measure and plan), ``sequential``, ``jacobi``, ``window:K``, or a plan.
             guidance: Towards the class; the map is then another one, still exactly inverted.
             certify: Check sequential blocks by a parallel pass too, not only those that guessed.
+            guess: Where guessing begins; it changes how many sweeps are needed, not what is found.
             check: Called before every block; what it raises ends the work.
 
         Returns:
@@ -260,7 +263,7 @@ class TarFlow(nn.Module):
                 found = Inversion(tokens, ())
             else:
                 found = invert_flow(
-                    self, tokens, rows, method=method, guidance=guidance, certify=certify, check=check
+                    self, tokens, rows, method=method, guidance=guidance, certify=certify, guess=guess, check=check
                 )
         images = to_image(found.tokens, self.shape, self.patch)
         return (logit_inverse(images) if self.preprocess == "logit" else images), found
@@ -275,6 +278,7 @@ class TarFlow(nn.Module):
         guidance: Guidance | None = None,
         denoise: bool | None = None,
         certify: bool = False,
+        guess: LinearGuess | None = None,
         batch: int = 64,
         progress: Callable[[int, int], None] | None = None,
         check: Callable[[], None] = lambda: None,
@@ -289,6 +293,7 @@ class TarFlow(nn.Module):
             guidance: See :meth:`decode`.
             denoise: Whether to remove the noise of training; None does so if it was gaussian.
             certify: See :meth:`decode`.
+            guess: See :meth:`decode`.
             batch: Images at a time.
             progress: Told images done and wanted.
             check: See :meth:`decode`.
@@ -304,7 +309,7 @@ class TarFlow(nn.Module):
             count = min(batch, n - first)
             part = rows[first : first + count] if isinstance(rows, Tensor) else rows
             z = self._draw(count, seed, 0, first)
-            x, found = self.decode(z, part, method=method, guidance=guidance, certify=certify, check=check)
+            x, found = self.decode(z, part, method=method, guidance=guidance, certify=certify, guess=guess, check=check)
             inversions.append(found)
             for attempt in range(1, _TRIES):
                 bad = ~x.isfinite().flatten(1).all(1)
@@ -369,18 +374,22 @@ class TarFlow(nn.Module):
             raise DataError(f"labels are 0 to {self.num_classes - 1}, or -1 for none; found {low} to {high}")
         return torch.where(found < 0, self.num_classes, found)
 
+    def as_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first block sees of images, (b, n, d), and log |det| (b,) of the way there."""
+        self._check(images)
+        if self.preprocess == "logit":
+            images, total = logit_forward(images)
+        else:
+            total = images.new_zeros(len(images))
+        return to_tokens(images, self.patch), total
+
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or tuple(images.shape[1:]) != self.shape:
             raise DataError(f"this flow is for images (batch, {self.shape}), found {tuple(images.shape)}")
 
     def _encode(self, images: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """Latent tokens (b, n, d) and log |dz/dx| (b,)."""
-        self._check(images)
-        if self.preprocess == "logit":
-            images, total = logit_forward(images)
-        else:
-            total = images.new_zeros(len(images))
-        x = to_tokens(images, self.patch)
+        x, total = self.as_tokens(images)
         for block in self.stack if self.direction == "density" else reversed(self.stack):
             one_way = block if self.direction == "density" else block.inverse
             if self.checkpoint and torch.is_grad_enabled():
