@@ -1,4 +1,4 @@
-"""An own classifier of Fashion-MNIST: labels, and features for Frechet distances (nobody else's, so not an "FID")."""
+"""An own classifier of small images: labels, and features for Frechet distances (nobody else's, so not an "FID")."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ from torch.nn import functional as F
 
 from quintic.data.images import ImageData, as_signed
 
+_BATCH, _STEPS, _PASSES = 128, 1500, 15
+
 
 class Classifier(nn.Module):
-    """Two convolutions and two layers; ``features`` is what Frechet distances are taken in."""
+    """Two convolutions and two layers; ``features`` is what Frechet distances are taken in.
 
-    def __init__(self) -> None:
+    Args:
+        shape: (channels, height, width) of the images; height and width are multiples of four.
+        classes: To tell apart.
+    """
+
+    def __init__(self, shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10) -> None:
         super().__init__()
+        channels, height, width = shape
         self.body = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU(),
+            nn.Flatten(), nn.Linear(32 * (height // 4) * (width // 4), 64), nn.ReLU(),
         )  # fmt: skip
-        self.head = nn.Linear(64, 10)
+        self.head = nn.Linear(64, classes)
 
     def features(self, signed: NDArray[np.float32]) -> NDArray[np.float64]:
         with torch.no_grad():
@@ -34,20 +42,21 @@ class Classifier(nn.Module):
             return self.head(self.body(torch.from_numpy(signed))).argmax(1).numpy()
 
 
-def classifier(data: ImageData, path: Path, steps: int = 1500) -> Classifier:
-    """Trained on the training images, or read from ``path``."""
+def classifier(data: ImageData, path: Path) -> Classifier:
+    """Trained on the training images, at most fifteen times each, or read from ``path``."""
     torch.manual_seed(0)
-    net = Classifier()
+    net = Classifier(data.shape, len(data.class_names))
     if path.exists():
         net.load_state_dict(torch.load(path, weights_only=True))
         return net.eval()
     assert data.train.labels is not None
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     draws = np.random.default_rng(0)
+    steps = min(_STEPS, _PASSES * len(data.train) // _BATCH)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * (1.0 - step / steps)
-        rows = draws.integers(len(data.train), size=128)
+        rows = draws.integers(len(data.train), size=_BATCH)
         x, y = torch.from_numpy(as_signed(data.train.images[rows])), torch.from_numpy(data.train.labels[rows])
         optimizer.zero_grad()
         F.cross_entropy(net.head(net.body(x)), y).backward()
