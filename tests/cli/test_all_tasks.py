@@ -115,6 +115,10 @@ def test_every_task_generates_and_evaluates(run, tmp_path, capsys):
         Image.fromarray(arrays[0][i, :, :, 0]).save(folder / f"{i}.png")
     assert quintic("evaluate", run, folder) == 0
     assert "3 images" in capsys.readouterr().out
+    # Whatever size and colours pictures have, the model gets them as it takes them.
+    Image.fromarray(arrays[0][0, :, :, 0]).convert("RGB").resize((12, 10)).save(folder / "3.png")
+    assert quintic("evaluate", run, folder) == 0
+    assert "4 images" in capsys.readouterr().out
 
 
 def test_a_flow_takes_a_class_and_guidance(run, tmp_path, capsys):

@@ -123,7 +123,13 @@ def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: st
         raise ConfigError(f"unknown split {split!r}{suggest(split, ['test', 'validation'])}")
     settings, header = loaded.settings, loaded.header
     if paths:
-        every = replace(settings["data"], validation_fraction=0.0, test_fraction=1.0, flip=False)
+        # As the model takes them, whatever their own size and colours.
+        model = settings[header["task"]]
+        side, channels = model.height if model.height == model.image_width else 0, model.channels
+        every = replace(
+            settings["data"], validation_fraction=0.0, test_fraction=1.0, flip=False, size=side,
+            channels="grey" if channels == 1 else "rgb",
+        )  # fmt: skip
         images = prepare_images(list(paths), every, lambda _: None)
         return _score_others(loaded, images)
     if loaded.shipped:
