@@ -62,3 +62,19 @@ def relative(A, B):
     return float(
         torch.linalg.vector_norm(torch.as_tensor(A) - torch.as_tensor(B)) / torch.linalg.vector_norm(torch.as_tensor(A))
     )
+
+
+class ByProducts:
+    """An operator: four names, tensors in and out."""
+
+    def __init__(self, A):
+        self.A, self.shape, self.dtype = A, tuple(A.shape), A.dtype
+        self.calls = 0
+
+    def matmat(self, X):
+        self.calls += 1
+        return self.A @ X
+
+    def rmatmat(self, X):
+        self.calls += 1
+        return self.A.mH @ X

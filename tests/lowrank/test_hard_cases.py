@@ -217,3 +217,40 @@ def test_nystrom_of_hard_kernels():
             found = nystrom(A, rank=k)
             assert finite(found)
         assert found.error() < 1e-6
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.uint8, torch.tensor])
+def test_whole_numbers_of_any_kind(whole):
+    A = randn(9, 8)
+    for kind in KINDS.values():
+        assert kind(A, rank=whole(3)).rank == 3
+    assert cur(A, rank=[whole(3), whole(4)]).R.shape == (4, 8)
+    assert cr(A, A.T, whole(3)).rank == read_once([A.numpy()], whole(3)).Z.shape[0] == 3
+    large = randn(300, 280)
+    for method in ("quality", "fast", "uniform", "k-means", "norms-sampled"):
+        found = [cur(large, rank=3, method=method, seed=seed).cols for seed in (7, whole(7))]
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("rank", [3.0, "3", True, None, (3,), (3, 4, 5), (3, 2.5)])
+def test_ranks_that_are_no_numbers(rank):
+    with pytest.raises(ConfigError, match=r"expected 1 to 5 .*, a whole number|exactly one"):
+        cur(randn(7, 5), rank=rank)
+
+
+@pytest.mark.parametrize("seed", [None, "x", 1.5, 2**80])
+def test_seeds_that_are_no_integers(seed):
+    for method in ("fast", "uniform"):
+        with pytest.raises(ConfigError, match=r"seed = .*; expected an integer"):
+            cur(randn(200, 180), rank=3, method=method, seed=seed)
+
+
+@pytest.mark.parametrize("tol", ["0.1", float("nan"), 0.0, 1.0, [0.1]])
+def test_tolerances_that_are_none(tol):
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        interpolative(randn(7, 5), tol=tol)
+
+
+def test_methods_that_are_none():
+    with pytest.raises(ConfigError, match="unknown method 3"):
+        cur(randn(7, 5), rank=2, method=3)

@@ -150,3 +150,21 @@ def test_fast_is_as_good_as_scipy_and_really_random():
     assert len(set(errors)) == 3, "scipy gives the same columns for every seed"
     assert max(errors) <= 1.08 * scipy_error
     assert min(errors) >= best(A, k)
+
+
+def test_a_column_that_is_named_twice_is_shared():
+    A = randn(6, 5)
+    found = interpolative(A, indices=[1, 1, 3])
+    assert found.Z[:, 1].tolist() == [0.5, 0.5, 0.0] and found.Z[:, 3].tolist() == [0.0, 0.0, 1.0]
+    torch.testing.assert_close(found.reconstruct(), interpolative(A, indices=[1, 3]).reconstruct())
+
+
+def test_indices_that_do_not_fit():
+    A = randn(3, 9)
+    with pytest.raises(ConfigError, match="number of indices = 5; expected 1 to 3"):
+        interpolative(A, indices=range(5))
+    with pytest.raises(ConfigError, match=r"shape \(2, 2\); expected \(k,\)"):
+        interpolative(A, indices=[[0, 1], [2, 3]])
+    with pytest.raises(ConfigError, match="list of positions"):
+        interpolative(A, indices=["a"])
+    assert interpolative(torch.stack([A, A]), indices=[[0, 1], [2, 3]]).cols.tolist() == [[0, 1], [2, 3]]

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -223,3 +224,10 @@ def test_files_that_are_none(tmp_path):
             CurIndex.load(tmp_path / "damaged.safetensors")
     with pytest.raises(ConfigError, match="by name"):
         CurIndex(scores(9, 9), method=lambda A, k, *, seed: torch.arange(k)).save(tmp_path / "z.safetensors")
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    index = CurIndex(scores(9, 9), first=np.float64(0.3), rounds=np.int64(2), noise=np.float32(0.5), seed=np.int64(4))
+    index.save(tmp_path / "index.safetensors")
+    again = CurIndex.load(tmp_path / "index.safetensors")
+    assert (again.first, again.rounds, again.noise, again.seed) == (0.3, 2, 0.5, 4)

@@ -5,27 +5,11 @@ import pytest
 import scipy.sparse
 import scipy.sparse.linalg
 import torch
-from tests.lowrank.matrices import randn, relative, with_spectrum
+from tests.lowrank.matrices import ByProducts, randn, relative, with_spectrum
 
 from quintic.core import ConfigError, DataError
 from quintic.lowrank import RULES, RowBlocks, cur, interpolative, read_once, select_columns, svd
 from quintic.lowrank.source import as_source
-
-
-class ByProducts:
-    """Four names, tensors in and out."""
-
-    def __init__(self, A):
-        self.A, self.shape, self.dtype = A, tuple(A.shape), A.dtype
-        self.calls = 0
-
-    def matmat(self, X):
-        self.calls += 1
-        return self.A @ X
-
-    def rmatmat(self, X):
-        self.calls += 1
-        return self.A.mH @ X
 
 
 def sparse_matrix(dtype=np.float64, m=60, n=50, seed=0):
@@ -207,3 +191,36 @@ def test_lists_and_views_are_matrices():
     T = torch.from_numpy(A)
     for view in (T.mT, T[::2, 1:], T[0].expand(5, 16), T.mT.contiguous().mT):
         torch.testing.assert_close(interpolative(view, rank=1).Z, interpolative(view.clone(), rank=1).Z)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1e160, 1e300])
+def test_an_operator_shows_its_scale(scale):
+    A = with_spectrum(60, 50, 0.8 ** np.arange(50))
+    for decompose in (interpolative, cur, svd):
+        expected, found = (decompose(ByProducts(B), rank=6) for B in (A, A * scale))
+        assert relative(A, found.reconstruct() / scale) == pytest.approx(relative(A, expected.reconstruct()), rel=1e-6)
+        assert found.error() == pytest.approx(expected.error(), rel=1e-6)
+    found = interpolative(ByProducts(A * scale), tol=1e-2)
+    assert relative(A, found.reconstruct() / scale) <= 1e-2
+    torch.testing.assert_close(found.C / scale, A[:, found.cols])
+    found = cur(ByProducts(A * scale), rank=3)
+    torch.testing.assert_close(found.R / scale, A[found.rows])
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(np.float64, 1e200), (np.float64, 1e-200), (np.float32, 1e30)])
+def test_rows_out_of_range_are_refused(dtype, scale):
+    """A single pass cannot know the scale before the end."""
+    A = (np.ones((6, 5)) * scale).astype(dtype)
+    message = "squares of it leave the range.*float64" if dtype == np.float32 else "squares of it leave the range"
+    with pytest.raises(DataError, match=message):
+        cur(RowBlocks(A, height=4), rank=2)
+    with pytest.raises(DataError, match=message):
+        read_once(iter([A]), rank=2)
+    assert read_once(iter([A * 0]), rank=2).error == 0.0
+
+
+def test_masked_elements_are_not_taken_for_numbers():
+    A = np.ma.masked_array(np.eye(4), np.eye(4) > 0)
+    with pytest.raises(DataError, match="masked elements"):
+        interpolative(A, rank=1)
+    assert interpolative(np.ma.masked_array(np.eye(4)), rank=4).error() == 0.0

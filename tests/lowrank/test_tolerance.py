@@ -3,21 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tests.lowrank.matrices import hilbert, kahan, randn, relative, snn, with_spectrum
+from tests.lowrank.matrices import ByProducts, hilbert, kahan, randn, relative, snn, with_spectrum
 
 from quintic.core import ConfigError
 from quintic.lowrank import RowBlocks, cur, interpolative, nystrom, svd
-
-
-class ByProducts:
-    def __init__(self, A):
-        self.A, self.shape, self.dtype = A, tuple(A.shape), A.dtype
-
-    def matmat(self, X):
-        return self.A @ X
-
-    def rmatmat(self, X):
-        return self.A.mH @ X
 
 
 def random_case(seed):

@@ -14,10 +14,13 @@ in any batch.
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from quintic.core import ConfigError
 
 __all__ = [
     "Dominant",
@@ -26,7 +29,9 @@ __all__ = [
     "dominant",
     "gaussian",
     "probe_norm",
+    "safe_range",
     "safe_scale",
+    "seeded",
     "sketch_rows",
     "times",
 ]
@@ -82,6 +87,18 @@ def adjoint_times(A: Tensor | Operator, X: Tensor) -> Tensor:
     return A.mH @ X if isinstance(A, Tensor) else A.rmatmat(X)
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU.
+
+    Raises:
+        ConfigError: The seed is no integer of 64 bits.
+    """
+    try:
+        return torch.Generator().manual_seed(operator.index(seed))
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"seed = {seed!r}; expected an integer of at most 64 bits") from None
+
+
 def gaussian(rows: int, columns: int, seed: int, like: Tensor | torch.dtype, device: Any = None) -> Tensor:
     """(rows, columns) of independent N(0, 1), or complex ones of variance 1: a pure function of shape, seed and dtype.
 
@@ -94,8 +111,7 @@ def gaussian(rows: int, columns: int, seed: int, like: Tensor | torch.dtype, dev
     """
     if isinstance(like, Tensor):
         like, device = like.dtype, like.device
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((rows, columns), generator=generator, dtype=like).to(device)
+    return torch.randn((rows, columns), generator=seeded(seed), dtype=like).to(device)
 
 
 def sketch_rows(A: Tensor | Operator, size: int, *, seed: int = 0, power: int = 0) -> Tensor:
@@ -126,6 +142,10 @@ def dominant(A: Tensor | Operator, rank: int, *, seed: int = 0, power: int = 1) 
         rank: At most min(m, n).
         seed: Of the sketch.
         power: Power steps of the sketch; each costs two passes over A.
+
+    Example:
+        >>> dominant(torch.diag(torch.tensor([1.0, 3.0, 2.0])), 2).S
+        tensor([3., 2.])
     """
     size = rank + OVERSAMPLING
     if isinstance(A, Tensor) and min(A.shape[-2:]) <= 4 * size:
@@ -147,6 +167,12 @@ def probe_norm(products: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The estimate, and a bound of its standard deviation that is itself estimated from the products:
         Var(mean |A w|^2) = 2 ||A'A||_F^2 / s for real w (half of it for complex w).
+
+    Example:
+        >>> A = torch.eye(100)
+        >>> mean, deviation = probe_norm(A @ gaussian(100, 500, 0, A))
+        >>> bool((mean - 100).abs() < 3 * deviation)
+        True
     """
     gram = products.mH @ products
     count = products.shape[-1]
@@ -154,6 +180,12 @@ def probe_norm(products: Tensor) -> tuple[Tensor, Tensor]:
     # With its diagonal the mean square of the Gram matrix exceeds ||A'A||_F^2, which errs to the safe side.
     fourth = gram.abs().square().mean((-2, -1))
     return mean, (2.0 * fourth / count).sqrt()
+
+
+def safe_range(dtype: torch.dtype) -> tuple[float, float]:
+    """Magnitudes between which squares, and their sums and rounding errors, stay within the range of a dtype."""
+    least = torch.finfo(dtype).tiny ** (1 / 3)
+    return least, 1 / least
 
 
 def safe_scale(values: Tensor) -> float | Tensor:
@@ -173,8 +205,8 @@ def safe_scale(values: Tensor) -> float | Tensor:
     axes = (-2, -1) if real.ndim > 1 else (-1,)
     low, high = real.amin(axes, keepdim=True), real.amax(axes, keepdim=True)
     peak = torch.maximum(-low, high)
-    limit = torch.finfo(values.dtype).tiny ** (1 / 3)
-    safe = (peak == 0) | ((peak > limit) & (peak < 1 / limit))
+    least, most = safe_range(values.dtype)
+    safe = (peak == 0) | ((peak > least) & (peak < most))
     if safe.all():
         return 1.0
     return torch.where(safe, 1.0, torch.ldexp(torch.ones_like(peak), torch.frexp(peak).exponent - 1))

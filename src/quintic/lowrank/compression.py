@@ -195,6 +195,12 @@ def load_compressed(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
     Raises:
         CheckpointError: The state is of another network.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> state = compress(net, [torch.randn(32, 4)], keep=5).module.state_dict()
+        >>> load_compressed(net, state)[0]
+        Linear(in_features=4, out_features=5, bias=True)
     """
     factored = [name.removesuffix(".kept") for name in state if name.endswith(".kept")]
     for name in factored:

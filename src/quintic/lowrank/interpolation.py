@@ -116,6 +116,7 @@ def interpolative(
 
     if indices is not None:
         at = positions(indices, source.shape[-1], source, "indices")
+        check_rank(at.shape[-1], whole, "the number of indices")
         return _from_columns(whole, source, side, at, "fixed", labels)
     if tol is not None:
         return search_rank(attempt, whole, tol)
@@ -130,7 +131,8 @@ def _from_columns(
     Q, T = torch.linalg.qr(C / source.scale)
     Z = apply_inverse(T, source.rmatmat(Q).mH)
     # Exact in exact arithmetic; now also in floating point, and for columns that depend on each other.
-    unit = torch.eye(at.shape[-1], dtype=Z.dtype, device=Z.device).expand(*Z.shape[:-1], -1)
+    unit = (at.unsqueeze(-1) == at.unsqueeze(-2)).to(Z.dtype)
+    unit = unit / unit.sum(-1, keepdim=True)  # a column that was named twice is half of each
     Z = Z.scatter(-1, at.unsqueeze(-2).expand(*Z.shape[:-1], -1), unit)
     left, right = (C, Z) if side == "columns" else (Z.mH, C.mH)
     kept = whole.out(at)

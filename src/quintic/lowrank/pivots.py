@@ -26,6 +26,7 @@ Martinsson's ("Simpler is better", 2021).
 from __future__ import annotations
 
 from math import prod
+from operator import index
 from typing import overload
 
 import torch
@@ -158,7 +159,7 @@ def basis_and_residual(A: Tensor | Operator, k: int, seed: int) -> tuple[Tensor,
         _, S, Vh = torch.linalg.svd(A, full_matrices=False)
         return Vh[..., :k, :], S[..., k:, None] * Vh[..., k:, :], S[..., 0]
     _, S, Vh = dominant(A, k, seed=seed, power=2)
-    G = sketch_rows(A, rows, seed=seed ^ _FRESH) * rows**-0.5
+    G = sketch_rows(A, rows, seed=index(seed) ^ _FRESH) * rows**-0.5
     return Vh, G - G @ Vh.mH @ Vh, S[..., 0]
 
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError, DataError, suggest
-from quintic.lowrank.result import Approximation
+from quintic.linalg.sketch import seeded
+from quintic.lowrank.result import Approximation, whole_number
 from quintic.lowrank.source import Dense, Source, as_source
 
 __all__ = ["CHOICES", "MIDDLES", "ProductSkeleton", "cr"]
@@ -88,8 +89,7 @@ def cr(
     source = _Product(X, Y)
     x, y = source.x, source.y
     terms = x.shape[1]
-    if not 1 <= rank <= terms:
-        raise ConfigError(f"rank = {rank}; expected 1 to {terms}, the number of terms of the product")
+    rank = whole_number(rank, terms, "rank", ", the number of terms of the product")
     norms = torch.linalg.vector_norm(x.detach(), dim=0) * torch.linalg.vector_norm(y.detach(), dim=1)
     weights = torch.ones(rank, dtype=x.dtype, device=x.device)
     if method == "top":
@@ -153,7 +153,7 @@ def _drawn(norms: Tensor, rank: int, seed: int, ones: Tensor) -> tuple[Tensor, T
     if total == 0:
         return torch.arange(rank, device=norms.device), ones
     reach = norms.double().cumsum(0) / total.double()
-    u = torch.rand(rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(norms.device)
+    u = torch.rand(rank, generator=seeded(seed), dtype=torch.float64).to(norms.device)
     at = torch.searchsorted(reach, u * reach[-1], right=True).clamp_max(len(norms) - 1)
     return at, (total / (rank * norms[at])).to(ones.dtype)
 

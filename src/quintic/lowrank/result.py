@@ -9,9 +9,10 @@ is of the kind that was given: tensors for tensors, numpy arrays for the rest.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from quintic.core import ConfigError, DataError
 from quintic.linalg.sketch import gaussian, probe_norm
 from quintic.lowrank.source import Source
 
-__all__ = ["Approximation", "check_rank", "labels_at", "positions", "search_rank", "within"]
+__all__ = ["Approximation", "check_rank", "labels_at", "positions", "search_rank", "whole_number", "within"]
 
 _TOLERANCE_SEED = 0x5DEECE66D
 _SURE = 5.0
@@ -99,23 +100,40 @@ class Approximation:
 
 def check_rank(rank: int, source: Source, what: str = "rank") -> int:
     """A usable rank, or an error that says which are."""
-    most = min(source.shape[-2:])
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= most:
-        size = " x ".join(str(n) for n in source.shape[-2:])
-        raise ConfigError(f"{what} = {rank}; expected 1 to {most} for a matrix of {size}")
-    return rank
+    size = " x ".join(str(n) for n in source.shape[-2:])
+    return whole_number(rank, min(source.shape[-2:]), what, f" for a matrix of {size}")
+
+
+def whole_number(given: Any, most: int | None, what: str, of: str = "") -> int:
+    """An integer of any kind from 1 to ``most``, or an error that says so."""
+    reach = "1 or more" if most is None else f"1 to {most}"
+    try:
+        number = None if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        number = None
+    if number is None or number < 1 or (most is not None and number > most):
+        whole = ", a whole number" if number is None else ""
+        raise ConfigError(f"{what} = {given!r}; expected {reach}{of}{whole}")
+    return number
 
 
 def positions(given: Any, count: int, source: Source, what: str) -> Tensor:
     """Indices that a user fixed, as (..., k), counted from the start."""
-    at = torch.as_tensor(given, device=source.device)
+    try:
+        at = torch.as_tensor(given, device=source.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{what} has to be a list of positions, found {given!r}") from None
     if at.ndim < 1 or at.shape[-1] == 0 or at.is_floating_point() or at.is_complex() or at.dtype == torch.bool:
         raise ConfigError(f"{what} has to be a list of positions, found {given!r}")
     at = at.long()
     if ((at < -count) | (at >= count)).any():
         raise ConfigError(f"{what} has positions from {at.min()} to {at.max()}; expected 0 to {count - 1}")
     at = torch.where(at < 0, at + count, at)
-    return at.expand(*source.shape[:-2], at.shape[-1])
+    batch = source.shape[:-2]
+    if at.ndim > 1 and at.shape[:-1] != batch:
+        each = f" or ({', '.join(map(str, batch))}, k)" if batch else ""
+        raise ConfigError(f"{what} have shape {tuple(at.shape)}; expected (k,){each}")
+    return at.expand(*batch, at.shape[-1])
 
 
 def labels_at(labels: Sequence[Any] | None, at: Any, count: int, what: str) -> list[Any] | None:
@@ -140,8 +158,8 @@ def search_rank(attempt: Callable[[int], _Found], source: Source, tol: float) ->
     Raises:
         ConfigError: The tolerance is not in (0, 1), or not even the full rank reaches it in this dtype.
     """
-    if not 0 < tol < 1:
-        raise ConfigError(f"tol = {tol}; expected a relative error between 0 and 1")
+    if not isinstance(tol, SupportsFloat) or not 0 < float(tol) < 1:
+        raise ConfigError(f"tol = {tol!r}; expected a relative error between 0 and 1")
     most = min(source.shape[-2:])
     below, rank = 0, min(8, most)
     found = attempt(rank)
@@ -171,7 +189,7 @@ def within(found: Approximation, tol: float) -> bool:
     """
     if found.source.exact:
         return _worst(found) <= tol
-    left, right = torch.as_tensor(found.left), torch.as_tensor(found.right)
+    left, right = torch.as_tensor(found.left) / found.source.scale, torch.as_tensor(found.right)
     kept = torch.linalg.vector_norm(torch.linalg.qr(left, mode="r").R @ right).square()
     count, products = 0, []
     while count < _MOST_PROBES:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from quintic.core import CheckpointError, ConfigError, DataError, suggest
 from quintic.core.files import atomic_write
+from quintic.linalg.sketch import seeded
 from quintic.lowrank.selection import RULES, Method, select_columns
 
 __all__ = ["CurIndex", "SearchResult"]
@@ -108,10 +109,11 @@ class CurIndex:
             raise ConfigError(f"noise must be zero or positive, found {noise}")
         if isinstance(method, str) and method not in RULES:
             raise ConfigError(f"unknown method {method!r}{suggest(method, RULES)}")
-        self.first, self.rounds, self.method, self.seed = first, rounds, method, seed
+        # Plain numbers, which a file can hold whatever kind was given.
+        self.first, self.rounds, self.method, self.seed = float(first), int(rounds), method, int(seed)
         # Exact scores are compared in this precision too: in half of it, items would tie.
         self._set(scores.detach().to(torch.promote_types(scores.dtype, torch.float32)))
-        self.noise = self._fit_noise() if noise is None else noise
+        self.noise = self._fit_noise() if noise is None else float(noise)
 
     def _set(self, scores: Tensor) -> None:
         self.anchor_scores = scores
@@ -269,7 +271,7 @@ class CurIndex:
         scores = self.anchor_scores.double()
         q, n = scores.shape
         size = max(1, min(q // 2, n // 2, 30))
-        items = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[:size].to(scores.device)
+        items = torch.randperm(n, generator=seeded(self.seed))[:size].to(scores.device)
         fold = torch.arange(q, device=scores.device) % min(_FOLDS, q)
         errors = torch.zeros(len(_NOISES), dtype=torch.float64)
         for i in range(int(fold.max()) + 1):

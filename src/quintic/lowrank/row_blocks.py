@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import DataError
+from quintic.linalg.sketch import safe_range
 from quintic.lowrank.source import Source, check_finite, check_shape, frobenius, to_tensor
 
 __all__ = ["RowBlocks"]
@@ -66,9 +67,14 @@ class RowBlocks(Source):
 
     def __iter__(self) -> Iterator[Tensor]:
         """The blocks, one pass."""
+        peak, dtype = 0.0, torch.float64
         for block in self._raw():
-            check_finite(block)
+            peak, dtype = max(peak, check_finite(block)), block.dtype
+            if peak >= safe_range(dtype)[1]:
+                raise _out_of_range(peak, dtype)
             yield block
+        if 0 < peak <= safe_range(dtype)[0]:
+            raise _out_of_range(peak, dtype)
         self.passes += 1
 
     def _raw(self) -> Iterator[Tensor]:
@@ -124,3 +130,10 @@ class RowBlocks(Source):
             off.append(frobenius(block - left[at : at + block.shape[0]] @ right))
             whole.append(frobenius(block))
         return torch.linalg.vector_norm(torch.stack(off)), torch.linalg.vector_norm(torch.stack(whole))
+
+
+def _out_of_range(peak: float, dtype: torch.dtype) -> DataError:
+    wider = "" if torch.finfo(dtype).bits == 64 else ", or give them in float64"
+    return DataError(
+        f"the largest element is {peak:.3g}, and squares of it leave the range of {dtype}; divide the rows by it{wider}"
+    )

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError
-from quintic.linalg.sketch import OVERSAMPLING, dominant, safe_scale, sketch_rows
+from quintic.linalg.sketch import OVERSAMPLING, dominant, safe_scale, seeded, sketch_rows
 from quintic.lowrank.pivots import pivoted_qr, prepared
 
 __all__ = [
@@ -114,7 +114,7 @@ def k_means(A: Tensor, k: int, *, seed: int = 0) -> Tensor:
 def uniform(A: Tensor, k: int, *, seed: int = 0) -> Tensor:
     """Any k different columns."""
     A = prepared(A, k)
-    order = torch.randperm(A.shape[-1], generator=torch.Generator().manual_seed(seed))[:k]
+    order = torch.randperm(A.shape[-1], generator=seeded(seed))[:k]
     return order.to(A.device).expand(*A.shape[:-2], k)
 
 
@@ -140,7 +140,7 @@ def subsampled(
 
 def uniform_sample(count: int, size: int, seed: int) -> Tensor:
     """Positions below ``count``, in ascending order."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:size].sort().values
+    return torch.randperm(count, generator=seeded(seed))[:size].sort().values
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
@@ -150,7 +150,7 @@ def _largest(scores: Tensor, k: int) -> Tensor:
 
 def _drawn(odds: Tensor, k: int, seed: int) -> Tensor:
     """k draws without replacement (Efraimidis and Spirakis): the k smallest of independent Exp(1) / odds."""
-    u = torch.rand(odds.shape[-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(odds.device)
+    u = torch.rand(odds.shape[-1], generator=seeded(seed), dtype=torch.float64).to(odds.device)
     keys = torch.where(odds > 0, -torch.log1p(-u) / odds, torch.inf)
     return keys.argsort(dim=-1, stable=True)[..., :k]
 
@@ -162,7 +162,7 @@ def _each(batch: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
 
 def _nearest_to_centres(P: Tensor, k: int, seed: int) -> Tensor:
     """P (n, d): the points nearest to the centres of k clusters, begun as k-means++ does."""
-    u = torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(P.device)
+    u = torch.rand(k, generator=seeded(seed), dtype=torch.float64).to(P.device)
     first = min(int(u[0] * len(P)), len(P) - 1)
     centres = [P[first]]
     nearest = (P - centres[0]).square().sum(-1)

@@ -66,7 +66,12 @@ def select_columns(A: Any, k: int, *, method: Method = "quality", seed: int = 0)
 
 
 def select_rows(A: Any, k: int, *, method: Method = "quality", seed: int = 0) -> Tensor:
-    """Positions of k rows, as :func:`select_columns` of the conjugate transpose."""
+    """Positions of k rows, as :func:`select_columns` of the conjugate transpose.
+
+    Example:
+        >>> select_rows(torch.tensor([[1.0, 1.0], [3.0, 0.0], [0.0, 2.0]]), 2, method="norms-top")
+        tensor([1, 2])
+    """
     return choose(as_source(A).H, k, method, seed)
 
 
@@ -88,8 +93,8 @@ def method_name(method: Method) -> str:
 
 
 def _rule(method: Method) -> Callable[..., Tensor]:
-    if not isinstance(method, str):
+    if callable(method):
         return method
     if method not in RULES:
-        raise ConfigError(f"unknown method {method!r}{suggest(method, RULES)}")
+        raise ConfigError(f"unknown method {method!r}{suggest(str(method), RULES)}")
     return RULES[method]

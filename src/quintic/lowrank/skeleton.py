@@ -138,7 +138,7 @@ def cur(
         S1 = positions(columns, source.shape[-1], source, "columns")
         S2 = positions(rows, source.shape[-2], source, "rows")
         return _skeleton(source, project, core, S1, S2, "fixed", labels)
-    c, r = rank if isinstance(rank, tuple) else (rank, rank)
+    c, r = rank if isinstance(rank, tuple | list) and len(rank) == 2 else (rank, rank)
     return attempt(check_rank(c, source, "columns"), check_rank(r, source, "rows"))
 
 

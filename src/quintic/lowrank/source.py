@@ -160,7 +160,10 @@ class Sparse(Source):
 
 
 class Products(Source):
-    """An operator. Columns are products with those of the identity; the residual is estimated from Gaussian probes."""
+    """An operator. Columns are products with those of the identity; the residual is estimated from Gaussian probes.
+
+    What cannot be looked at shows its scale by one product with a single vector.
+    """
 
     exact = False
 
@@ -177,6 +180,7 @@ class Products(Source):
         if self.dtype not in _WORKED_IN:
             self.dtype = torch.float64
         self.device = getattr(operator, "device", None)
+        self.scale = safe_scale(self.rmatmat(gaussian(self.shape[0], 1, 0, self.dtype, self.device)))
 
     def matmat(self, X: Tensor, /) -> Tensor:
         return self._checked(self.operator.matmat(self.out(X)), (self.shape[0], X.shape[1]))
@@ -185,15 +189,15 @@ class Products(Source):
         return self._checked(self.operator.rmatmat(self.out(X)), (self.shape[1], X.shape[1]))
 
     def columns(self, at: Tensor) -> Tensor:
-        return self.matmat(_identity_columns(self.shape[1], at, self.dtype))
+        return self.matmat(_identity_columns(self.shape[1], at, self.dtype)) * self.scale
 
     def rows(self, at: Tensor) -> Tensor:
-        return self.rmatmat(_identity_columns(self.shape[0], at, self.dtype)).mH
+        return self.rmatmat(_identity_columns(self.shape[0], at, self.dtype)).mH * self.scale
 
     def residual(self, left: Tensor, right: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
         W = gaussian(self.shape[1], _PROBES, seed, self.dtype, self.device)
         AW = self.matmat(W)
-        off, whole = probe_norm(AW - left @ (right @ W))[0], probe_norm(AW)[0]
+        off, whole = probe_norm(AW - left / self.scale @ (right @ W))[0], probe_norm(AW)[0]
         return off.sqrt(), whole.sqrt()
 
     def _checked(self, product: Any, shape: tuple[int, int]) -> Tensor:
@@ -202,7 +206,7 @@ class Products(Source):
             raise DataError(f"the operator gave a product of shape {tuple(product.shape)}, expected {shape}")
         if not product.isfinite().all():
             raise DataError("a product of the operator has elements that are not finite")
-        return product
+        return product / self.scale
 
 
 class _Adjoint(Source):
@@ -274,6 +278,8 @@ def check_shape(shape: Any) -> tuple[int, ...]:
 def to_tensor(A: Any) -> Tensor:
     """A tensor in a dtype that is computed in, without a copy where possible."""
     if not isinstance(A, Tensor):
+        if np.ma.is_masked(A):
+            raise DataError("the array has masked elements; fill them in, or leave out their rows or columns")
         A = np.asarray(A)
         if A.dtype.kind not in "biufc" or A.dtype.itemsize > (16 if A.dtype.kind == "c" else 8):
             raise DataError(f"expected a matrix of numbers, found dtype {A.dtype}")
@@ -289,8 +295,8 @@ def to_tensor(A: Any) -> Tensor:
     return A.float() if A.is_floating_point() else A.double()
 
 
-def check_finite(tensor: Tensor) -> None:
-    """A DataError that names the first element that is not finite."""
+def check_finite(tensor: Tensor) -> float:
+    """The largest magnitude of an element (of a part of it, if complex); a DataError if one is not finite."""
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     # The extremes are finite exactly if all elements are, and cost a single pass.
     low, high = torch.aminmax(real)
@@ -301,6 +307,7 @@ def check_finite(tensor: Tensor) -> None:
             f"element ({place}) is {tensor[tuple(wrong[0])].item()}, one of {len(wrong)} that are not finite; "
             "remove such rows or columns, or fill them in"
         )
+    return max(-float(low), float(high))
 
 
 def frobenius(part: Tensor) -> Tensor:

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quintic.core import ConfigError, DataError
+from quintic.core import DataError
 from quintic.core.counter_rng import Stream
 from quintic.linalg.sketch import OVERSAMPLING, gaussian
 from quintic.lowrank.interpolation import apply_inverse
+from quintic.lowrank.result import whole_number
 from quintic.lowrank.row_blocks import RowBlocks
 from quintic.lowrank.selection import Method, choose, method_name
 from quintic.lowrank.skeleton import Skeleton
@@ -113,8 +114,7 @@ def read_once(
         >>> bool(np.allclose(A[:, once.cols] @ once.Z, A)), bool(np.allclose(once.gather(A).reconstruct(), A))
         (True, True)
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ConfigError(f"rank = {rank}; expected a positive number")
+    rank = whole_number(rank, None, "rank")
     rows = blocks if isinstance(blocks, RowBlocks) else RowBlocks(iter(blocks) if isinstance(blocks, list) else blocks)
     size = 2 * rank + OVERSAMPLING
     sketch = _Sketch(size + _PROBES, seed)
@@ -122,8 +122,7 @@ def read_once(
         sketch.add(block)
     Y, W, M = sketch.finish()
     shape = (W.shape[0], Y.shape[1])
-    if rank > min(shape):
-        raise ConfigError(f"rank = {rank}; expected 1 to {min(shape)} for a matrix of {shape[0]} x {shape[1]}")
+    whole_number(rank, min(shape), "rank", f" for a matrix of {shape[0]} x {shape[1]}")
     Y, Y_probe = Y[:size], Y[size:]
     W, W_probe = W[:, :size], W[:, size:]
     M, M_probe = M[:size, :size], M[size:, size:]
