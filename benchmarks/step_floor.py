@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.claims import Claim, table
 from quintic.cli.wiring import build_settings, build_task
-from quintic.core.machine import describe, matmul_peak
+from quintic.core.machine import describe, fast_dtype, matmul_peak
 from quintic.lm import LanguageModel
 from quintic.lm.cross_entropy import linear_cross_entropy
 from quintic.moe import MoE
@@ -101,12 +101,12 @@ def seconds_in_products(act: Callable[[], object], names: set[str], rounds: int 
     return statistics.median(found)
 
 
-def trained(settings: list[str], steps: int, size: str) -> dict[str, float]:
+def trained(settings: list[str], steps: int, size: str, dtype: str = "float32") -> dict[str, float]:
     """Medians over the later half of some steps of ``quintic train``."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [
-            sys.executable, "-m", "quintic", "train", "--size", size, "--dtype", "float32", "--out", str(out),
+            sys.executable, "-m", "quintic", "train", "--size", size, "--dtype", dtype, "--out", str(out),
             f"engine.steps={steps}", "engine.eval_every=0", "engine.sample_every=0", "engine.checkpoint_every=0",
             "engine.diagnose_every=0", *settings,
         ]  # fmt: skip
@@ -227,10 +227,14 @@ def run(
     for title, changes in variants.items():
         whole[title] = trained(changes, steps, size) | step_gflop(changes, size)
         print(title, whole[title], flush=True)
+    half = None
+    if fast_dtype(CPU) == torch.bfloat16:
+        half = trained([], steps, size, "bfloat16")
+        half["peak_gflops"] = matmul_peak(CPU, torch.bfloat16, remeasure=True) / 1e9
     peak = max(peak, matmul_peak(CPU, torch.float32, remeasure=True))
     return {
         "machine": describe(CPU, torch.float32), "size": size, "batch": batch, "peak_gflops": peak / 1e9,
-        "parts": parts, "attention_kernel": kernel, "variants": whole,
+        "parts": parts, "attention_kernel": kernel, "variants": whole, "bfloat16": half,
     }  # fmt: skip
 
 
@@ -269,6 +273,14 @@ def section(result: dict[str, Any]) -> str:
         for title, v in result["variants"].items()
     ]  # fmt: skip
     best = best_change(result)
+    half, in_half = result.get("bfloat16"), ()
+    if half:
+        part = whole["gflop"] / half["peak_gflops"] / (1e-3 * half["step_ms"])
+        in_half = (
+            f"In bfloat16, for which this processor has matrix units, a step takes {half['step_ms']:.0f} ms, "
+            f"{half['tokens_per_second']:,.0f} tokens a second:\n{part:.0%} of a peak of {half['peak_gflops']:,.0f} "
+            "GFLOP/s.",
+        )
     reached = 1e3 * kernel["gflop"] / peak / kernel["ms"]
     return "\n\n".join([
         "## The floor of a training step",
@@ -280,6 +292,7 @@ def section(result: dict[str, Any]) -> str:
         "Why a part is below the peak: \"of the peak\" is what its products reach times their share of its time. The "
         f"fused\nattention kernel, whose exponentials are not counted, reaches {reached:.0%} and "
         f"takes {kernel['ms']:.1f} ms of the attention.\n{_least(parts, peak)}",
+        *in_half,
         f"Changes of the preset. The best of them for the fraction is \"{best}\", {fraction(result, best):.0%}:",
         table(("preset", "active parameters", "GFLOP a step", "step, ms", "tokens a second", "optimizer's share",
                "of the peak"), variants),

@@ -37,19 +37,21 @@ from quintic.moe.score import apply_score
 
 __all__ = ["TokenStep", "suits"]
 
-_EXPERT_NUMBERS = 1 << 20
-"""Of one layer: four megabytes are read in the time of a few dozen calls."""
+_BLOCK_NUMBERS = 1 << 20
+"""Parameters of a block: four megabytes are read in the time of a few dozen calls."""
 _NORM_EPS = 1e-20  # of the gates' sum, as in the router
 
 Layer = Callable[[Tensor], Tensor]
 
 
 def suits(model: LanguageModel) -> bool:
-    """Whether :class:`TokenStep` can run a model, and is quicker: small experts in full precision, whole, on a CPU."""
+    """Whether :class:`TokenStep` can run a model, and is quicker: small blocks in full precision, whole, on a CPU."""
     weight = model.head.weight
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return False
     if torch.is_autocast_enabled("cpu") or any(isinstance(p, DTensor) for p in model.parameters()):
+        return False
+    if any(sum(p.numel() for p in block.parameters()) > _BLOCK_NUMBERS for block in model.blocks):
         return False
     layers = [block.ffn for block in model.blocks if isinstance(block.ffn, MoE)]
     return not model.config.q_rank and all(
@@ -59,7 +61,6 @@ def suits(model: LanguageModel) -> bool:
         and layer.router.num_groups == 1
         and layer.router.offset is None
         and layer.balance.shift((1, 1), layer.router.top_k) is None
-        and sum(p.numel() for p in layer.parameters()) <= _EXPERT_NUMBERS
         for layer in layers
     )
 
