@@ -53,6 +53,13 @@ def test_batch_rows_are_independent(model):
     torch.testing.assert_close(model(text)[3:4], model(text[3:4]))
 
 
+def test_a_cast_by_to_keeps_the_rotations(model):
+    cast = LanguageModel(TINY).to(torch.float64)
+    assert torch.equal(cast.eval()(ids()), model(ids()))
+    half = LanguageModel(TINY).to(torch.bfloat16)
+    assert torch.equal(half.rotation, model.rotation) and half(ids()).dtype == torch.bfloat16
+
+
 def test_too_long_a_sequence_is_refused(model):
     with pytest.raises(DataError, match="65 tokens is longer than the model's context of 64"):
         model(ids(t=65))

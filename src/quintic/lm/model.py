@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import torch
@@ -80,6 +81,16 @@ class LanguageModel(nn.Module):
         self.register_buffer("rotation", table, persistent=False)
         if seed is not None:
             initialize_(self, seed)
+
+    def _apply(self, fn, recurse=True):
+        rotation = self.rotation
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Casting complex values to real")
+            super()._apply(fn, recurse)
+        if not self.rotation.is_complex():
+            # ``to(dtype)`` casts complex numbers to real ones too: move the original table instead.
+            self.rotation = rotation.to(self.rotation.device)
+        return self
 
     def forward(
         self,
