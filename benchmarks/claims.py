@@ -54,7 +54,9 @@ def _machine(facts: Mapping[str, Any] | None) -> str:
     if facts is None:
         return "not recorded"
     instructions = f" ({facts['instructions']})" if "instructions" in facts else ""
-    return f"{facts['cpu']}{instructions}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}, torch {facts['torch']}"
+    return (
+        f"{facts['cpu']}{instructions}, {facts['threads']} thread{'s' * (facts['threads'] > 1)}, torch {facts['torch']}"
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

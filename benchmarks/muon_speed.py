@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.claims import Claim, table
 from benchmarks.study import one_thread
-from quintic.core.machine import autocast, describe, fast_dtype, pick_device, pick_dtype
+from quintic.core.machine import autocast, describe, matrix_units, pick_device, pick_dtype
 from quintic.linalg import msign
 from quintic.lm import LanguageModel, LMConfig
 from quintic.optim import Muon
@@ -89,7 +89,7 @@ def peers() -> dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:
         "float32 loop": LoopMuon,
         "torch": torch.optim.Muon,
     }
-    if fast_dtype("cpu") == torch.bfloat16:
+    if matrix_units():
         found[BF16] = lambda params: Muon(params, ns_dtype=torch.bfloat16)
     with contextlib.suppress(ImportError):
         import muon
@@ -186,7 +186,7 @@ def demo_share(preset: str, seconds: float) -> dict[str, Any]:
             logits = model(ids[:, :-1]).flatten(0, 1)
         nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten()).backward()
 
-    dtypes = {torch.float32, fast_dtype(cpu)}
+    dtypes = [torch.float32, *([torch.bfloat16] if matrix_units() else [])]
     times = timed({**{str(d): lambda d=d: gradient(d) for d in dtypes}, "optimizer": optimizer.step}, seconds)
     quickest = min(map(str, dtypes), key=lambda name: times[name])
     return {

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.claims import Claim, table
 from quintic.cli.wiring import build_settings, build_task
-from quintic.core.machine import describe, fast_dtype, matmul_peak
+from quintic.core.machine import describe, matmul_peak, matrix_units
 from quintic.lm import LanguageModel
 from quintic.lm.cross_entropy import linear_cross_entropy
 from quintic.moe import MoE
@@ -228,7 +228,7 @@ def run(
         whole[title] = trained(changes, steps, size) | step_gflop(changes, size)
         print(title, whole[title], flush=True)
     half = None
-    if fast_dtype(CPU) == torch.bfloat16:
+    if matrix_units():
         half = trained([], steps, size, "bfloat16")
         half["peak_gflops"] = matmul_peak(CPU, torch.bfloat16, remeasure=True) / 1e9
     peak = max(peak, matmul_peak(CPU, torch.float32, remeasure=True))

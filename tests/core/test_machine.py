@@ -27,14 +27,20 @@ def test_device_names():
         assert machine.pick_device() == CPU
 
 
-def test_dtype_follows_capability(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert machine.pick_dtype("auto", CPU) == torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+@pytest.mark.parametrize("units", [True, False])
+def test_dtype_on_cpus_is_float32_unless_asked_for(units, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
     assert machine.pick_dtype("auto", CPU) == torch.float32
+    assert machine.pick_dtype("bfloat16", CPU) == torch.bfloat16
     assert machine.pick_dtype("float64", CPU) == torch.float64
     with pytest.raises(ConfigError, match="float32"):
         machine.pick_dtype("float31", CPU)
+
+
+@pytest.mark.parametrize(("generation", "expected"), [(7, torch.float32), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_dtype_on_cuda_follows_capability(generation, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (generation, 0))
+    assert machine.pick_dtype("auto", torch.device("cuda")) == expected
 
 
 def test_a_machine_says_whether_it_has_matrix_units(monkeypatch):

@@ -26,6 +26,7 @@ __all__ = [
     "describe",
     "fast_dtype",
     "matmul_peak",
+    "matrix_units",
     "peak_memory_bytes",
     "pick_device",
     "pick_dtype",
@@ -57,16 +58,19 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ConfigError(f"device {name!r} is not understood; write for example cuda:0") from error
 
 
-def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """The fastest dtype for matrix products that is safe to train in: bfloat16 where there are matrix
-    units for it (CUDA from Ampere on, CPUs with AMX), else float32.
+def matrix_units() -> bool:
+    """Whether this processor multiplies matrices in bfloat16 by units of their own (AMX)."""
+    return torch.cpu._is_amx_tile_supported()
 
-    AVX512-BF16 does not count: without AMX torch's bfloat16 product is slower than its float32 one.
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype for products in which training is quickest and safe: bfloat16 on CUDA from Ampere on, else float32.
+
+    Float32 on every CPU: without matrix units torch's bfloat16 product is the slower one, and with them the products
+    of the models that a CPU trains are too small, and their shapes change too often, to pay for the conversions.
     """
     device = torch.device(device)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
-    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8:
         return torch.bfloat16
     return torch.float32
 
@@ -112,7 +116,7 @@ def instructions(device: torch.device) -> str:
         return "CUDA capability {}.{}".format(*torch.cuda.get_device_capability(device))
     if device.type != "cpu":
         return device.type
-    amx = torch.cpu._is_amx_tile_supported()
+    amx = matrix_units()
     return torch.backends.cpu.get_cpu_capability() + (", AMX" if amx else ", no AMX")
 
 

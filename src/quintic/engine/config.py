@@ -50,7 +50,7 @@ class EngineConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: str = "auto"
-    """Of matrix products: auto, float32, bfloat16 (weights stay float32), float64 (weights too)."""
+    """Of matrix products: auto (float32 on CPUs), float32, bfloat16 (weights stay float32), float64 (weights too)."""
     eval_every: int = 100
     """Steps between validations; 0 validates at the end only."""
     checkpoint_every: int = 100

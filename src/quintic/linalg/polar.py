@@ -148,7 +148,7 @@ def _accurate_dtype(M: Tensor, method: str) -> torch.dtype:
     """The dtype of the products where none was asked for."""
     if M.dtype == torch.float64:
         return torch.float64
-    return torch.float32 if M.device.type == "cpu" or method in ("gram", "svd") else fast_dtype(M.device)
+    return torch.float32 if method in ("gram", "svd") else fast_dtype(M.device)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
