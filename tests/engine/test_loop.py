@@ -102,7 +102,9 @@ def test_a_crash_anywhere_resumes_bit_for_bit(tmp_path, monkeypatch, whole, at, 
         elif at == "in_save":
             patch.setattr(saving, "sha256_file", crashing(saving.sha256_file, lambda path: path.name == "state.json"))
         elif at == "after_save":
-            patch.setattr(loop, "_due", crashing(loop._due, lambda *_: (run.checkpoints / f"step-{step}").exists()))
+            patch.setattr(
+                loop, "due_after", crashing(loop.due_after, lambda *_: (run.checkpoints / f"step-{step}").exists())
+            )
         elif at == "in_evaluation":
             task.evaluate = crashing(task.evaluate)
         elif at == "in_sample":

@@ -41,6 +41,7 @@ from quintic.engine.checkpoint import (
 from quintic.engine.config import EngineConfig, Settings
 from quintic.engine.hardware import agreed_dtype, changes
 from quintic.engine.metrics import MetricsFile
+from quintic.engine.periods import due_after, every
 from quintic.engine.progress import Display
 from quintic.engine.run import Run
 from quintic.engine.saving import Saver
@@ -196,7 +197,7 @@ def _train(
             while True:
                 # Finish the last step taken: what it owes is validation, a sample and its line of metrics.
                 if state.step > metrics.last_step:
-                    due = _due(state.step, engine)
+                    due = due_after(state.step, engine)
                     if due.evaluate:
                         with _in_use(model, average, dtype, ranks):
                             values = task.evaluate(model, "validation", should_stop, ranks)
@@ -225,7 +226,7 @@ def _train(
                 if (state.row.get("spike") or 0.0) > SPIKE:
                     display.note(f"step {state.step}: the loss is {state.row['spike']:.0f} sigma above the last steps'")
                 # Save first: whatever follows may fail.
-                if should_stop() or _due(state.step, engine).save:
+                if should_stop() or due_after(state.step, engine).save:
                     save()
             if saved != state.step:
                 save()
@@ -301,7 +302,7 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["momentum"] = momentum_at(state.step, engine.steps, optim)
-    diagnosed = finite and ranks.world == 1 and _every(engine.diagnose_every, state.step + 1)
+    diagnosed = finite and ranks.world == 1 and every(engine.diagnose_every, state.step + 1)
     before = snapshot(optimizer) if diagnosed else None
     if finite:
         optimizer.step()
@@ -384,26 +385,3 @@ def _samples_folder(run: Run, ranks: Ranks) -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
-
-
-@dataclass(frozen=True)
-class _Due:
-    save: bool
-    evaluate: bool
-    sample: bool
-
-
-def _due(step: int, engine: EngineConfig) -> _Due:
-    """What the end of a step calls for; the last step calls for everything."""
-
-    end = step == engine.steps
-    return _Due(
-        end or _every(engine.checkpoint_every, step),
-        end or _every(engine.eval_every, step),
-        end or _every(engine.sample_every, step),
-    )
-
-
-def _every(period: int, step: int) -> bool:
-    """Whether a step is one of every ``period``; 0 is never."""
-    return bool(period) and step % period == 0
