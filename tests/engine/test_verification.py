@@ -46,3 +46,6 @@ def test_the_cut_lies_inside(tmp_path):
     settings, _ = toy.toy_run(tmp_path / "run")
     with pytest.raises(ConfigError, match="between step 1 and 5 of 6"):
         verify_resume(toy.ToyTask(), settings, tmp_path, cut=6)
+    for short in (1, 0, -3):
+        with pytest.raises(ConfigError, match=f"at least 2 steps, found {short}"):
+            verify_resume(toy.ToyTask(), settings, tmp_path, steps=short)

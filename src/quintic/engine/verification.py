@@ -56,6 +56,8 @@ def verify_resume(
         ConfigError: ``cut`` does not lie inside the steps.
     """
     steps = min(steps, settings["engine"].steps)
+    if steps < 2:
+        raise ConfigError(f"a stop and a resume need at least 2 steps, found {steps}")
     if not 0 < cut < steps:
         raise ConfigError(f"the cut must lie between step 1 and {steps - 1} of {steps} steps, found {cut}")
     for name, value in (("eval_every", cut), ("sample_every", 0), ("checkpoint_every", 0), ("diagnose_every", 2)):
