@@ -62,5 +62,8 @@ def test_a_folder_of_that_name_is_a_run(here, capsys):
 def test_errors_name_what_there_is(here, capsys):
     assert quintic("evaluate", "ddpm/fashion28") == 2
     assert "comes without its images" in capsys.readouterr().err
-    assert quintic("generate", "ddpm/fashion") == 2
-    assert "'ddpm/fashion28'" in " ".join(capsys.readouterr().err.split())
+    for slip in ("ddpm/fashion", "fashion28", "dppm/fashion28"):
+        assert quintic("generate", slip) == 2
+        assert "did you mean 'ddpm/fashion28'" in " ".join(capsys.readouterr().err.split())
+    assert quintic("generate", "runs/nowhere") == 2
+    assert "give the folder that quintic train printed" in " ".join(capsys.readouterr().err.split())

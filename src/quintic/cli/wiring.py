@@ -6,6 +6,7 @@ is in one module per kind of task, with the same functions in each; what does no
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import tomllib
@@ -176,6 +177,14 @@ def shipped_models() -> list[str]:
     return sorted(f"{task}/{name}" for task in KINDS for name in weights_names(task))
 
 
+def _means_shipped(folder: Path) -> bool:
+    """Whether a model of the package is meant, perhaps with a slip: no such folder, and a name like one."""
+    if folder.exists():
+        return False
+    of_a_task = len(folder.parts) == 2 and folder.parts[0] in KINDS
+    return of_a_task or bool(difflib.get_close_matches(folder.as_posix(), shipped_models(), n=1))
+
+
 def _load_shipped(name: str) -> tuple[nn.Module, Settings, dict[str, Any]]:
     """A shipped model, the settings of the preset of its name, which trained it, and the header of a run."""
     if name not in (known := shipped_models()):
@@ -208,7 +217,7 @@ def load_run_model(folder: Path, checkpoint: str, device: str, dtype: str | None
     from quintic.engine.checkpoint import load_model, load_weights
 
     run = path = None
-    if shipped := not folder.exists() and len(folder.parts) == 2 and folder.parts[0] in KINDS:
+    if shipped := _means_shipped(folder):
         model, settings, header = _load_shipped(folder.as_posix())
     else:
         run, settings, header = open_run(folder)
