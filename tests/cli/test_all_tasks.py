@@ -7,21 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from tests.cli.command import quintic
 
 from quintic.assets import preset_names
-from quintic.cli.app import main
 from quintic.cli.wiring import KINDS, build_settings, build_task
 from quintic.engine.metrics import read_metrics
 from quintic.engine.verification import verify_resume
 
 SMALL = ["--size", "tiny", "engine.steps=6", "engine.eval_every=3", "engine.checkpoint_every=3"]
 IMAGES = ["data.drawn=200", "data.size=8"]
-
-
-def quintic(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code or 0
 
 
 @pytest.fixture(scope="module", params=list(KINDS))

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.cli.command import quintic
 
-from quintic.cli.app import main
 from quintic.engine.metrics import read_metrics
 
 SMALL = ["--size", "tiny", "engine.steps=6", "engine.checkpoint_every=2"]
@@ -14,10 +14,8 @@ TEXT = "the whale swam under the ship and the captain looked at the sea.\n" * 40
 
 
 def fails(capsys, *arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    assert end.value.code == 2, captured
+    code, captured = quintic(*arguments), capsys.readouterr()
+    assert code == 2, captured
     assert "Traceback" not in captured.err + captured.out
     return " ".join(captured.err.split())
 
@@ -31,9 +29,7 @@ def book(tmp_path):
 
 @pytest.fixture
 def run(book, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["train", str(book), *SMALL, "--out", str(tmp_path / "run")])
-    assert not end.value.code
+    assert quintic("train", book, *SMALL, "--out", tmp_path / "run") == 0
     capsys.readouterr()
     return tmp_path / "run"
 
@@ -101,9 +97,7 @@ def test_resume_refuses_changed_data(run, book, capsys):
     assert "no such file or folder" in fails(capsys, "resume", run)
     assert len(read_metrics(run / "metrics.jsonl")) == 5
     book.write_text(TEXT)
-    with pytest.raises(SystemExit) as end:
-        main(["resume", str(run)])
-    assert not end.value.code and len(read_metrics(run / "metrics.jsonl")) == 6
+    assert quintic("resume", run) == 0 and len(read_metrics(run / "metrics.jsonl")) == 6
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, capsys):
@@ -119,17 +113,13 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, capsys):
 
 def test_damage_with_a_good_one_beside_it(book, tmp_path, capsys):
     run = tmp_path / "three"
-    with pytest.raises(SystemExit) as end:
-        main(["train", str(book), *SMALL, "engine.keep_last=3", "--out", str(run)])
-    assert not end.value.code
+    assert quintic("train", book, *SMALL, "engine.keep_last=3", "--out", run) == 0
     unfinish(run)
     weights = run / "checkpoints" / "step-4" / "model.safetensors"
     weights.write_bytes(b"\0" * weights.stat().st_size)
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(["resume", str(run)])
+    assert quintic("resume", run) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert not end.value.code
     assert "step-4 is damaged: model.safetensors does not match its recorded hash" in out
     assert "continuing from step 2" in out
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -163,7 +153,5 @@ def test_a_run_killed_before_its_first_step(run, capsys):
     for name in ("metrics.jsonl", "report.html", "machine.json"):
         Path(run / name).unlink()
     assert "has no checkpoint yet" in fails(capsys, "generate", run)
-    with pytest.raises(SystemExit) as end:
-        main(["resume", str(run)])
-    assert not end.value.code
+    assert quintic("resume", run) == 0
     assert json.loads((run / "run.json").read_text())["status"] == "finished"

@@ -6,20 +6,14 @@ import re
 
 import pytest
 from safetensors.torch import load_file
+from tests.cli.command import quintic
 
-from quintic.cli.app import main
 from quintic.cli.matrix import _explained
 from quintic.engine.metrics import read_metrics
 
 SMALL = ["--size", "tiny", "engine.eval_every=20", "optim.lr=0.02"]
 WORDS = "the whale swam under ship and captain looked at sea while all hands sang of an island in rain"
 TEXT = " ".join(random.Random(0).choices(WORDS.split(), k=1500)) + "\n"
-
-
-def quintic(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code or 0
 
 
 @pytest.fixture(autouse=True)

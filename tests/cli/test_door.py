@@ -10,8 +10,9 @@ import sys
 import time
 
 import pytest
+from tests.cli.command import quintic
 
-from quintic.cli.app import EXIT_CODES, app, main
+from quintic.cli.app import EXIT_CODES, app
 
 SMALL = ["--size", "tiny", "engine.steps=2", "lm.num_layers=2"]
 TEXT = "the whale swam under the ship and the captain looked at the sea.\n" * 40
@@ -27,12 +28,6 @@ def verbs(commands=app, before=()):
                 found[words] = commands[name]
             found |= verbs(commands[name], words)
     return found
-
-
-def quintic(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code or 0
 
 
 def process(*arguments, **options):

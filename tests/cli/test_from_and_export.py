@@ -5,19 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.cli.command import quintic
 
-from quintic.cli.app import main
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.metrics import read_metrics
 
 SMALL = ["--size", "tiny", "engine.eval_every=4", "optim.lr=0.01"]
 TEXT = "the whale swam under the ship and the captain looked at the sea.\n" * 60
-
-
-def quintic(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code or 0
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import tomllib
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.cli.command import quintic
 
-from quintic.cli.app import main
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.metrics import read_metrics
 
@@ -27,12 +27,6 @@ SMALL = [
     "engine.sample_every=7",
 ]
 TIMINGS = ("seconds", "tokens_per_second", "optimizer_share", "mfu")
-
-
-def quintic(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code or 0
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,7 @@
 import json
 
 import pytest
-
-from quintic.cli.app import main
-
-
-def quintic(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    return end.value.code or 0
+from tests.cli.command import quintic
 
 
 def test_the_plan_of_a_cluster(capsys):

@@ -4,16 +4,9 @@ import json
 import shutil
 
 import pytest
-
-from quintic.cli.app import main
+from tests.cli.command import quintic
 
 SHORT = ["engine.steps=6", "engine.eval_every=3", "lm.num_layers=2", "--lr", "0.01", "--lr", "0.02", "--seeds", "2"]
-
-
-def quintic(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code or 0
 
 
 @pytest.fixture

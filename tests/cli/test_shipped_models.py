@@ -3,18 +3,12 @@
 import numpy as np
 import pytest
 from PIL import Image
+from tests.cli.command import quintic
 
-from quintic.cli.app import main
 from quintic.cli.wiring import build_settings, shipped_models
 from quintic.data.images import as_pixels
 from quintic.diffusion import NoiseSchedule, ddim_sample, shipped_denoiser
 from quintic.diffusion.samplers import seeded_noise
-
-
-def quintic(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code or 0
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tests.cli.command import quintic
 
 from quintic.assets import corpus_path
-from quintic.cli.app import app, main
+from quintic.cli.app import app
 from quintic.data.drawings import draw
 
 ROOT = Path(__file__).parent.parent.parent
@@ -85,11 +86,11 @@ def material(tmp_path_factory) -> Path:
     Image.fromarray(pixels[0, :, :, 0]).save(folder / "picture.png")
     Image.new("L", (28, 28), 255).save(folder / "mask.png")
     (folder / "table.csv").write_text("name,a,b,c,d\nx,1,2,3,1\ny,2,4,6.1,0\nz,0,1,0,2\n", encoding="utf-8")
-    quintic(folder, "quintic train book.txt --size tiny --out runs/book")
+    shell(folder, "quintic train book.txt --size tiny --out runs/book")
     return folder
 
 
-def quintic(folder: Path, line: str) -> None:
+def shell(folder: Path, line: str) -> None:
     """Run one line of a shell block in a folder."""
     for dear, cheap in LESS.items():
         line = line.replace(dear, cheap)
@@ -111,9 +112,7 @@ def quintic(folder: Path, line: str) -> None:
     os.chdir(folder)
     try:
         if words[0] == "quintic":
-            with pytest.raises(SystemExit) as end:
-                main(words[1:])
-            assert not end.value.code, f"{line}: exit code {end.value.code}"
+            assert (code := quintic(*words[1:])) == 0, f"{line}: exit code {code}"
         else:
             if words[0] == "torchrun":
                 words = [sys.executable, "-m", "torch.distributed.run", *words[1:], *SHORT["lm"].split()]
@@ -148,7 +147,7 @@ def test_what_a_page_says_runs(page, material, tmp_path, monkeypatch):
             continue
         for line in commands(text):
             if not line.startswith(INSTALL):
-                quintic(tmp_path, line)
+                shell(tmp_path, line)
 
 
 def slug(heading: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests.cli.command import quintic
 
 from quintic.core import ConfigError, MissingExtraError
 from quintic.core.ranks import ALONE
@@ -174,24 +175,17 @@ def test_a_sink_that_cannot_be_had_is_named_before_training(tmp_path, monkeypatc
 
 
 def test_the_command_refuses_before_it_reads_any_data(tmp_path, monkeypatch, capsys):
-    from quintic.cli.app import main
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for arguments in (["train", "nowhere.txt", "--size", "tiny"], ["resume", "nowhere"]):
-        with pytest.raises(SystemExit) as end:
-            main([*arguments, "--log", "wandb"])
-        assert end.value.code == 2 and "pip install 'quintic[wandb]'" in " ".join(capsys.readouterr().err.split())
+        assert quintic(*arguments, "--log", "wandb") == 2
+        assert "pip install 'quintic[wandb]'" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_command_writes_event_files(tmp_path):
-    from quintic.cli.app import main
-
     pytest.importorskip("tensorboard")
     (tmp_path / "book.txt").write_text("the whale swam under the ship and the captain looked.\n" * 40)
     words = ["train", str(tmp_path / "book.txt"), "--size", "tiny", "engine.steps=2", "--log", "tensorboard"]
-    with pytest.raises(SystemExit) as end:
-        main([*words, "--out", str(tmp_path / "run")])
-    assert not end.value.code
+    assert quintic(*words, "--out", tmp_path / "run") == 0
     told = events(tmp_path / "run" / "tensorboard")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert told["max_vio/1"][2] == pytest.approx(rows[1]["max_vio"][1], rel=1e-6)

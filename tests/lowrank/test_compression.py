@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import compression
+from tests.cli.command import quintic
 from tests.lowrank.matrices import randn
 from tests.lowrank.networks import filled, mlp
 from torch import nn
 from torch.nn import functional as F
 
-from quintic.cli.app import main
 from quintic.core import CheckpointError, ConfigError, DataError
 from quintic.lm import LanguageModel, LMConfig
 from quintic.lowrank import compress, load_compressed
@@ -350,12 +350,6 @@ def test_layers_that_are_never_reached_or_shared_are_named():
 
 
 # The benchmark
-
-
-def quintic(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    assert not end.value.code
 
 
 def test_the_benchmark_at_a_small_size(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ import re
 
 import pytest
 from PIL import Image
+from tests.cli.command import quintic
 
-from quintic.cli.app import main
 from quintic.codec.comparison import Rate
 from quintic.core import CheckpointError
 from quintic.report.race import write_race_report
@@ -63,9 +63,7 @@ def test_a_race_is_told_in_words_numbers_and_lines(tmp_path):
 
 def test_the_verb_makes_the_page_of_a_race_again(tmp_path, capsys):
     folder = race_folder(tmp_path / "race", [arm("a", {"0.1": 3.0}, [3.0])])
-    with pytest.raises(SystemExit) as end:
-        main(["report", str(folder)])
-    assert not end.value.code and str(folder / "race.html") in capsys.readouterr().out
+    assert quintic("report", folder) == 0 and str(folder / "race.html") in capsys.readouterr().out
     assert "a has the lowest loss" in words((folder / "race.html").read_text(encoding="utf-8"))
 
 
