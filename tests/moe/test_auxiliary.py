@@ -136,6 +136,10 @@ def test_any_function_of_the_load():
     f = F(r)
     assert loss_of(cubic, r).item() == pytest.approx(2 * (price * f**3).sum().item())
     torch.testing.assert_close(gradient(cubic, r), by_hand(r, 2 * 3 * price * f**2))
+    with pytest.raises(ConfigError, match=r"returned shape \(\) for loads \(3, 6\)"):
+        loss_of(AuxLoss(1.0, lambda load: load.square().sum(), over="sequence"), r, rows=(3, 8))
+    with pytest.raises(ConfigError, match="leave out target"):
+        AuxLoss(1.0, lambda load: load.square().sum(-1), target=TARGET)
 
 
 @settings(max_examples=30, deadline=None)

@@ -168,3 +168,5 @@ def test_balancers_add_up():
         LossFree() + LossFree("sign")
     with pytest.raises(ConfigError, match="3 shares for 4"):
         (NoBalance() + LossFree(target=(0.4, 0.3, 0.3))).check(4, 2)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        LossFree() + 0.1

@@ -41,6 +41,21 @@ def test_causal_and_may_be_cut_anywhere():
     torch.testing.assert_close(again, end)
 
 
+def test_padding_is_no_part_of_the_history():
+    """Tokens with a mask have the cuts that they have alone, wherever the padding stands."""
+    x, mask = scores(), torch.ones(2, 60, dtype=torch.bool)
+    mask[0, :20] = mask[1, 10:35] = False
+    cuts, end = moving_quantile(x, 0.3, mask_st=mask)
+    for s in range(2):
+        alone, after = moving_quantile(x[s : s + 1, mask[s]], 0.3)
+        torch.testing.assert_close(cuts[s, mask[s]], alone[0])
+        torch.testing.assert_close(end[s], after[0])
+    layer, tokens = layer_and_input(MovingQuantile(1.0))
+    padded = torch.cat([torch.randn(6, 5, 16), tokens], dim=1)
+    seen = torch.arange(205).expand(6, 205) >= 5
+    torch.testing.assert_close(layer(padded, seen)[:, 5:], layer(tokens), rtol=1e-4, atol=1e-5)
+
+
 def layer_and_input(balance):
     layer = MoE(16, 8, num_experts=8, top_k=2, balance=balance)
     initialize_(layer, 0)

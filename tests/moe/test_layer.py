@@ -87,6 +87,7 @@ def test_any_leading_shape(shape):
     assert y.shape == x.shape and layer.counts.sum() == 2 * x.numel() // 16
     y.sum().backward()
     assert x.grad.shape == x.shape
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())  # zeros without tokens
     torch.testing.assert_close(y.reshape(-1, 16), layer(x.reshape(-1, 16)))
 
 
@@ -98,6 +99,8 @@ def test_a_mask_changes_what_is_counted_and_nothing_else():
     torch.testing.assert_close(y, layer(x))
     with pytest.raises(ConfigError, match=r"mask has shape \(5, 2\); expected \(2, 5\)"):
         layer(x, mask.t())
+    with pytest.raises(ConfigError, match=r"mask has dtype torch.int64; expected torch.bool"):
+        layer(x, mask.long())
     with pytest.raises(ConfigError, match="x has width 15"):
         layer(x[..., :15])
 
@@ -237,6 +240,9 @@ def test_the_default_path_compiles_as_one_graph():
         ({"activation": "sillu"}, "did you mean 'silu'"),
         ({"score": "sigmod"}, "did you mean 'sigmoid'"),
         ({"top_k": 1}, "without gradient"),
+        ({"route_scale": -1.0}, "route_scale must be at least 0"),
+        ({"balance": "sign"}, r"LossFree\('sign'\).*found 'sign'"),
+        ({"balance": LossFree}, "balance must be a balancer"),
     ],
 )
 def test_bad_options_are_refused(options, message):

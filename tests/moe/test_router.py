@@ -103,6 +103,34 @@ def test_argtop_is_a_stable_sort_of_any_float(row, data):
         assert argtop(torch.tensor([row] * rows), k).tolist() == [expected] * rows
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+def test_a_nan_of_either_sign_counts_as_the_largest(rows):
+    row = torch.tensor([1.0, math.inf, math.inf - math.inf, 2.0])
+    row[2] = -row[2].abs()
+    for nan in (row, -row.abs()):
+        assert nan.isnan().sum() == 1
+        assert argtop(nan.repeat(rows, 1), 1).tolist() == [[2]] * rows
+
+
+@pytest.mark.parametrize("fill", [math.nan, 1e6])
+def test_tokens_that_are_not_numbers_and_saturated_scores_go_to_the_lowest_experts(fill):
+    router = make(experts=64, k=6)
+    with torch.no_grad():
+        router.weight.abs_()
+    for tokens in (3, 40):
+        assert router(torch.full((tokens, 16), fill)).ids_nk.tolist() == [list(range(6))] * tokens
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_experts_that_learn_from_a_token(score):
+    """Every chosen one; the others only where a sum over all experts ties them together."""
+    router = make(score=score, normalize_gates=False)
+    routing = router(torch.randn(1, 16, generator=torch.Generator().manual_seed(0)))
+    routing.gates_nk.sum().backward()
+    learns = router.weight.grad.abs().sum(1) > 0
+    assert learns[routing.ids_nk[0]].all() and learns.sum() == (3 if score == "sigmoid" else 8)
+
+
 SCORES = {
     "softmax": lambda x: x.exp() / x.exp().sum(),
     "sigmoid": lambda x: 1 / (1 + (-x).exp()),

@@ -32,14 +32,11 @@ from quintic.lm.model import LanguageModel
 from quintic.moe.experts import Experts
 from quintic.moe.feedforward import FeedForward
 from quintic.moe.layer import MoE
-from quintic.moe.router import argtop
-from quintic.moe.score import apply_score
 
 __all__ = ["TokenStep", "suits"]
 
 _BLOCK_NUMBERS = 1 << 20
 """Parameters of a block: four megabytes are read in the time of a few dozen calls."""
-_NORM_EPS = 1e-20  # of the gates' sum, as in the router
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -58,7 +55,6 @@ def suits(model: LanguageModel) -> bool:
         layer.normalize_experts is None
         and layer.experts.gated
         and layer.experts.activation == "silu"
-        and layer.router.num_groups == 1
         and layer.router.offset is None
         and layer.balance.shift((1, 1), layer.router.top_k) is None
         for layer in layers
@@ -170,18 +166,7 @@ class _Experts:
     def __call__(self, x_bd: Tensor) -> Tensor:
         y = F.linear(F.rms_norm(x_bd, self.shape, eps=self.eps), self.w_in)
         logits, gate, up = y.split(self.sizes, dim=-1)
-        weight_be = self.unchosen.expand(len(x_bd), -1).scatter(1, *self._chosen(logits))
+        ids, gates, *_ = self.router.choose(logits)
+        weight_be = self.unchosen.expand(len(x_bd), -1).scatter(1, ids, gates)
         hidden = F.silu(gate).mul_(up).view(*weight_be.shape, -1).mul_(weight_be.unsqueeze(-1))
         return torch.addmm(x_bd, hidden.flatten(1), self.w_out)
-
-    def _chosen(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The router's choice and its gates, without what training needs."""
-        r = self.router
-        score = select = apply_score(r.score, logits, r.top_k)
-        if r.select is not r.score:
-            select = apply_score(r.select, logits, r.top_k)
-        ids = argtop(select.float() + r.bias, r.top_k)
-        gates = score.gather(1, ids)
-        if r.normalize_gates:
-            gates = gates / (gates.sum(-1, keepdim=True) + _NORM_EPS)
-        return ids, gates * r.scale

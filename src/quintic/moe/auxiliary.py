@@ -86,7 +86,7 @@ class AuxLoss(Balance):
         group: Process group of ``global``; None is all processes.
 
     Raises:
-        ConfigError: A value out of range, or ``usual`` with a target or unnormalised scores.
+        ConfigError: A value out of range, ``usual`` with a target or unnormalised scores, a function with a target.
     """
 
     weight: float = 0.01
@@ -109,6 +109,8 @@ class AuxLoss(Balance):
                 "the usual F.P balances a uniform target by normalised scores only, since it leaves out Q.P; "
                 'kind="squared" has the gradient of (F - Q).P and takes any target and scores'
             )
+        if callable(self.kind) and self.target is not None:
+            raise ConfigError("a loss of your own has no other target than its own; leave out target=")
         if self.groups < 0:
             raise ConfigError(f"groups must be at least 0, found {self.groups}")
 
@@ -157,7 +159,13 @@ class AuxLoss(Balance):
         n = q_g.shape[0]
         load_sg = straight_through(f_sg, p_sg)
         if callable(self.kind):
-            return self.kind(load_sg)
+            loss_s = self.kind(load_sg)
+            if loss_s.shape != load_sg.shape[:-1]:
+                raise ConfigError(
+                    f"the loss of your own returned shape {tuple(loss_s.shape)} for loads {tuple(load_sg.shape)}; "
+                    "expected one number per row, as by .sum(-1)"
+                )
+            return loss_s
         if self.kind == "squared":
             return 0.5 * n * (load_sg - q_g).square().sum(-1)
         if self.kind == "usual":

@@ -69,12 +69,13 @@ class Balance:
     def check(self, num_experts: int, top_k: int) -> None:
         """Raise ConfigError if the balancer does not fit a layer of this shape."""
 
-    def shift(self, rows: Sequence[int], top_k: int) -> Callable[[Tensor], Tensor] | None:
+    def shift(self, rows: Sequence[int], top_k: int, mask_n: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
         """What to add to scores (tokens, experts) for the selection only, beside the bias; None for nothing.
 
         Args:
             rows: The shape of the tokens; its last axis runs along a sequence.
             top_k: Choices per token.
+            mask_n: (tokens,) bool; False is padding. None counts every token.
         """
 
     def loss(self, routing: Routing, mask_n: Tensor | None, rows: Sequence[int], counts_e: Tensor) -> Tensor | None:
@@ -107,6 +108,8 @@ class Balance:
         """
 
     def __add__(self, other: Balance) -> Combination:
+        if not isinstance(other, Balance):
+            return NotImplemented
         parts = [part for each in (self, other) for part in (each.parts if isinstance(each, Combination) else (each,))]
         return Combination(tuple(parts))
 
@@ -245,10 +248,10 @@ class Combination(Balance):
         for part in self.parts:
             part.check(num_experts, top_k)
 
-    def shift(self, rows: Sequence[int], top_k: int) -> Callable[[Tensor], Tensor] | None:
+    def shift(self, rows: Sequence[int], top_k: int, mask_n: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
         """The sum of the parts' shifts."""
         # Plain loops here and below: torch.compile does not take a := in a comprehension.
-        shifts = [part.shift(rows, top_k) for part in self.parts]
+        shifts = [part.shift(rows, top_k, mask_n) for part in self.parts]
         found = [shift for shift in shifts if shift is not None]
         if len(found) <= 1:
             return found[0] if found else None

@@ -116,6 +116,12 @@ class MoE(nn.Module):
                 raise ConfigError(f"{name} must be at least 1, found {value}")
         if num_shared < 0:
             raise ConfigError(f"num_shared must be at least 0, found {num_shared}")
+        if route_scale < 0.0:
+            raise ConfigError(f"route_scale must be at least 0 (0 computes it), found {route_scale}")
+        if balance is not None and not isinstance(balance, Balance):
+            raise ConfigError(
+                f"balance must be a balancer such as LossFree('sign'), AuxLoss(0.01) or NoBalance(), found {balance!r}"
+            )
         if normalize_experts is not None and normalize_experts not in NORMS:
             raise ConfigError(
                 f"normalize_experts must be None, 'l2' or 'rms', found {normalize_experts!r}"
@@ -181,16 +187,18 @@ class MoE(nn.Module):
             (..., width).
 
         Raises:
-            ConfigError: The width or the mask's shape does not fit.
+            ConfigError: The width or the mask does not fit.
         """
         rows = x.shape[:-1]
         if x.shape[-1] != self.router.weight.shape[1]:
             raise ConfigError(f"x has width {x.shape[-1]}, the layer has d_model = {self.router.weight.shape[1]}")
         if mask is not None and mask.shape != rows:
             raise ConfigError(f"mask has shape {tuple(mask.shape)}; expected {tuple(rows)}, one bool per token of x")
+        if mask is not None and mask.dtype != torch.bool:
+            raise ConfigError(f"mask has dtype {mask.dtype}; expected torch.bool, False for padding: mask.bool()")
         x_nd = x.reshape(-1, x.shape[-1])
         mask_n = None if mask is None else mask.reshape(-1)
-        shift = self.balance.shift(rows, self.router.top_k)
+        shift = self.balance.shift(rows, self.router.top_k, mask_n)
         routing = self.router(x_nd, mask_n, shift=shift, keep=self.kept if self.training else None)
         if self.training:
             self.meter.observe(self.balance, routing, mask_n, rows)
@@ -208,7 +216,8 @@ def balance_step(
 ) -> list[ExpertStats]:
     """Update every balancer of a model from the load since the last call, and reset the counters.
 
-    Call it once per optimizer step, after the batch that used the old bias.
+    Call it once per optimizer step, after the batch that used the old bias. Where an optimizer skips a step, as on a
+    gradient that is not finite, call it too: the load was real. Without a call its counts add to those of the next.
 
     Args:
         model: Its MoE layers are found by type.

@@ -143,9 +143,31 @@ class Router(nn.Module):
             logits_ne = x_nd.to(dtype) @ self.weight.to(dtype).t()
             if self.offset is not None:
                 logits_ne = logits_ne + self.offset.to(dtype)
-            gate_ne = scores_ne = apply_score(self.score, logits_ne, self.top_k)
-            if self.select is not self.score:
-                scores_ne = apply_score(self.select, logits_ne, self.top_k)
+            ids_nk, gates_nk, scores_ne, biased_ne = self.choose(logits_ne, shift=shift, keep=keep)
+        counted = ids_nk if mask_n is None else ids_nk[mask_n]
+        counts_e = torch.bincount(counted.flatten(), minlength=self.weight.shape[0])
+        return Routing(ids_nk, gates_nk, counts_e, logits_ne, scores_ne, biased_ne)
+
+    def choose(
+        self,
+        logits_ne: Tensor,
+        *,
+        shift: Callable[[Tensor], Tensor] | None = None,
+        keep: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Experts and gates of logits, as :meth:`forward` chooses them.
+
+        Args:
+            logits_ne: (tokens, experts) in float32 or float64.
+            shift: See :meth:`forward`.
+            keep: See :meth:`forward`.
+
+        Returns:
+            Ids and gates (tokens, k), scores and biased scores (tokens, experts): fields of :class:`Routing`.
+        """
+        gate_ne = scores_ne = apply_score(self.score, logits_ne, self.top_k)
+        if self.select is not self.score:
+            scores_ne = apply_score(self.select, logits_ne, self.top_k)
         biased_ne = scores_ne.detach().float() + self.bias
         if shift is not None:
             biased_ne = biased_ne + shift(scores_ne.detach())
@@ -153,10 +175,7 @@ class Router(nn.Module):
         ids_nk = argtop(biased_ne, self.top_k)
         if keep is not None:
             ids_nk = keep(ids_nk)
-        gates_nk = _gates(gate_ne, ids_nk, self.normalize_gates) * self.scale
-        counted = ids_nk if mask_n is None else ids_nk[mask_n]
-        counts_e = torch.bincount(counted.flatten(), minlength=self.weight.shape[0])
-        return Routing(ids_nk, gates_nk, counts_e, logits_ne, scores_ne, biased_ne)
+        return ids_nk, _gates(gate_ne, ids_nk, self.normalize_gates) * self.scale, scores_ne, biased_ne
 
 
 def check_routing(
@@ -216,7 +235,8 @@ def argtop(scores_ne: Tensor, k: int) -> Tensor:
             best, indices = scores_ne.topk(min(k, last) + 1)
             if torch.all(best[:, :-1] > best[:, 1:]):
                 return indices[:, :k].contiguous()
-    bits = (scores_ne + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    # + 0.0 turns -0.0 into 0.0; a NaN may have a sign, too: that of inf - inf is negative.
+    bits = torch.where(scores_ne.isnan(), torch.nan, scores_ne + 0.0).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats sort backwards by their bits
     index = torch.arange(last, -1, -1, device=scores_ne.device)
     key = (ordered.to(torch.int64) << 32) | index
@@ -236,8 +256,17 @@ def _best_groups(biased_ne: Tensor, num_groups: int, top_groups: int) -> Tensor:
 def _gates(scores_ne: Tensor, ids_nk: Tensor, normalize: bool) -> Tensor:
     if not normalize:
         return scores_ne.gather(1, ids_nk)
+    if not torch.is_grad_enabled():
+        return _normalised(scores_ne, ids_nk)[0]
     gates_nk: Tensor = _NormalisedGates.apply(scores_ne, ids_nk)  # type: ignore[assignment]
     return gates_nk
+
+
+def _normalised(scores_ne: Tensor, ids_nk: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen scores over their sum, and that sum."""
+    chosen_nk = scores_ne.gather(1, ids_nk)
+    total_n1 = chosen_nk.sum(-1, keepdim=True) + _NORM_EPS
+    return chosen_nk / total_n1, total_n1
 
 
 class _NormalisedGates(torch.autograd.Function):
@@ -245,9 +274,7 @@ class _NormalisedGates(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores_ne: Tensor, ids_nk: Tensor) -> Tensor:
-        chosen_nk = scores_ne.gather(1, ids_nk)
-        total_n1 = chosen_nk.sum(-1, keepdim=True) + _NORM_EPS
-        gates_nk = chosen_nk / total_n1
+        gates_nk, total_n1 = _normalised(scores_ne, ids_nk)
         ctx.save_for_backward(gates_nk, total_n1, ids_nk)
         ctx.experts = scores_ne.shape[1]
         return gates_nk

@@ -30,7 +30,12 @@ _BINS = 100
 
 
 def moving_quantile(
-    scores_ste: Tensor, share: float, *, decay: float = 0.99, state_seb: Tensor | None = None
+    scores_ste: Tensor,
+    share: float,
+    *,
+    decay: float = 0.99,
+    state_seb: Tensor | None = None,
+    mask_st: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The cut that a share of each expert's fading history exceeds, at every token.
 
@@ -39,6 +44,7 @@ def moving_quantile(
         share: Part of the history above the cut, in (0, 1).
         decay: What remains of a token's weight one token later.
         state_seb: Histograms after the tokens before these, to go on with a sequence; None starts one.
+        mask_st: (sequences, tokens) bool; False tokens leave the history as it is. None counts every token.
 
     Returns:
         Cuts (sequences, tokens, experts), and the state after the last token.
@@ -49,11 +55,12 @@ def moving_quantile(
     else:
         state_seb = state_seb.clone()
     bin_ste = (scores_ste * _BINS).long().clamp(0, _BINS - 1)
-    one = scores_ste.new_ones(())
+    mask_st = torch.ones_like(bin_ste[..., 0], dtype=torch.bool) if mask_st is None else mask_st
+    one_st, fade_st = mask_st.to(scores_ste.dtype), torch.where(mask_st, decay, 1.0).to(scores_ste.dtype)
     cut_ste = torch.empty_like(scores_ste)
     for t in range(tokens):
-        state_seb *= decay
-        state_seb.scatter_add_(2, bin_ste[:, t].unsqueeze(2), one.expand(sequences, experts, 1))
+        state_seb *= fade_st[:, t, None, None]
+        state_seb.scatter_add_(2, bin_ste[:, t].unsqueeze(2), one_st[:, t, None, None].expand(-1, experts, 1))
         below_seb = state_seb.cumsum(2)
         wanted_se1 = (1.0 - share) * below_seb[..., -1:]
         at_se1 = (below_seb < wanted_se1).sum(2, keepdim=True).clamp(max=_BINS - 1)
@@ -87,7 +94,7 @@ class MovingQuantile(Balance):
         if not 0.0 < self.decay <= 1.0:
             raise ConfigError(f"the decay of MovingQuantile must be in (0, 1], found {self.decay}")
 
-    def shift(self, rows: Sequence[int], top_k: int) -> Callable[[Tensor], Tensor] | None:
+    def shift(self, rows: Sequence[int], top_k: int, mask_n: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
         """Minus a part of the cut of each token."""
         if len(rows) < 2:
             raise ConfigError("MovingQuantile needs tokens of shape (batch, time, width); this batch has no time axis")
@@ -96,8 +103,9 @@ class MovingQuantile(Balance):
         def of_scores(scores_ne: Tensor) -> Tensor:
             experts = scores_ne.shape[1]
             cut_ste, _ = moving_quantile(
-                scores_ne.detach().view(sequences, tokens, experts), top_k / experts, decay=self.decay
-            )
+                scores_ne.detach().view(sequences, tokens, experts), top_k / experts, decay=self.decay,
+                mask_st=None if mask_n is None else mask_n.view(sequences, tokens),
+            )  # fmt: skip
             return -self.strength * cut_ste.view_as(scores_ne)
 
         return of_scores

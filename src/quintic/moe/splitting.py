@@ -33,7 +33,7 @@ from quintic.moe.layer import MoE
 
 __all__ = ["DenseSplit", "split_dense"]
 
-_RIDGE = 1e-4  # times the mean square of an input: only there for directions that the data does not show
+_RIDGES = [10.0 ** (i / 2) for i in range(-8, 5)]  # times tokens and the mean square of an input
 _HELD_OUT = 5  # every fifth token measures, the others fit
 _CHUNK = 256  # tokens whose expert vectors exist at a time
 _SEARCHED = 256  # tokens for which the best subset is searched
@@ -206,13 +206,27 @@ def _vectors(x_td: Tensor, w_in_ehd: Tensor, w_out_edf: Tensor, activation: str)
 
 
 def _fit(x_td: Tensor, norms_te: Tensor) -> tuple[Tensor, Tensor]:
-    """Ridge regression of the norms on the input and a constant, in float64."""
+    """Ridge regression of the norms on the input and a constant, in float64.
+
+    The ridge is the one of least generalised cross-validation error (Golub, Heath and Wahba, 1979), since few tokens
+    for the width would else fit their noise.
+    """
     x_td, norms_te = x_td.double(), norms_te.double()
     mean_d, mean_e = x_td.mean(0), norms_te.mean(0)
     centred_td = x_td - mean_d
-    normal_dd = centred_td.t() @ centred_td
-    normal_dd.diagonal().add_(_RIDGE * len(x_td) * float(centred_td.square().mean().clamp(min=1e-30)))
-    weight_ed = torch.linalg.solve(normal_dd, centred_td.t() @ (norms_te - mean_e)).t()
+    value_d, vector_dd = torch.linalg.eigh(centred_td.t() @ centred_td)
+    value_d = value_d.clamp(min=0.0)
+    along_de = vector_dd.t() @ (centred_td.t() @ (norms_te - mean_e))
+    total, power_d = (norms_te - mean_e).square().sum(), along_de.square().sum(1)
+
+    def validation(ridge: float) -> float:
+        kept_d = value_d / (value_d + ridge)
+        residual = total - (power_d / (value_d + ridge) * (2.0 - kept_d)).sum()
+        return float(residual / (len(x_td) - 1.0 - kept_d.sum()).square())
+
+    unit = len(x_td) * float(centred_td.square().mean().clamp(min=1e-30))
+    ridge = min((unit * each for each in _RIDGES), key=validation)
+    weight_ed = (vector_dd @ (along_de / (value_d + ridge).unsqueeze(1))).t()
     return weight_ed.to(torch.float32), (mean_e - weight_ed @ mean_d).to(torch.float32)
 
 
