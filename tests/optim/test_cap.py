@@ -6,14 +6,11 @@ import pickle
 
 import pytest
 import torch
+from tests.optim.toy import randn
 from torch import nn
 
 from quintic.core import ConfigError
 from quintic.optim import Muon, OptimConfig, build_optimizer, diagnose, snapshot
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def groups(dtype=torch.float64, rates=(0.1, 0.1)):

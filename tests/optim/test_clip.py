@@ -6,23 +6,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from tests.optim.toy import randn, with_grads
 from torch import nn
 
 from quintic.core import ConfigError
 from quintic.optim import clip_grad_norm_, global_norm
-
-
-def with_grads(*grads):
-    params = []
-    for g in grads:
-        p = nn.Parameter(torch.zeros_like(g))
-        p.grad = g
-        params.append(p)
-    return params
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def exact_norm(grads):

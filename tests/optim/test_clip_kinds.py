@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from tests.optim.toy import randn, with_grads
 from torch import nn
 
 from quintic.core import CheckpointError, ConfigError, QuinticError
@@ -20,19 +21,6 @@ from quintic.optim.clip import (
     clip_grad_spectral_,
     global_norm,
 )
-
-
-def with_grads(*grads):
-    params = []
-    for g in grads:
-        p = nn.Parameter(torch.zeros_like(g))
-        p.grad = g
-        params.append(p)
-    return params
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def sigma(g):

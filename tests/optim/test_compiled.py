@@ -2,6 +2,7 @@
 
 import torch
 import torch._dynamo
+from tests.optim.toy import randn
 from torch import nn
 
 from quintic.optim import Muon
@@ -16,10 +17,6 @@ class CountingBackend:
     def __call__(self, module, example_inputs):
         self.graphs += 1
         return module.forward
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def train(compiled, options, steps=6):

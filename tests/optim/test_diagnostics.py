@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from tests.optim.toy import randn
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,10 +16,6 @@ from quintic.optim import Muon
 from quintic.optim.clip import clip_grad_norm_
 from quintic.optim.diagnostics import diagnose, snapshot
 from quintic.optim.measures import layer_shares, sign_cosine, signal_to_noise, singular_values, svd_entropy
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @settings(max_examples=50, deadline=None)

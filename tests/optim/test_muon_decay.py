@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from tests.optim.toy import parameters, randn, run
 from torch import nn
 
 import quintic.optim.matrices as matrices_module
@@ -13,21 +14,6 @@ from quintic.optim import Muon, OptimConfig, build_optimizer
 from quintic.optim.decay import follow_top_space
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def parameters(*shapes, dtype=torch.float32):
-    return [nn.Parameter(randn(*shape, seed=i, dtype=dtype)) for i, shape in enumerate(shapes)]
-
-
-def run(params, optimizer, steps, start=0):
-    for step in range(start, start + steps):
-        for i, p in enumerate(params):
-            p.grad = randn(*p.shape, seed=1000 * (step + 1) + i, dtype=p.dtype)
-        optimizer.step()
 
 
 def spectral(params, **settings):

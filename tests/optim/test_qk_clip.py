@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from tests.optim.toy import randn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,10 +15,6 @@ from quintic.lm.config import LMConfig
 from quintic.lm.mla import LatentAttention
 from quintic.lm.rope import rotation_table
 from quintic.optim.qk_clip import clip_factors, clip_latent_qk_, clip_qk_, max_logits, split_heads
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @settings(max_examples=50, deadline=None)

@@ -5,15 +5,12 @@ import pickle
 
 import pytest
 import torch
+from tests.optim.toy import randn
 from torch import nn
 
 from quintic.core import ConfigError
 from quintic.linalg import schatten_direction
 from quintic.optim import Muon, OptimConfig, build_optimizer, diagnose, roles, snapshot
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 class Model(nn.Module):
@@ -44,9 +41,9 @@ def set_grads(model, seed):
 @pytest.mark.parametrize("p", ["1", "1.5", "2", "4", "inf"])
 @pytest.mark.parametrize("scale", ["none", "rms"])
 def test_matrices_move_along_the_direction_of_their_norm(p, scale):
-    w = nn.Parameter(randn(3, 6, 9))
+    w = nn.Parameter(randn(3, 6, 9, dtype=torch.float64))
     before = w.detach().clone()
-    w.grad = randn(3, 6, 9, seed=1)
+    w.grad = randn(3, 6, 9, seed=1, dtype=torch.float64)
     Muon([w], lr=0.1, weight_decay=0.0, norm=f"schatten:{p}", scale=scale, coefficients="exact").step()
     step = (before - w.detach()) / 0.1
     direction = schatten_direction(w.grad, float(p))
@@ -57,7 +54,7 @@ def test_matrices_move_along_the_direction_of_their_norm(p, scale):
 
 def test_groups_may_have_norms_of_their_own():
     a, b = (nn.Parameter(torch.zeros(4, 6).double()) for _ in range(2))
-    a.grad = b.grad = randn(4, 6, seed=2)
+    a.grad = b.grad = randn(4, 6, seed=2, dtype=torch.float64)
     Muon([{"params": [a], "norm": "schatten:2"}, {"params": [b]}], lr=1.0, scale="none").step()
     torch.testing.assert_close(a.detach(), -a.grad / a.grad.norm())
     assert torch.linalg.svdvals(b.detach()).min() > 0.9

@@ -14,6 +14,16 @@ def parameters(*shapes, seed=0, dtype=torch.float32):
     return [nn.Parameter(randn(*shape, seed=seed + i, dtype=dtype)) for i, shape in enumerate(shapes)]
 
 
+def with_grads(*grads):
+    """Parameters of zeros with these gradients."""
+    params = []
+    for g in grads:
+        p = nn.Parameter(torch.zeros_like(g))
+        p.grad = g
+        params.append(p)
+    return params
+
+
 def set_grads(params, seed, scale=1.0):
     for i, p in enumerate(params):
         p.grad = (randn(*p.shape, seed=1000 * seed + i, dtype=torch.float64) * scale).to(p.dtype)
