@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tests.lowrank.matrices import randn
 
 from quintic.linalg.sketch import (
     Operator,
@@ -16,10 +17,6 @@ from quintic.linalg.sketch import (
     sketch_rows,
     times,
 )
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def falling(m, n, ratio, seed=0):

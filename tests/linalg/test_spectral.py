@@ -4,23 +4,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from tests.lowrank.matrices import randn, with_spectrum
 from torch.nn import functional as F
 
 from quintic.core import ConfigError
 from quintic.linalg.spectral import conv_spectral_norm, spectral_norm, spectral_norm_grad, top_singular
 
 METHODS = ["power", "lanczos", "svd"]
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def with_spectrum(n, m, singular, seed=0):
-    k = len(singular)
-    U = torch.linalg.qr(randn(n, k, seed=seed)).Q
-    V = torch.linalg.qr(randn(m, k, seed=seed + 1)).Q
-    return U @ torch.diag(torch.tensor(singular, dtype=torch.float64)) @ V.T
 
 
 @settings(max_examples=40, deadline=None)

@@ -4,22 +4,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from tests.lowrank.matrices import randn, with_spectrum
 
 from quintic.optim.decay import follow_top_space, spectral_decay_, start_top_space, top_space_shape
 
 
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def orthonormal(*shape, seed=0):
     return torch.linalg.qr(randn(*shape, seed=seed)).Q
-
-
-def with_spectrum(n, m, singular, seed=0):
-    k = len(singular)
-    spectrum = torch.tensor(singular, dtype=torch.float64)
-    return orthonormal(n, k, seed=seed) @ torch.diag(spectrum) @ orthonormal(m, k, seed=seed + 1).T
 
 
 @settings(max_examples=80, deadline=None)
