@@ -30,6 +30,7 @@ from quintic.flow.config import DIRECTIONS, NOISES, PREPROCESSINGS
 from quintic.flow.guess import LinearGuess
 from quintic.flow.guidance import Guidance
 from quintic.flow.invert import Inversion, invert_flow
+from quintic.flow.labels import class_rows
 from quintic.flow.likelihood import bits, dequantise, log_normal, logit_forward, logit_inverse
 from quintic.flow.patches import check_patch, to_image, to_tokens
 from quintic.flow.planning import SamplingPlan
@@ -355,24 +356,8 @@ class TarFlow(nn.Module):
         return self.decode(path, labels, **options)[0]
 
     def rows(self, labels: Tensor | int | None, batch: int) -> Tensor | None:
-        """Rows (b,) of the class tables: "no label" is the last; None for a model without classes.
-
-        Raises:
-            DataError: A label out of range, or one for a model without classes.
-        """
-        if not self.num_classes:
-            if labels is not None:
-                raise DataError("this flow has no classes; leave the labels out")
-            return None
-        device = self.stack[0].position.device
-        found = torch.as_tensor(-1 if labels is None else labels, device=device)
-        if found.is_floating_point() or found.dtype == torch.bool or found.shape not in ((), (batch,)):
-            raise DataError(f"expected {batch} whole numbers as labels, found {tuple(found.shape)} of {found.dtype}")
-        found = found.long().expand(batch)
-        low, high = (int(v) for v in found.aminmax()) if batch else (0, 0)
-        if low < -1 or high >= self.num_classes:
-            raise DataError(f"labels are 0 to {self.num_classes - 1}, or -1 for none; found {low} to {high}")
-        return torch.where(found < 0, self.num_classes, found)
+        """Rows (b,) of the class tables (:func:`quintic.flow.labels.class_rows`)."""
+        return class_rows(labels, batch, self.num_classes, self.stack[0].position.device)
 
     def as_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the first block sees of images, (b, n, d), and log |det| (b,) of the way there."""
