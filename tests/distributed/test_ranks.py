@@ -84,7 +84,16 @@ def assert_same_training(one, other):
     [
         (2, ["engine.shards=2", "engine.background_save=true"]),
         (2, ["engine.shards=1", "engine.micro_batch_size=3"]),
-        (4, ["engine.shards=2", "lm.checkpoint=true", "engine.reshard=false", "optim.distributed=gather"]),
+        (
+            4,
+            [
+                "engine.shards=2",
+                "engine.micro_batch_size=3",
+                "lm.checkpoint=true",
+                "engine.reshard=false",
+                "optim.distributed=gather",
+            ],
+        ),
     ],
     ids=["2 shards", "2 replicas", "2 replicas of 2 shards"],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(("ranks", "shards"), [(2, 2)])
+@pytest.mark.parametrize(("ranks", "shards"), [(2, 2), (4, 2), (4, 4)])
 def test_real_steps(ranks, shards):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",

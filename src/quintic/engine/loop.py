@@ -45,7 +45,7 @@ from quintic.engine.periods import due_after, every
 from quintic.engine.progress import Display
 from quintic.engine.run import Run
 from quintic.engine.saving import Saver
-from quintic.engine.shard import divide_, put_away
+from quintic.engine.shard import divide_, put_away, sum_over_replicas
 from quintic.engine.signals import stop_requests
 from quintic.engine.sinks import open_sink
 from quintic.engine.spikes import SPIKE, remember, spike_score
@@ -278,6 +278,7 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(device, dtype, cache=False):
             loss = task.loss(model, batch)
+        sum_over_replicas(model, now=start + size >= len(own))
         (loss.total if loss.regularizer is None else loss.total + loss.regularizer).backward()
         total += float(loss.total.detach())
         count += loss.count

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from quintic.core.ranks import Ranks
 from quintic.core.roles import Role, declared_roles
 
-__all__ = ["divide_", "put_away", "whole"]
+__all__ = ["divide_", "put_away", "sum_over_replicas", "whole"]
 
 
 def divide_(model: nn.Module, ranks: Ranks, *, reshard: bool = True) -> None:
@@ -44,6 +44,12 @@ def divide_(model: nn.Module, ranks: Ranks, *, reshard: bool = True) -> None:
         divided = fully_shard(module, mesh=ranks.mesh, shard_placement_fn=placement, reshard_after_forward=reshard)
         divided.set_gradient_divide_factor(1.0)
         divided.set_force_sum_reduction_for_comms(True)  # else float32 asks for an operation that gloo lacks
+
+
+def sum_over_replicas(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass sums gradients over replicas, or leaves that to a later one of the same step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(now)
 
 
 @contextlib.contextmanager
