@@ -1,4 +1,4 @@
-"""What the codec's benchmark measures with: images, models, the smallest WebP files."""
+"""What the codec's benchmark measures with: images, models, the smallest files of others."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ def single_matched(model: Model, steps: int, size: int) -> Plan:
     return Plan(levels, (1,) * steps, book="gaussian", size=size, rule="single")
 
 
-def smallest_webp(pixels: NDArray[np.uint8]) -> tuple[bytes, float]:
-    """The smallest file over qualities, and its PSNR; the better one of equal size."""
+def smallest(pixels: NDArray[np.uint8], codec: str = "webp") -> tuple[bytes, float]:
+    """The smallest file of a classic codec over qualities, and its PSNR; the better one of equal size."""
     picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    files = [classic_file(picture, "webp", quality) for quality in (0, 1, 2, 5, 10)]
+    files = [classic_file(picture, codec, quality) for quality in (0, 1, 2, 5, 10)]
     best = min(files, key=lambda file: (len(file), -quality_of(picture, file)))
     return best, quality_of(picture, best)
 
