@@ -291,6 +291,11 @@ def section(result: dict) -> str:
         rows.append((name, plus_minus(spread(arm["losses"])), against, vio, *[""] * 4))
     head = ("balance", "validation loss", "difference to none", "MaxVio of late batches", "MaxVio of validation",
             "dead experts", "specialisation", f"balanced (below {BALANCED}) from step")  # fmt: skip
+    gaps = {name_of(arm): paired(arm["losses"], none["losses"]) for arm in result["finalists"][1:]}
+    worse, better = (
+        ", ".join(name for name, gap in gaps.items() if sign * gap["mean"] > gap["half"]) or "not one"
+        for sign in (1.0, -1.0)
+    )
     text_floor = statistics.fmean(default_of(result)["text_floor"])
     swept = [
         (name_of(arm), f"{arm['loss']:.3f}", f"{arm['max_vio']:.3f}", f"{arm['max_vio'] / result['floor']:.2f}",
@@ -304,6 +309,8 @@ def section(result: dict) -> str:
         f"character. A batch routed at random has a MaxVio of {result['floor']:.3f}, this text in balance on average\n"
         f"one of {text_floor:.3f}, a validation set routed at random one of {result['global_floor']:.3f}.",
         table(head, rows),
+        "Unbalanced training has, beyond the interval of the difference, a better loss than these: "
+        f"{worse}; and a worse loss than these: {better}.",
         image("balance-time", "MaxVio over the steps"),
         "Rates and weights, one seed:",
         table(("balance", "validation loss", "MaxVio of late batches", "in random floors", "balanced from"), swept),

@@ -27,6 +27,11 @@ def test_the_book_remembers_and_the_study_reads_it(short, tmp_path, monkeypatch)
     assert balance.run(Book(tmp_path), TOY, **arms)["finalists"] == result["finalists"]
     words = balance.section(result) + claims_section(balance.claims(result))
     assert "floored-rms 0.01" in words and "nan" not in words
+    losses = {"aux": [1.2, 1.301], "sign": [0.9, 1.001]}
+    for arm in result["finalists"]:
+        arm["losses"] = losses.get(arm["balance"], [1.0, 1.1])
+    words = balance.section(result)
+    assert "a better loss than these: aux 0.01; and a worse loss than these: sign 0.001." in words
     for svg in balance.plots(result).values():
         ElementTree.fromstring(svg)
 
