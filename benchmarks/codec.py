@@ -216,8 +216,8 @@ def run() -> dict[str, Any]:
 
 def section(result: dict[str, Any]) -> str:
     parts = [
-        "## The picture codec\n\nTest images only. Sizes are of whole files, header and checksum included. Those of others "
-        "are the smallest that Pillow writes."
+        "## The picture codec\n\nTest images only. Sizes are of whole files, header and checksum included. Those of "
+        "others are the smallest that Pillow writes."
     ]
     for name, m in result["models"].items():
         f, s, t = m["files"], m["schedules"], m["timing"]
