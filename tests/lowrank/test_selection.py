@@ -19,7 +19,7 @@ from tests.lowrank.matrices import (
 )
 
 from quintic.core import ConfigError
-from quintic.lowrank import RULES, select_columns, select_rows
+from quintic.lowrank import RULES, cur, select_columns, select_rows
 from quintic.lowrank.pivots import cross_pivots, greedy_error, lu_pivots
 from quintic.lowrank.scores import leverage, leverage_ridge, leverage_top, subsampled
 
@@ -94,6 +94,25 @@ def test_a_function_is_a_rule():
     A = randn(20, 30)
     expected = leverage(A, 2).topk(4).indices
     assert torch.equal(select_columns(A, 4, method=functools.partial(leverage_top, gamma=2)), expected)
+
+
+@pytest.mark.parametrize("given", [[4, 0, 2], np.array([4, 0, 2]), torch.tensor([4, 0, 2], dtype=torch.int32)])
+def test_a_rule_of_ones_own_may_give_positions_of_any_kind(given):
+    A = randn(6, 5)
+    found = cur(A, rank=3, method=lambda A, k, *, seed: given)
+    assert found.cols.tolist() == found.rows.tolist() == [4, 0, 2]
+    torch.testing.assert_close(found.C, A[:, [4, 0, 2]])
+
+
+@pytest.mark.parametrize(
+    "given", [[0, 0, 1], [0, 1], [0, 1, 5], [-1, 0, 1], [0.0, 1.0, 2.0], [True, False, True], 3, None, [[0, 1, 2]]]
+)
+def test_a_rule_of_ones_own_that_chooses_no_columns(given):
+    def mine(A, k, *, seed):
+        return given
+
+    with pytest.raises(ConfigError, match=r"the rule mine chose .*; expected 3 different positions from 0 to 4"):
+        select_columns(randn(6, 5), 3, method=mine)
 
 
 @pytest.mark.parametrize(

@@ -79,12 +79,33 @@ def choose(source: Source, k: int, method: Method, seed: int) -> Tensor:
     """Columns of a source."""
     rule = _rule(method)
     if isinstance(source, Dense):
-        return rule(source.tensor.detach(), k, seed=seed)
-    if rule in _BY_PRODUCTS:
-        return rule(source, k, seed=seed)
-    with torch.no_grad():
-        sketch = sketch_rows(source, min(2 * k + OVERSAMPLING, *source.shape), seed=seed)
-    return rule(sketch, k, seed=seed)
+        shown = source.tensor.detach()
+    elif rule in _BY_PRODUCTS:
+        shown = source
+    else:
+        with torch.no_grad():
+            shown = sketch_rows(source, min(2 * k + OVERSAMPLING, *source.shape), seed=seed)
+    chosen = rule(shown, k, seed=seed)
+    return _checked(chosen, k, source, method) if callable(method) else chosen
+
+
+def _checked(chosen: Any, k: int, source: Source, method: Method) -> Tensor:
+    """What a user's rule chose."""
+    shape, n = (*source.shape[:-2], k), source.shape[-1]
+    try:
+        at = torch.as_tensor(chosen, device=source.device)
+    except (TypeError, ValueError, RuntimeError):
+        at = torch.empty(0)
+    right = at.shape == shape and not (at.is_floating_point() or at.is_complex() or at.dtype == torch.bool)
+    if right:
+        ordered = at.sort(-1).values
+        right = 0 <= int(ordered.min()) and int(ordered.max()) < n and bool((ordered.diff(dim=-1) > 0).all())
+    if not right:
+        raise ConfigError(
+            f"the rule {method_name(method)} chose {chosen!r}; expected {k} different positions from 0 to {n - 1}, "
+            f"whole numbers of shape {shape}"
+        )
+    return at.long()
 
 
 def method_name(method: Method) -> str:
