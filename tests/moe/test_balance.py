@@ -44,6 +44,14 @@ def test_no_step_at_balance_or_without_tokens_and_no_drift(rule):
     assert abs(bias.mean()) < 1e-5
 
 
+@pytest.mark.parametrize("rule", COUNTING_RULES)
+def test_counts_beyond_the_integers_of_float32(rule):
+    bias, counts = torch.zeros(2), torch.tensor([2**25 + 1, 2**25 - 1])
+    assert counts.float().unique().numel() == 1
+    LossFree(rule, rate=1e3 if rule in ("sgd", "relative") else None).step(bias, counts, top_k=1)
+    assert bias[0] < 0 < bias[1]
+
+
 def test_unknown_rule_and_bad_rate():
     with pytest.raises(ConfigError, match="did you mean 'sign'"):
         LossFree("sing")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quintic.moe import max_violation
+from quintic.core.initial import initialize_
+from quintic.moe import LossFree, MoE, balance_step, max_violation, sampling_floor
 from quintic.moe.quantile import BINS, margin_histogram, quantile_cut
 
 
@@ -61,6 +62,19 @@ def test_uneven_token_counts_and_logits_without_range():
     for _ in range(60):
         bias -= quantile_cut(margin_histogram(plain + bias, 3), torch.full((7,), 3 / 7)).float()
     assert max_violation(torch.bincount((plain + bias).topk(3).indices.flatten())) < 0.05
+
+
+def test_experts_of_limited_groups_are_balanced():
+    """Margins are taken among the open groups only; the closed ones wait with -inf."""
+    layer = MoE(8, 4, 16, 2, num_groups=4, top_groups=2, router_offset=True, balance=LossFree("quantile"))
+    initialize_(layer, 0)
+    g, seen = torch.Generator().manual_seed(0), []
+    with torch.no_grad():
+        layer.router.offset.normal_(generator=g)
+        for _ in range(40):
+            layer(torch.randn(1024, 8, generator=g))
+            seen.append(balance_step(layer)[0].max_violation)
+    assert seen[0] > 2.0 and sum(seen[-10:]) / 10 < 1.5 * sampling_floor(1024, 16, 2)
 
 
 @pytest.mark.parametrize("k", [1, 3])
