@@ -99,7 +99,7 @@ def _checked(chosen: Any, k: int, source: Source, method: Method) -> Tensor:
     right = at.shape == shape and not (at.is_floating_point() or at.is_complex() or at.dtype == torch.bool)
     if right:
         ordered = at.sort(-1).values
-        right = 0 <= int(ordered.min()) and int(ordered.max()) < n and bool((ordered.diff(dim=-1) > 0).all())
+        right = int(ordered.min()) >= 0 and int(ordered.max()) < n and bool((ordered.diff(dim=-1) > 0).all())
     if not right:
         raise ConfigError(
             f"the rule {method_name(method)} chose {chosen!r}; expected {k} different positions from 0 to {n - 1}, "
