@@ -44,7 +44,7 @@ def test_a_picture_that_cannot_be_read_does_not_stop_the_others(folder, capsys):
     (folder / "in" / "a.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="1 of 4 pictures could not be coded"):
         run("encode", "in", "--out", "coded", "--target-bytes", 70, "--model", "model.safetensors")
-    assert len(list((folder / "coded").glob("*.qdc"))) == 3 and "a.png" in capsys.readouterr().out
+    assert len(list((folder / "coded").glob("*.qdc"))) == 3 and "a.png" in capsys.readouterr().err
 
 
 def test_info_needs_no_model(folder, capsys):
@@ -81,12 +81,18 @@ def test_a_cut_file_is_decoded_when_asked(folder):
     assert Image.open(folder / "a.png").size == (15, 11)
 
 
-def test_one_bad_file_does_not_stop_the_others(folder):
+def test_one_bad_file_is_named_and_does_not_stop_the_others(folder, capsys):
     run("encode", "in", "--out", "coded", "--model", "model.safetensors")
     (folder / "coded" / "p1.qdc").write_bytes(b"no")
     with pytest.raises(DataError, match="1 of 3 files"):
         run("decode", "coded", "--out", "back", "--model", "model.safetensors")
     assert sorted(p.name for p in (folder / "back").iterdir()) == ["p0.png", "p2.png"]
+    assert "p1.qdc: this is no file of quintic codec" in capsys.readouterr().err
+    with pytest.raises(DataError, match="1 of 3 files"):
+        run("info", "coded", "--json")
+    told = capsys.readouterr()
+    assert [json.loads(line)["file"][-6:] for line in told.out.splitlines()] == ["p0.qdc", "p2.qdc"]
+    assert "p1.qdc: this is no file of quintic codec" in told.err
 
 
 def test_eval_counts_the_bytes_of_real_files(folder, capsys):
@@ -101,6 +107,13 @@ def test_eval_counts_the_bytes_of_real_files(folder, capsys):
     assert (
         "<svg" in (folder / "e" / "rates.html").read_text() and "| quintic |" in (folder / "e" / "rates.md").read_text()
     )
+
+
+def test_eval_names_the_picture_that_is_too_large_for_a_size(folder):
+    picture(150, 150, "RGB", seed=9).save(folder / "in" / "p9.png")
+    with pytest.raises(ConfigError, match=r"p9\.png: "):
+        run("eval", "in", "--out", "e", "--sizes", 30, "--model", "model.safetensors")
+    assert not (folder / "e").exists()
 
 
 def test_restore_writes_the_file_and_what_it_decodes_to(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,11 +12,11 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from quintic.cli.picture_files import PICTURES, find_files, open_picture, png_bytes, progress, target_paths
+from quintic.cli.picture_files import PICTURES, each_file, find_files, open_picture, png_bytes, progress, target_paths
 from quintic.cli.printing import say
 from quintic.codec.container import MODES, read_parts
 from quintic.codec.schedule import PRESETS
-from quintic.core import ConfigError, DataError, UserError, suggest
+from quintic.core import ConfigError, suggest
 from quintic.core.files import atomic_write
 
 if TYPE_CHECKING:
@@ -83,25 +84,19 @@ def encode(
     targets = target_paths(files, out, SUFFIX, overwrite)
     codec = _codec(model, preset)
     pixels = coded = 0
-    failed = 0
-    for path, target in progress(list(zip(files, targets, strict=True)), "encoding"):
-        try:
-            picture = open_picture(path)
-            made = codec.code(
-                picture, target_bytes, target_psnr, quality, exact=exact, robust=robust, roi=_roi(roi, picture)
-            )
-        except UserError as error:
-            if len(files) == 1:
-                raise
-            failed += 1
-            say(f"{path}: {error}")
-            continue
+
+    def code(path: Path, target: Path) -> None:
+        nonlocal pixels, coded
+        picture = open_picture(path)
+        made = codec.code(
+            picture, target_bytes, target_psnr, quality, exact=exact, robust=robust, roi=_roi(roi, picture)
+        )
         atomic_write(target, made.data)
         pixels += made.image.width * made.image.height
         coded += len(made.data)
         say(f"{target}: {len(made.data)} bytes, {made.psnr:.2f} dB")
-    if failed:
-        raise DataError(f"{failed} of {len(files)} pictures could not be coded; the others are there")
+
+    each_file(_pairs(files, targets), code, "encoding", "pictures could not be coded; the others are there")
     if len(files) > 1:
         say(f"{len(files)} files, {coded} bytes, {8 * coded / pixels:.3f} bits per pixel")
 
@@ -137,19 +132,12 @@ def decode(
     files = find_files(paths, (SUFFIX,))
     targets = target_paths(files, out, ".png", overwrite)
     codec = _codec(model, "standard")
-    failed = []
-    for path, target in progress(list(zip(files, targets, strict=True)), "decoding"):
-        try:
-            atomic_write(target, png_bytes(codec.decode(path.read_bytes(), strict=not partial)))
-        except UserError as error:
-            if len(files) == 1:
-                raise
-            failed.append(path)
-            say(f"{path}: {error}")
-            continue
+
+    def picture(path: Path, target: Path) -> None:
+        atomic_write(target, png_bytes(codec.decode(path.read_bytes(), strict=not partial)))
         say(f"{target}")
-    if failed:
-        raise DataError(f"{len(failed)} of {len(files)} files could not be decoded; the others are there")
+
+    each_file(_pairs(files, targets), picture, "decoding", "files could not be decoded; the others are there")
 
 
 @app.command
@@ -168,7 +156,8 @@ def info(*paths: str, as_json: Annotated[bool, Parameter(name="--json", negative
     quintic codec info photo.qdc
     quintic codec info coded/ --json
     """
-    for path in find_files(paths, (SUFFIX,)):
+
+    def show(path: Path) -> None:
         data = path.read_bytes()
         parts = read_parts(data, strict=False)
         h = parts.header
@@ -190,11 +179,13 @@ def info(*paths: str, as_json: Annotated[bool, Parameter(name="--json", negative
         }
         if as_json:
             say(json.dumps(facts))
-            continue
+            return
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value in facts.items():
             table.add_row(name.replace("_", " "), str(value))
         Console().print(table)
+
+    each_file([(path,) for path in find_files(paths, (SUFFIX,))], show, "reading", "files could not be read")
 
 
 @app.command(name="eval")
@@ -243,12 +234,22 @@ def evaluate(
     files = find_files(paths, PICTURES)
     files = files[:: max(1, -(-len(files) // limit))]
     codec = _codec(model, preset)
-    pictures = [open_picture(path) for path in files]
     aims = sorted(set(sizes or [40, 60, 80, 100, 150, 200]))
-    rows = compare(codec, progress(pictures, "comparing"), aims)
+    at = files[0]
+
+    def pictures() -> Iterator[Image.Image]:
+        nonlocal at
+        for at in progress(files, "comparing"):
+            yield open_picture(at)
+
+    try:
+        rows = compare(codec, pictures(), aims)
+    except ConfigError as error:  # a size that is too small for the picture
+        raise ConfigError(f"{at}: {error}") from error
     shown = sorted({aims[0], aims[len(aims) // 2], aims[-1]})
     examples = []
-    for picture in pictures[:_EXAMPLES]:
+    for path in files[:_EXAMPLES]:
+        picture = open_picture(path)
         made = [codec.code(picture, target_bytes=size) for size in shown]
         examples.append(Example(read_image(picture)[0], [(len(m.data), m.psnr, m.image) for m in made]))
     page = write_rates_report(out, rows, examples)
@@ -337,6 +338,10 @@ def restore(
     atomic_write(targets[0], made.data)
     atomic_write(targets[1], png_bytes(made.image))
     say(f"{targets[0]}: {len(made.data)} bytes; {targets[1]}")
+
+
+def _pairs(files: list[Path], targets: list[Path]) -> list[tuple[Path, ...]]:
+    return list(zip(files, targets, strict=True))
 
 
 def _check_bytes(sizes: list[int]) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import glob
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
 
-from quintic.core import ConfigError, DataError
+from quintic.cli.printing import say
+from quintic.core import ConfigError, DataError, UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PICTURES", "find_files", "open_picture", "png_bytes", "progress", "target_paths"]
+__all__ = ["PICTURES", "each_file", "find_files", "open_picture", "png_bytes", "progress", "target_paths"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 """Names of pictures end so."""
@@ -97,3 +98,30 @@ def progress(items: list[Any], words: str) -> Iterable[Any]:
     if len(items) < 2 or not console.is_terminal:
         return items
     return track(items, words, console=console, transient=True)
+
+
+def each_file(items: list[tuple[Path, ...]], action: Callable[..., None], words: str, failure: str) -> None:
+    """Do something with every file; one that fails is named on standard error and does not stop the others.
+
+    Args:
+        items: Arguments of the action, the file first.
+        action: Raises a user error where it fails.
+        words: What is going on.
+        failure: How to say that some failed, behind "2 of 3".
+
+    Raises:
+        DataError: Some failed.
+        UserError: The only one failed.
+    """
+    failed = 0
+    for item in progress(items, words):
+        try:
+            action(*item)
+        except UserError as error:
+            if len(items) == 1:
+                raise
+            failed += 1
+            named = str(error) if str(item[0]) in str(error) else f"{item[0]}: {error}"
+            say(named, console=Console(stderr=True))
+    if failed:
+        raise DataError(f"{failed} of {len(items)} {failure}")
