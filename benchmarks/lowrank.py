@@ -1,7 +1,8 @@
 """Columns and rows: how near to the best approximation, how fast, how well tolerances are kept, and at which size.
 
 Errors are divided by the least error of any approximation of the rank (from the SVD). Timings are taken in turns within
-one process, one thread each; scipy.linalg.interpolative knows float64 only and is slow, so that it runs once.
+one process, one thread each (also in the BLAS of scipy, which keeps its own count); scipy.linalg.interpolative knows
+float64 only and is slow, so that it runs once.
 """
 
 from __future__ import annotations
@@ -189,6 +190,7 @@ def timed(action: Callable[[], object]) -> float:
 
 def against_scipy(size: int, rank: int, k: int, rounds: int = 3) -> dict[str, dict[str, float]]:
     import scipy.linalg.interpolative as peer
+    from threadpoolctl import threadpool_limits
 
     values = 1 / np.arange(1, rank + 1)
     A = with_spectrum(size, size, values)
@@ -208,9 +210,10 @@ def against_scipy(size: int, rank: int, k: int, rounds: int = 3) -> dict[str, di
         for name, action in actions.items():
             seconds[name].append(timed(action))
     array = A.numpy()
-    began = time.perf_counter()
-    order, proj = peer.interp_decomp(array, k)
-    rows["scipy, float64"] = {"seconds": time.perf_counter() - began}
+    with threadpool_limits(1):
+        began = time.perf_counter()
+        order, proj = peer.interp_decomp(array, k)
+        rows["scipy, float64"] = {"seconds": time.perf_counter() - began, "threads": 1}
     made = torch.from_numpy(peer.reconstruct_matrix_from_id(array[:, order[:k]], order, proj))
     rows["scipy, float64"]["ratio"] = float((A - made).norm()) / best
     for name, action in actions.items():
@@ -280,6 +283,7 @@ def section(result: dict) -> str:
     m, tol, times = result["machine"], result["tolerance"], result["times"]
     size, of, k = result["big"]
     peer = times["scipy, float64"]
+    threads = "one thread" if peer["threads"] == 1 else f"one thread, but {peer['threads']:.0f} for scipy"
     ratios = table(
         ["matrix", *SHOWN, "bar of quality"],
         [
@@ -314,7 +318,7 @@ def section(result: dict) -> str:
         f"{min(result['haar']):.3f} to {max(result['haar']):.3f} times the error of pivoted QR (bar: {HAAR_BAR}).",
         "",
         f"Interpolative decomposition of a {size} x {size} matrix of rank {of}, singular values 1/j, k = {k}; "
-        f"one thread. Machine: {m['cpu']}, torch {m['torch']}.",
+        f"{threads}. Machine: {m['cpu']}, torch {m['torch']}.",
         "",
         speed,
         "",
