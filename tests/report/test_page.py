@@ -376,6 +376,9 @@ def test_user_mistakes_say_what_to_do(tmp_path):
         write_report(tmp_path)
     with pytest.raises(DataError, match=r"no metrics yet.*quintic resume"):
         write_report(make_run(tmp_path / "new", []))
+    compressed = CONFIG.replace('size = "tiny"', 'size = "compressed"')
+    with pytest.raises(DataError, match="was compressed, not trained"):
+        write_report(make_run(tmp_path / "smaller", [], config=compressed))
     damaged = make_run(tmp_path / "damaged", [row(1)])
     (damaged / "run.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"run\.json is damaged.*delete it"):

@@ -132,6 +132,8 @@ def read_records(folder: Path) -> Records:
     config = run.header()
     rows = read_metrics(run.metrics_file)
     if not rows:
+        if (made := config.get("size")) in ("imported", "compressed"):
+            raise DataError(f"{folder} was {made}, not trained, so there is nothing to report")
         raise DataError(
             f"{folder} has no metrics yet (metrics.jsonl is absent or empty), so there is nothing to report; "
             f"let it take a step, or continue it with: quintic resume {folder}"
