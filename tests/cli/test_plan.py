@@ -1,9 +1,14 @@
 """quintic plan, as a user would type it."""
 
 import json
+import os
+import re
 
 import pytest
+import torch
 from tests.cli.command import quintic
+
+from quintic.core import machine
 
 
 def test_the_plan_of_a_cluster(capsys):
@@ -44,3 +49,22 @@ def test_the_share_of_the_peak_that_a_run_reached(tmp_path, capsys):
 def test_mistakes(capsys, arguments, words):
     assert quintic("plan", *arguments) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_training_that_does_not_fit_in_memory_says_so_before_its_first_step(tmp_path, monkeypatch, capsys):
+    (tmp_path / "book.txt").write_text("the whale swam under the ship and the captain looked.\n" * 40)
+    short = ["train", tmp_path / "book.txt", "--size", "tiny", "engine.steps=1", "lm.num_layers=2"]
+    assert quintic(*short, "--out", tmp_path / "a") == 0
+    assert "do not fit" not in capsys.readouterr().out
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda device: 6 * 2**20)
+    assert quintic(*short, "--out", tmp_path / "b", "engine.batch_size=64") == 0
+    told = capsys.readouterr().out
+    size = int(re.search(r"do not fit in 0\.0 GiB per rank: set engine\.micro_batch_size=(\d+) or less", told)[1])
+    assert 1 <= size < 64
+    assert quintic(*short, "--out", tmp_path / "c", "engine.batch_size=64", f"engine.micro_batch_size={size}") == 0
+    assert "do not fit" not in capsys.readouterr().out
+
+
+def test_what_is_left_of_memory_is_less_than_the_machine_has():
+    free = machine.free_memory_bytes(torch.device("cpu"))
+    assert free is None or 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -15,7 +16,11 @@ from quintic.cli.printing import say
 from quintic.cli.wiring import build_settings, kind_of, split_arguments
 from quintic.core import CheckpointError, ConfigError
 
-__all__ = ["plan"]
+if TYPE_CHECKING:
+    from quintic.engine import Settings
+    from quintic.engine.plan import Plan
+
+__all__ = ["memory_advice", "plan"]
 
 _BYTES_A_TOKEN = 3
 """Of a text that is as long as the training, to guess its vocabulary by."""
@@ -89,9 +94,7 @@ def plan(
 
     from quintic.core.machine import matmul_peak, pick_device, pick_dtype
     from quintic.data.tokenizer import vocab_size_for
-    from quintic.engine.plan import as_rows, make_plan
-    from quintic.lm.cross_entropy import rows_at_a_time
-    from quintic.lm.memory import saved_numbers_per_token
+    from quintic.engine.plan import as_rows
 
     engine = settings["engine"]
     budget = tokens or float(engine.steps * engine.batch_size * settings["lm"].context)
@@ -101,26 +104,9 @@ def plan(
         settings = settings.derive("lm.vocab_size", vocabulary, "assumed")
         assumed = f"the text decides the vocabulary; {vocabulary:,} tokens assumed, lm.vocab_size=N for another"
     c = settings["lm"]
-    with torch.device("meta"):
-        model = kind_of("lm").build("lm", settings)
     device = pick_device("auto")
     dtype = pick_dtype(engine.dtype, device)
-    found = make_plan(
-        model,
-        ranks=ranks,
-        shards=shards or ranks,
-        examples_per_step=engine.batch_size,
-        micro_batch=engine.micro_batch_size,
-        tokens_per_example=c.context,
-        flops_per_token=model.flops_per_token(c.context),
-        active=model.num_parameters()[1],
-        activation_numbers_per_token=saved_numbers_per_token(c),
-        logits=c.vocab_size * rows_at_a_time(c.vocab_size, "cuda"),
-        compute_bytes=2 if dtype == torch.bfloat16 else 4,
-        optimizer=settings["optim"].name,
-        reshard=engine.reshard,
-        checkpoint=c.checkpoint,
-    )
+    found = _plan_of(settings, ranks, shards, 2 if dtype == torch.bfloat16 else 4, "cuda")
     peak = peak_tflops * 1e12 or matmul_peak(device, dtype)
     hours = found.hours(budget, peak, mfu)
     advice = found.advice(memory_gib * 2**30) if memory_gib else []
@@ -162,6 +148,51 @@ def plan(
     )
     for line in [*([assumed] if assumed else []), *advice]:
         say(line, console=console)
+
+
+def _plan_of(settings: Settings, ranks: int, shards: int, compute_bytes: int, device_type: str) -> Plan:
+    """What a language model of these settings needs, its vocabulary known."""
+    import torch
+
+    from quintic.engine.plan import make_plan
+    from quintic.lm.cross_entropy import rows_at_a_time
+    from quintic.lm.memory import saved_numbers_per_token
+
+    c, engine = settings["lm"], settings["engine"]
+    with torch.device("meta"):
+        model = kind_of("lm").build("lm", settings)
+    return make_plan(
+        model,
+        ranks=ranks,
+        shards=shards or ranks,
+        examples_per_step=engine.batch_size,
+        micro_batch=engine.micro_batch_size,
+        tokens_per_example=c.context,
+        flops_per_token=model.flops_per_token(c.context),
+        active=model.num_parameters()[1],
+        activation_numbers_per_token=saved_numbers_per_token(c),
+        logits=c.vocab_size * rows_at_a_time(c.vocab_size, device_type),
+        compute_bytes=compute_bytes,
+        optimizer=settings["optim"].name,
+        reshard=engine.reshard,
+        checkpoint=c.checkpoint,
+    )
+
+
+def memory_advice(settings: Settings, ranks: int) -> list[str]:
+    """What to change if a step needs more memory than is left here; empty if it fits, or if nobody knows."""
+    import torch
+
+    from quintic.core.machine import free_memory_bytes, pick_device, pick_dtype
+
+    device = pick_device(settings["engine"].device)
+    free = free_memory_bytes(device)
+    if free is None:
+        return []
+    if device.type == "cpu":
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks on one machine
+    compute_bytes = 2 if pick_dtype(settings["engine"].dtype, device) == torch.bfloat16 else 4
+    return _plan_of(settings, ranks, settings["engine"].shards, compute_bytes, device.type).advice(free)
 
 
 def _count(number: int, thing: str) -> str:

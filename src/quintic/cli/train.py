@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
+from quintic.cli.plan import memory_advice
 from quintic.cli.printing import say
 from quintic.cli.wiring import build_settings, build_task, kind_of, section_types, split_arguments
 
@@ -154,6 +155,8 @@ def run_training(
     from quintic.report import write_report
 
     kind = kind_of(task.name)
+    if task.name == "lm" and (advice := memory_advice(settings, ranks.world)):
+        say(f"warning: {advice[0]} {'; '.join(advice[1:])}", console=console, style="yellow")
     outcome = train_loop(task, settings, run, console, ranks=ranks, log=log or "")
     report = write_report(run.folder) if outcome.recorded and ranks.is_main else None
 

@@ -25,6 +25,7 @@ __all__ = [
     "autocast",
     "describe",
     "fast_dtype",
+    "free_memory_bytes",
     "matmul_peak",
     "matrix_units",
     "peak_memory_bytes",
@@ -168,6 +169,23 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Memory that is left at most: of the device for CUDA, else of the machine or the container.
+
+    ``None`` where the system does not tell (other systems than Linux).
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # "max", or no such limit
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
+    return free
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

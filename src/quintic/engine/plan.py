@@ -81,7 +81,8 @@ class Plan:
         found = [f"{self.total_bytes / _GIB:.1f} GiB do not fit in {memory_bytes / _GIB:.1f} GiB per rank:"]
         passing = b["activations"] > 0.3 * self.total_bytes
         if passing and self.micro_batch > 1:
-            found.append("halve engine.micro_batch_size: activations shrink with it")
+            fits = int(self.micro_batch * (1 - (self.total_bytes - memory_bytes) / b["activations"]))
+            found.append(f"set engine.micro_batch_size={max(1, fits)} or less: fewer activations, the same step")
         if b["weights in bfloat16"] > 0.2 * memory_bytes and not self.checkpoint:
             found.append("set lm.checkpoint=true: weights in bfloat16 and activations are then those of a block")
         if fixed > 0.5 * memory_bytes:
