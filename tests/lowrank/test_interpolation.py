@@ -117,6 +117,8 @@ def test_labels_and_repr():
     assert repr(found) == f"Interpolation(4 x 3, rank 2, relative error {found.error():.3g}, method 'fixed')"
     with pytest.raises(DataError, match="2 column labels for 3"):
         interpolative(A, rank=1, column_labels=["a", "b"])
+    with pytest.raises(ConfigError, match="column labels are for a single matrix"):
+        interpolative(randn(2, 4, 3), rank=1, column_labels=["a", "b", "c"])
 
 
 @pytest.mark.parametrize(

@@ -77,4 +77,6 @@ def test_out_of_reach_is_an_error_not_a_bad_result():
 
 
 def test_zero_has_rank_one():
-    assert interpolative(torch.zeros(4, 3), tol=1e-3).rank == 1
+    for A in (torch.zeros(4, 3), ByProducts(torch.zeros(4, 3))):
+        found = interpolative(A, tol=1e-3)
+        assert found.rank == 1 and found.error() == 0.0
