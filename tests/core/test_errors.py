@@ -15,3 +15,4 @@ def test_user_errors_are_value_errors_and_carry_their_extra():
 def test_suggest():
     assert core.suggest("laptob", ["laptop", "tiny"]) == "; did you mean 'laptop'?"
     assert core.suggest("q", []) == ""
+    assert core.suggest(0.1, ["laptop", "tiny"]) == "; expected one of: laptop, tiny"

@@ -241,6 +241,7 @@ def test_z_loss():
     [
         ({"weight": -1.0}, "finite number"),
         ({"weight": math.nan}, "finite number"),
+        ({"weight": "entropy"}, "finite number >= 0, found 'entropy'"),
         ({"kind": "square"}, "did you mean 'squared'"),
         ({"over": "sequences"}, "did you mean 'sequence'"),
         ({"groups": -1}, "at least 0"),

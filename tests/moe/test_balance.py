@@ -57,6 +57,8 @@ def test_unknown_rule_and_bad_rate():
         LossFree("sing")
     with pytest.raises(ConfigError, match="finite"):
         LossFree(rate=float("nan"))
+    with pytest.raises(ConfigError, match=r"unknown balancing rule 0\.1; expected one of"):
+        LossFree(0.1)
 
 
 @functools.cache

@@ -237,6 +237,7 @@ def test_the_default_path_compiles_as_one_graph():
         ({"d_model": 0}, "d_model must be at least 1"),
         ({"num_shared": -1}, "num_shared"),
         ({"normalize_experts": "rm"}, "did you mean 'rms'"),
+        ({"normalize_experts": True}, "expected one of: l2, rms"),
         ({"activation": "sillu"}, "did you mean 'silu'"),
         ({"score": "sigmod"}, "did you mean 'sigmoid'"),
         ({"top_k": 1}, "without gradient"),

@@ -54,11 +54,11 @@ class MissingExtraError(UserError, ImportError):
         super().__init__(f"{package} is not installed; it comes with an extra: pip install 'quintic[{extra}]'")
 
 
-def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+def suggest(name: object, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, or the list of names if none is close.
 
     Args:
-        name: What was found.
+        name: What was found, a string or what somebody gave instead of one.
         known: What is accepted.
         cutoff: Similarity in [0, 1] from which a name counts as close.
 
@@ -69,7 +69,7 @@ def suggest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
         '; expected one of: laptop, tiny'
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=cutoff)
     if close:
         return f"; did you mean '{close[0]}'?"
     return "; expected one of: " + ", ".join(names) if names else ""

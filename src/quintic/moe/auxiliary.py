@@ -98,8 +98,8 @@ class AuxLoss(Balance):
     group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
-        if not (self.weight >= 0.0 and math.isfinite(self.weight)):
-            raise ConfigError(f"the weight of the auxiliary loss must be a finite number >= 0, found {self.weight}")
+        if isinstance(self.weight, str) or not (self.weight >= 0.0 and math.isfinite(self.weight)):
+            raise ConfigError(f"the weight of the auxiliary loss must be a finite number >= 0, found {self.weight!r}")
         if isinstance(self.kind, str) and self.kind not in _KINDS:
             raise ConfigError(f"unknown auxiliary loss {self.kind!r}{suggest(self.kind, _KINDS)}")
         if self.over not in _OVER:

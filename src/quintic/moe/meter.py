@@ -3,7 +3,8 @@
 All counters are integers, so that micro-batches and ranks add up exactly and in any order: counts of tokens (float32
 would stop counting at 2^24), and sums of real numbers in units of 1e-9. Counting happens in the forward pass of a layer
 in training mode, but not inside a backward pass, where activation checkpointing of either kind runs the forward pass
-a second time: so a token counts once. Evaluation does not count.
+a second time: so a token counts once. Evaluation does not count. ``torch.no_grad`` alone does: the first pass of a
+reentrant checkpoint is one without gradients.
 
 The counters are not part of a checkpoint: right after :func:`~quintic.moe.balance_step`, where checkpoints are written,
 they are all zero. Until then they differ between ranks: a model that accumulates gradients must be wrapped in
