@@ -148,8 +148,13 @@ def test_what_is_refused():
     for ridge in (-0.1, 1e-9, 2.0, float("inf"), float("nan")):
         with pytest.raises(ConfigError, match="ridge"):
             nystrom_attention(q, k, v, 4, ridge=ridge)
-    with pytest.raises(ConfigError, match="at least 1"):
-        nystrom_attention(q, k, v, 0)
+    for landmarks in (0, 3.0):
+        with pytest.raises(ConfigError, match=f"landmarks = {landmarks}; expected 1 or more"):
+            nystrom_attention(q, k, v, landmarks)
+        with pytest.raises(ConfigError, match=f"landmarks = {landmarks}; expected 1 or more"):
+            NystromAttention(8, 2, landmarks)
+    with pytest.raises(ConfigError, match=r"queries \(..., n, d\), found \(4,\)"):
+        nystrom_attention(q[0, 0, 0], k, v, 4)
     with pytest.raises(ConfigError, match="keys like the queries"):
         nystrom_attention(q, k[..., :10, :], v, 4)
     with pytest.raises(ConfigError, match="of bool"):

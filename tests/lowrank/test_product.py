@@ -129,10 +129,16 @@ def test_mistakes_are_named():
         ({"rank": 2, "method": "tuple"}, "did you mean 'tuples'"),
         ({"rank": 2, "middle": "diag"}, "did you mean 'diagonal'"),
         ({"rank": 2, "method": "tuples", "size": 0}, "size = 0"),
+        ({"rank": 2, "method": "tuples", "size": 2.0}, "size = 2.0; .* a whole number"),
     ):
         with pytest.raises(ConfigError, match=message):
             cr(X, Y, **options)
     with pytest.raises(DataError, match="cannot multiply"):
         cr(X, X, 2)
+    for scale in (1e200, 1e-200):
+        with pytest.raises(DataError, match=r"product of X and Y leaves the range of torch\.float64"):
+            cr(X * scale, Y * scale, 2)
+    with pytest.raises(DataError, match=r"leaves the range of torch\.float32"):
+        cr((X * 1e30).float(), (Y * 1e30).float(), 2)
     with pytest.raises(DataError, match="without a batch"):
         cr(randn(2, 3, 4), randn(2, 4, 3), 2)

@@ -175,7 +175,7 @@ def test_bad_numbers_are_named():
     with pytest.raises(DataError, match="query 3 with item 7 is nan"):
         CurIndex(broken)
     index = CurIndex(S)
-    with pytest.raises(ConfigError, match="between 1 and the 10"):
+    with pytest.raises(ConfigError, match="k = 11; expected 1 to 10"):
         index.search(lambda items: S[0][items], k=11, budget=10)
     with pytest.raises(DataError, match="not finite"):
         index.search(lambda items: S[0][items] / 0.0)
@@ -185,6 +185,14 @@ def test_bad_numbers_are_named():
         CurIndex(S, first=0.0)
     with pytest.raises(ConfigError, match="rounds"):
         CurIndex(S, rounds=0)
+    for options in ({"rounds": 1.5}, {"seed": None}, {"seed": "x"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))} = .*; expected"):
+            CurIndex(S, **options)
+    for options in ({"k": 1.5}, {"k": 0}, {"budget": 0}, {"budget": 20.0}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))} = .*; expected 1"):
+            index.search(lambda items: S[0][items], **options)
+    with pytest.raises(DataError, match=r"exact scores of \d+ items, found None"):
+        index.search(lambda items: None)
     with pytest.raises(ConfigError, match="noise"):
         CurIndex(S, noise=-1.0)
     with pytest.raises(ConfigError, match="did you mean 'k-means'"):

@@ -126,6 +126,12 @@ def test_blocks_that_do_not_fit_or_change_are_refused():
         RowBlocks([np.ones((2, 3)), np.ones((2, 3), dtype=np.float32)])
     with pytest.raises(DataError, match="at least one row"):
         RowBlocks([])
+    with pytest.raises(DataError, match="found None"):
+        read_once(None, rank=1)
+    with pytest.raises(ConfigError, match="height = 0; expected 1 or more"):
+        RowBlocks(np.eye(3), height=0)
+    with pytest.raises(DataError, match=r"shape \(1, 6, 5\)"):
+        cur(RowBlocks(np.ones((1, 6, 5))), rank=1)
     with pytest.raises(DataError, match="4 rows together, expected 9"):
         interpolative(RowBlocks([np.eye(4)], shape=(9, 4)), rank=1)
     with pytest.raises(DataError, match="not finite"):

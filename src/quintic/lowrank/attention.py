@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quintic.core import ConfigError
+from quintic.lowrank.result import whole_number
 
 __all__ = ["NystromAttention", "nystrom_attention"]
 
@@ -69,12 +70,13 @@ def nystrom_attention(
     """
     if causal:
         raise ConfigError("Nystrom attention has no causal form (its landmarks see the future); use exact attention")
+    if q.ndim < 2:
+        raise ConfigError(f"expected queries (..., n, d), found {tuple(q.shape)}")
     n, d = q.shape[-2:]
     if k.shape != q.shape or v.shape[:-1] != k.shape[:-1]:
         raise ConfigError(f"expected keys like the queries {tuple(q.shape)} and as many values, found keys "
                           f"{tuple(k.shape)}, values {tuple(v.shape)}")  # fmt: skip
-    if landmarks < 1:
-        raise ConfigError(f"landmarks must be at least 1, found {landmarks}")
+    landmarks = whole_number(landmarks, None, "landmarks")
     if ridge and not _CUT <= ridge <= 1.0:  # its square is added to a squared matrix: less drowns in rounding
         raise ConfigError(f"ridge must be 0, or lie between {_CUT:g} and 1; found {ridge}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape[-1] != n):
@@ -153,9 +155,7 @@ class NystromAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or d_model % num_heads:
             raise ConfigError(f"{num_heads} heads do not divide a width of {d_model}")
-        if landmarks < 1:
-            raise ConfigError(f"landmarks must be at least 1, found {landmarks}")
-        self.num_heads, self.landmarks, self.ridge = num_heads, landmarks, ridge
+        self.num_heads, self.landmarks, self.ridge = num_heads, whole_number(landmarks, None, "landmarks"), ridge
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.out = nn.Linear(d_model, d_model, bias=bias)
 

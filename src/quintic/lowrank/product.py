@@ -75,7 +75,7 @@ def cr(
 
     Raises:
         ConfigError: An argument is unusable, or there are more than 2 million tuples to look at.
-        DataError: X or Y is no matrix, they do not fit, or an element is not finite.
+        DataError: X or Y is no matrix, they do not fit, an element is not finite, or the product is out of range.
 
     Example:
         >>> X, Y = torch.eye(3), torch.diag(torch.tensor([1.0, 5.0, 3.0]))
@@ -91,6 +91,9 @@ def cr(
     terms = x.shape[1]
     rank = whole_number(rank, terms, "rank", ", the number of terms of the product")
     norms = torch.linalg.vector_norm(x.detach(), dim=0) * torch.linalg.vector_norm(y.detach(), dim=1)
+    reach, largest = torch.finfo(norms.dtype), float(norms.sum()) * float(source.scale)
+    if norms.any() and not reach.tiny < largest < reach.max:
+        raise DataError(f"the product of X and Y leaves the range of {source.dtype}; scale one of them")
     weights = torch.ones(rank, dtype=x.dtype, device=x.device)
     if method == "top":
         at = norms.argsort(dim=0, descending=True, stable=True)[:rank]
@@ -161,8 +164,7 @@ def _drawn(norms: Tensor, rank: int, seed: int, ones: Tensor) -> tuple[Tensor, T
 def _without_small_tuples(x: Tensor, y: Tensor, rank: int, size: int) -> Tensor:
     """What is left when ``size`` terms at a time, those with the smallest sum, have been thrown away."""
     terms = x.shape[1]
-    if size < 1:
-        raise ConfigError(f"size = {size}; expected 1 or more")
+    size = whole_number(size, None, "size")
     if comb(terms, size) > _MOST_TUPLES:
         raise ConfigError(f"{comb(terms, size):,} tuples of {size} out of {terms} terms; take a smaller size, or 'top'")
     gram = ((x.mH @ x) * (y @ y.mH).mT).real  # <v_i, v_j>

@@ -29,6 +29,7 @@ from torch import Tensor
 from quintic.core import CheckpointError, ConfigError, DataError, suggest
 from quintic.core.files import atomic_write
 from quintic.linalg.sketch import seeded
+from quintic.lowrank.result import whole_number
 from quintic.lowrank.selection import RULES, Method, select_columns
 
 __all__ = ["CurIndex", "SearchResult"]
@@ -103,14 +104,14 @@ class CurIndex:
             raise DataError(f"the score of anchor query {query} with item {item} is {scores[query, item]}")
         if not 0.0 < first <= 1.0:
             raise ConfigError(f"first is a part of the budget, in (0, 1]; found {first}")
-        if rounds < 1:
-            raise ConfigError(f"rounds must be at least 1, found {rounds}")
+        rounds = whole_number(rounds, None, "rounds")
+        seeded(seed)  # or an error that says what a seed is
         if noise is not None and not (math.isfinite(noise) and noise >= 0.0):
             raise ConfigError(f"noise must be zero or positive, found {noise}")
         if isinstance(method, str) and method not in RULES:
             raise ConfigError(f"unknown method {method!r}{suggest(method, RULES)}")
         # Plain numbers, which a file can hold whatever kind was given.
-        self.first, self.rounds, self.method, self.seed = float(first), int(rounds), method, int(seed)
+        self.first, self.rounds, self.method, self.seed = float(first), rounds, method, int(seed)
         # Exact scores are compared in this precision too: in half of it, items would tie.
         self._set(scores.detach().to(torch.promote_types(scores.dtype, torch.float32)))
         self.noise = self._fit_noise() if noise is None else float(noise)
@@ -145,9 +146,8 @@ class CurIndex:
             ConfigError: k is not in 1 .. budget, or proposed items do not exist or come twice.
             DataError: The scorer gives another number of scores, or ones that are not finite.
         """
-        budget = min(budget, len(self))
-        if not 1 <= k <= budget:
-            raise ConfigError(f"k must lie between 1 and the {budget} scores that may be asked for, found {k}")
+        budget = min(whole_number(budget, None, "budget"), len(self))
+        k = whole_number(k, budget, "k", ", the scores that may be asked for")
         start = max(1, round(self.first * budget))
         scored = self.skeleton(start) if proposed is None else self._checked(proposed)[:start]
         exact = _exact(scorer(scored), scored, self.mean)
@@ -300,7 +300,10 @@ def _posterior(mean: Tensor, centred: Tensor, items: Tensor, scores: Tensor, noi
 
 
 def _exact(scores: Any, items: Tensor, like: Tensor) -> Tensor:
-    scores = torch.as_tensor(scores).detach().to(like)
+    try:
+        scores = torch.as_tensor(scores).detach().to(like)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"expected the exact scores of {len(items)} items, found {scores!r}") from None
     if scores.shape != items.shape:
         raise DataError(
             f"expected the exact scores of {len(items)} items, ({len(items)},); found {tuple(scores.shape)}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quintic.core import DataError
 from quintic.linalg.sketch import safe_range
+from quintic.lowrank.result import whole_number
 from quintic.lowrank.source import Source, check_finite, check_shape, frobenius, to_tensor
 
 __all__ = ["RowBlocks"]
@@ -46,7 +47,9 @@ class RowBlocks(Source):
     ) -> None:
         self.passes = 0
         """How often all rows were read."""
-        self._blocks, self._height = blocks, height
+        if not isinstance(blocks, np.ndarray | Iterable) and not callable(blocks):
+            raise DataError(f"expected an array, blocks of rows or a function that gives them, found {blocks!r}")
+        self._blocks, self._height = blocks, whole_number(height, None, "height")
         self.once = isinstance(blocks, Iterator)
         if isinstance(blocks, np.ndarray):
             check_shape(blocks.shape)
