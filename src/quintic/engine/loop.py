@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from quintic.core import ConfigError, QuinticError
+from quintic.core import QuinticError
 from quintic.core.counter_rng import Stream
 from quintic.core.initial import initialize_
 from quintic.core.machine import autocast, describe, matmul_peak, peak_memory_bytes, pick_device
@@ -42,6 +42,7 @@ from quintic.engine.config import EngineConfig, Settings
 from quintic.engine.hardware import agreed_dtype, changes
 from quintic.engine.metrics import MetricsFile
 from quintic.engine.periods import due_after, every
+from quintic.engine.plan import check_batch
 from quintic.engine.progress import Display
 from quintic.engine.run import Run
 from quintic.engine.saving import Saver
@@ -105,11 +106,7 @@ def train(
         CheckpointError: Every checkpoint is damaged or does not fit, or another process trains this run.
         ConfigError: The batch does not divide among the ranks.
     """
-    if settings["engine"].batch_size % ranks.world:
-        raise ConfigError(
-            f"engine.batch_size = {settings['engine'].batch_size} does not divide among {ranks.world} ranks; "
-            f"use a multiple of {ranks.world}"
-        )
+    check_batch(settings["engine"].batch_size, ranks.world)
     with contextlib.ExitStack() as stack:
         ranks.together(lambda: stack.enter_context(run.locked()) if ranks.is_main else None)
         return _train(task, settings, run, console, quiet_peak, stop_at, ranks, log)

@@ -28,7 +28,7 @@ from quintic.core import ConfigError
 from quintic.core.roles import Role, declared_roles
 from quintic.optim import roles as route
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "check_batch", "make_plan"]
 
 _GIB = 2**30
 
@@ -95,6 +95,15 @@ class Plan:
         return found
 
 
+def check_batch(batch_size: int, ranks: int) -> None:
+    """Raise ConfigError if the examples of a step do not divide among the ranks."""
+    if batch_size % ranks:
+        raise ConfigError(
+            f"engine.batch_size = {batch_size} does not divide among {ranks} ranks; "
+            f"use a multiple of {ranks}, such as {-(-batch_size // ranks) * ranks}"
+        )
+
+
 def make_plan(
     model: nn.Module,
     *,
@@ -135,11 +144,7 @@ def make_plan(
     """
     if ranks < 1 or shards < 1 or ranks % shards:
         raise ConfigError(f"{ranks} ranks do not divide into groups of {shards} shards; choose a divisor of {ranks}")
-    if examples_per_step % ranks:
-        raise ConfigError(
-            f"engine.batch_size = {examples_per_step} does not divide among {ranks} ranks; "
-            f"use a multiple, such as {-(-examples_per_step // ranks) * ranks}"
-        )
+    check_batch(examples_per_step, ranks)
     micro_batch = min(micro_batch or examples_per_step, examples_per_step // ranks)
     micro_batches = -(-examples_per_step // (ranks * micro_batch))
     sizes = {name: p.numel() for name, p in model.named_parameters()}
