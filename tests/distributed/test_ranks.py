@@ -4,13 +4,11 @@ float64, so that routing does not depend on the order of sums; every job is a to
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from tests.distributed.processes import on_ranks
 
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.metrics import read_metrics
@@ -27,15 +25,7 @@ CLOSE = ("loss", "grad_norm", "val_loss", "clip_fraction")
 
 def job(ranks, *arguments, check=True):
     """Run quintic on some ranks; (exit code, output)."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", "localhost:0"] if ranks > 1 else []  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "quintic", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=110,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
-    )
+    done = on_ranks(ranks, "-m", "quintic", *arguments)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
