@@ -72,9 +72,7 @@ def cur(
     from quintic.lowrank import cur as decompose
 
     target = _picture_path(out, f"{table.stem}-cur.svg")
-    read = read_table(table, drop or [])
-    A = _scaled(read.values) if scale else read.values
-    options = _options(A, rank, tol)
+    read, A, options = _read(table, drop, scale, rank, tol)
     found = decompose(A, method=method, seed=seed, **options)
     _headline(read, A, found.rank, found.error())
     console = Console()
@@ -126,9 +124,7 @@ def interpolative(
     from quintic.lowrank import interpolative as decompose
 
     target = _picture_path(out, f"{table.stem}-id.svg")
-    read = read_table(table, drop or [])
-    A = _scaled(read.values) if scale else read.values
-    options = _options(A, rank, tol)
+    read, A, options = _read(table, drop, scale, rank, tol)
     found = decompose(A, side=side, method=method, seed=seed, **options)
     _headline(read, A, found.rank, found.error())
     console = Console()
@@ -201,6 +197,15 @@ def read_table(path: Path, drop: list[str]) -> NamedTable:
             values[i, j] = float(row[at])
     rows = [row[0].strip() if labelled else f"line {number}" for number, row in body]
     return NamedTable(path, rows, [columns[j] for j in kept], values)
+
+
+def _read(
+    table: Path, drop: Drop, scale: bool, rank: int | None, tol: float | None
+) -> tuple[NamedTable, NDArray[np.float64], dict[str, Any]]:
+    """A table, its numbers as they are to be decomposed, and how many columns or rows to take."""
+    read = read_table(table, drop or [])
+    A = _scaled(read.values) if scale else read.values
+    return read, A, _options(A, rank, tol)
 
 
 def _is_number(cell: str) -> bool:
