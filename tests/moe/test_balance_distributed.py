@@ -27,6 +27,13 @@ def step(layers, x):
     return [layer.router.bias for layer in layers], [layer.router.weight.grad for layer in layers]
 
 
+def accumulated(layer, parts):
+    """Load of micro-batches, in a loop that knows of nothing: DistributedDataParallel with its own settings."""
+    for part in parts:
+        layer(part).sum().backward()
+    return balance_step(layer)[0].load
+
+
 def worker(rank, port, path):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -35,7 +42,10 @@ def worker(rank, port, path):
     for gradient in gradients:
         dist.all_reduce(gradient)
         gradient /= 2
-    torch.save((biases, gradients), f"{path}/{rank}.pt")
+    wrapped = torch.nn.parallel.DistributedDataParallel(make()[0][0])
+    wrapped.module.balance = LossFree()
+    loads = accumulated(wrapped, x[rank * 20 :][:20].split((3, 17)))
+    torch.save((biases, gradients, loads), f"{path}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -45,9 +55,13 @@ def test_two_processes_are_one_batch(tmp_path):
         port = s.getsockname()[1]
     mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
     expected = step(*make())
+    layers, x = make()
+    layers[0].balance = LossFree()
+    loads = accumulated(layers[0], [x])
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for a, b in zip(found[0], expected[0], strict=True):
             assert torch.equal(a, b) and a.any()
         for a, b in zip(found[1], expected[1], strict=True):
             torch.testing.assert_close(a, b)
+        assert found[2] == loads

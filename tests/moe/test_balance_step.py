@@ -51,7 +51,7 @@ def test_micro_batches_add_up_and_evaluation_does_not_count(rule):
         other(part)
     other.eval()
     other(x)
-    for a, b in zip(layer.meter.buffers(), other.meter.buffers(), strict=True):
+    for a, b in zip(layer.meter.counters, other.meter.counters, strict=True):
         # Sums of real numbers agree within the unit they are rounded to.
         torch.testing.assert_close(a, b, rtol=0, atol=1000 if a.shape == (4,) else 0)
     balance_step(layer)
@@ -65,7 +65,7 @@ def test_padding_is_left_out_of_every_counter():
     whole, part = copy.deepcopy(layer), copy.deepcopy(layer)
     whole(x, mask)
     part(x[:7])
-    for a, b in zip(whole.meter.buffers(), part.meter.buffers(), strict=True):
+    for a, b in zip(whole.meter.counters, part.meter.counters, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1000 if a.shape == (4,) else 0)
     torch.testing.assert_close(aux_loss(whole), aux_loss(part))
 
@@ -94,6 +94,16 @@ def test_the_bias_is_in_checkpoints_and_the_counters_are_not():
         each(x)
         balance_step(each)
     assert torch.equal(layer.router.bias, again.router.bias)
+
+
+def test_counters_are_where_the_weights_are_loaded():
+    layer, x = make(LossFree("quantile"))
+    with torch.device("meta"):
+        other = MoE(16, 8, num_experts=4, top_k=2, balance=LossFree("quantile"), initialize=False)
+    other.load_state_dict(layer.state_dict(), assign=True)
+    torch.testing.assert_close(other(x), layer(x))
+    for a, b in zip(other.meter.counters, layer.meter.counters, strict=True):
+        assert torch.equal(a, b) and a.any()
 
 
 def test_counters_survive_a_cast_of_the_model():
@@ -215,5 +225,5 @@ def test_compiles_in_one_graph_that_counts_once_too(balance):
         y = checkpoint(run, x.requires_grad_(), use_reentrant=False)
         plain(x)
         y.square().sum().backward()
-    for a, b in zip(compiled.layer.meter.buffers(), plain.layer.meter.buffers(), strict=True):
+    for a, b in zip(compiled.layer.meter.counters, plain.layer.meter.counters, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1000 if a.shape == (4,) else 0)

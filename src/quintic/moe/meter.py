@@ -7,8 +7,8 @@ a second time: so a token counts once. Evaluation does not count. ``torch.no_gra
 reentrant checkpoint is one without gradients.
 
 The counters are not part of a checkpoint: right after :func:`~quintic.moe.balance_step`, where checkpoints are written,
-they are all zero. Until then they differ between ranks: a model that accumulates gradients must be wrapped in
-``DistributedDataParallel`` with ``broadcast_buffers=False``.
+they are all zero. Until then they differ between ranks. So they are plain tensors and no buffers, which
+``DistributedDataParallel`` would overwrite by those of rank 0 before every forward pass.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["UNIT", "Meter"]
 
 UNIT = 1e-9
+_COUNTERS = ("counts", "histogram", "sums")
 _ENTROPY_TOKENS = 256  # of a forward pass: an estimate, since all of them would cost as much as the router
 
 
@@ -52,13 +53,28 @@ class Meter(nn.Module):
         super().__init__()
         self.top_k = top_k
         rows = num_experts if balance.wants_histogram else 0
-        for name, shape in (("counts", (num_experts,)), ("histogram", (rows, BINS)), ("sums", (4,))):
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.int64), persistent=False)
+        for name, shape in zip(_COUNTERS, ((num_experts,), (rows, BINS), (4,)), strict=True):
+            setattr(self, name, torch.zeros(shape, dtype=torch.int64))
         self.losses: list[Tensor] = []
         """Auxiliary losses with their graphs, until ``aux_loss`` collects them."""
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        for name in _COUNTERS:
+            setattr(self, name, fn(getattr(self, name)))
+        return self
+
+    @property
+    def counters(self) -> list[Tensor]:
+        """All of them."""
+        return [getattr(self, name) for name in _COUNTERS]
+
     def observe(self, balance: Balance, routing: Routing, mask_n: Tensor | None, rows: Sequence[int]) -> None:
         """Count one forward pass in training mode; see the layer for the arguments."""
+        device = routing.counts_e.device
+        if self.counts.device != device:  # fully_shard, or a load with assign=True, move parameters and buffers alone
+            for name in _COUNTERS:
+                setattr(self, name, torch.zeros_like(getattr(self, name), device=device))
         again = in_backward()
         if not again:
             with torch.no_grad():
@@ -74,7 +90,7 @@ class Meter(nn.Module):
 
     def reset(self) -> None:
         """Start the next step."""
-        for counter in self.buffers():
+        for counter in self.counters:
             counter.zero_()
         self.losses.clear()
 

@@ -36,7 +36,7 @@ def update_layers(
                 "loss = loss + aux_loss(model)"
             )
     if layers and dist.is_available() and dist.is_initialized():
-        _all_reduce([counter for layer in layers for counter in layer.meter.buffers()], group)
+        _all_reduce([counter for layer in layers for counter in layer.meter.counters], group)
     for layer in layers:
         meter, router = layer.meter, layer.router
         layer.balance.step(router.bias, meter.counts, router.top_k, histogram_eb=meter.histogram, progress=progress)
