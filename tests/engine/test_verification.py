@@ -23,6 +23,13 @@ def test_an_exact_resume_is_proved(tmp_path):
     assert result.tensors >= 8
 
 
+@pytest.mark.parametrize(("steps", "found"), [(2, (2, 1)), (3, (3, 1)), (20, (4, 2))])
+def test_the_cut_is_half_way_of_the_steps_that_there_are(tmp_path, steps, found):
+    settings, _ = toy.toy_run(tmp_path / "run", "engine.steps=4")
+    result = verify_resume(toy.ToyTask(), settings, tmp_path, steps=steps)
+    assert (result.steps, result.cut, result.differences) == (*found, [])
+
+
 def test_a_forgotten_state_is_found(tmp_path):
     """A task that keeps something the checkpoint does not hold: a resume starts it anew."""
 

@@ -22,7 +22,7 @@ def verify_resume(
     /,
     *,
     steps: int = 6,
-    cut: int = 3,
+    cut: int | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Train a run's first steps twice, once with a stop and a resume in between, and compare every bit.
@@ -35,9 +35,9 @@ def verify_resume(
     run
         The run folder, whose data and settings are used.
     steps
-        Steps to train.
+        Steps to train, at least 2; as many as the run has if those are fewer.
     cut
-        Step after which one of the two is stopped and resumed.
+        Step after which one of the two is stopped and resumed; half way if not given.
     as_json
         Print the result as JSON; the exit code is 1 where something differs all the same.
 

@@ -40,7 +40,7 @@ class Verification:
 
 
 def verify_resume(
-    task: Task, settings: Settings, folder: Path, *, steps: int = 6, cut: int = 3, initial: Path | None = None
+    task: Task, settings: Settings, folder: Path, *, steps: int = 6, cut: int | None = None, initial: Path | None = None
 ) -> Verification:
     """Train twice from the start, once with a stop and a resume in between, and compare every bit.
 
@@ -49,15 +49,16 @@ def verify_resume(
         settings: The run's own; steps of the schedule are kept, so the learning rates are those of the run.
         folder: An empty folder for the two short runs.
         steps: How many steps to train.
-        cut: After which step to stop and resume.
+        cut: After which step to stop and resume; None is half way.
         initial: Weights to start from, :attr:`quintic.engine.run.Run.initial`; None starts from the seed's.
 
     Raises:
-        ConfigError: ``cut`` does not lie inside the steps.
+        ConfigError: There is one step only, or ``cut`` does not lie inside the steps.
     """
     steps = min(steps, settings["engine"].steps)
     if steps < 2:
         raise ConfigError(f"a stop and a resume need at least 2 steps, found {steps}")
+    cut = steps // 2 if cut is None else cut
     if not 0 < cut < steps:
         raise ConfigError(f"the cut must lie between step 1 and {steps - 1} of {steps} steps, found {cut}")
     for name, value in (("eval_every", cut), ("sample_every", 0), ("checkpoint_every", 0), ("diagnose_every", 2)):
