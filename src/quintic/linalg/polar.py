@@ -173,8 +173,12 @@ def _by_parts(
         for part, result in zip(matrices.split(fitting), results.split(fitting), strict=True):
             X = _normalized(part, space.get("unit", part.shape, wide, M.device))
             if dtype != wide:
-                X = space.get("lower", part.shape, dtype, M.device).copy_(X)
-            target = result if dtype == result.dtype else None
+                # Lying down: torch's half-precision product into a transposed tensor takes a thousand times as long.
+                flip = n > m
+                lower = space.get("lower", (len(part), min(n, m), max(n, m)), dtype, M.device)
+                lower.copy_(X.mT if flip else X)
+                X = lower.mT if flip else lower
+            target = result if dtype == wide == result.dtype else None
             done = form(X, schedule, space, target)
             if target is None:
                 result.copy_(done)
