@@ -58,9 +58,10 @@ SEEN = {
     "grainy; denoised, the ground is black and plain cloth smooth, and outlines stay where they were. Guidance makes "
     "cloth plainer and shapes more usual (the faint trousers of the second column become plain ones); the printed "
     "dress is a muddle in every row.",
-    "emoji32": "the colours, white ground and rough outline of emoji: flags and boxes with clean edges, now and "
-    "then a face with eyes and a mouth or a pair of figures; most are blots that one could not name. A flow of this "
-    "size learns little from 3,125 pictures in a quarter of an hour.",
+    "emoji32": "people as busts with a face are plain to see, four of these ten; the rest are blots in the colours of "
+    "emoji that one could not name, on a white ground. Denoising takes specks away and changes nothing else; guidance "
+    "draws faces clearer and makes blots darker. A flow of this size learns little from 3,125 pictures in a quarter of "
+    "an hour.",
 }
 """What one sees on the sheets; to be written after looking."""
 
