@@ -16,7 +16,7 @@ from tests.codec.toys import picture, smooth_model, toy_codec
 
 from quintic.codec import Codec, Curve, Plan, paper_plan, psnr, read_parts
 from quintic.core import CodecError, ConfigError, DataError
-from quintic.diffusion import NetworkDenoiser, UNet, shipped_names
+from quintic.diffusion import NetworkDenoiser, UNet
 
 
 def same(a, b):
@@ -272,7 +272,6 @@ def test_a_network_with_classes_too():
     assert same(codec.decode(made.data), made.image)
 
 
-@pytest.mark.skipif("fashion28" not in shipped_names(), reason="this tree has no weights")
 def test_the_shipped_model_codes_at_once():
     codec, original = Codec(), picture(28, 28)
     made = [codec.code(original, target_bytes=n) for n in (60, 200)]
