@@ -167,6 +167,16 @@ def test_zero_is_exactly_zero_and_does_not_touch_its_neighbours(method):
     torch.testing.assert_close(out[[0, 1, 3, 4]], without, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("exponent", [-42, -30, 25, 38])
+def test_an_extreme_matrix_does_not_touch_a_bit_of_its_neighbours(method, exponent):
+    M = randn(5, 8, 16).clamp(-3, 3)
+    usual = msign(M, method=method)
+    M[2] *= 10.0**exponent
+    out = msign(M, method=method)
+    assert torch.equal(out[[0, 1, 3, 4]], usual[[0, 1, 3, 4]])
+
+
 @pytest.mark.parametrize("method", ["auto", *METHODS])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_non_finite_element_spoils_its_own_matrix_only(method, bad):

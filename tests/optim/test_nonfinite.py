@@ -78,6 +78,19 @@ def test_finite_gradients_and_none_at_all_are_the_same_under_every_policy(policy
     assert all(torch.equal(p, sound[name]) for name, p in named.items())
 
 
+@pytest.mark.parametrize("policy", NONFINITE)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float32, torch.float32)])
+def test_a_finite_gradient_whose_square_overflows_takes_its_step(policy, dtypes):
+    p, q = (torch.nn.Parameter(torch.zeros(4, 4, dtype=dtype)) for dtype in dtypes)
+    optimizer = Muon([p, q], lr=0.1, weight_decay=0.0, nonfinite=policy)
+    p.grad, q.grad = 1e30 * torch.eye(4, dtype=p.dtype), torch.eye(4, dtype=q.dtype)
+    assert torch.linalg.vector_norm(p.grad).isinf()
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    torch.testing.assert_close(p.double(), q.double(), atol=1e-4, rtol=0)
+    assert p.trace() < -0.1
+
+
 def test_the_policy_survives_copies_and_a_wrong_one_is_refused():
     _, optimizer = made("raise")
     assert copy.deepcopy(optimizer).nonfinite == pickle.loads(pickle.dumps(optimizer)).nonfinite == "raise"

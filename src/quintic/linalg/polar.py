@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,9 @@ METHODS = ("auto", "newton-schulz", "gram", "svd")
 
 _GRAM_ASPECT = 2  # from here on Gram's saving exceeds the cost of its extra small products
 _GRAM_DTYPES = (torch.float32, torch.float64)
-_CACHED_BYTES = 2**18  # on CPUs, of the matrices that a thread works on at a time: all steps run within its cache
+# On CPUs, of all buffers that a thread works in at a time: all steps run within a cache of 2 MiB.
+_CACHED_BYTES = 7 * 2**18
+_SAFE_NORMS = (1e-12, 1e18)  # the squares of elements that matter neither overflow nor vanish in float32
 
 
 def choose_method(rows: int, columns: int, dtype: torch.dtype) -> str:
@@ -92,7 +94,7 @@ def msign(
     if torch.is_grad_enabled() and M.requires_grad and M.numel():
         with _no_autocast(M.device):
             matrices = M.reshape(-1, *M.shape[-2:])
-            return form(_normalized(matrices).to(dtype), schedule, None, None).reshape(M.shape).to(M.dtype)
+            return form.run(_normalized(matrices).to(dtype), None, schedule, None).reshape(M.shape).to(M.dtype)
     out = torch.empty_like(M, memory_format=torch.contiguous_format)
     _by_parts(M, out, form, schedule, dtype)
     return out
@@ -141,7 +143,7 @@ def _resolved(
         )
     if method == "svd" and dtype not in _GRAM_DTYPES:
         dtype = torch.float32  # no half-precision decomposition exists
-    return {"svd": _svd, "gram": _gram, "newton-schulz": _newton_schulz}[method], schedule, dtype
+    return _FORMS[method], schedule, dtype
 
 
 def _accurate_dtype(M: Tensor, method: str) -> torch.dtype:
@@ -152,8 +154,9 @@ def _accurate_dtype(M: Tensor, method: str) -> torch.dtype:
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _by_parts(
@@ -166,26 +169,43 @@ def _by_parts(
     matrices, results = M.reshape(-1, n, m), out.view(-1, n, m)
     fitting = len(matrices)
     if M.device.type == "cpu":
-        fitting = max(1, _CACHED_BYTES * torch.get_num_threads() // (n * m * dtype.itemsize))
+        each = (2 * n * m + form.squares * min(n, m) ** 2) * dtype.itemsize
+        fitting = max(1, _CACHED_BYTES * torch.get_num_threads() // each)
     space = space or Workspace()
     wide = torch.promote_types(M.dtype, torch.float32)
     with torch.no_grad(), _no_autocast(M.device):
         for part, result in zip(matrices.split(fitting), results.split(fitting), strict=True):
-            X = _normalized(part, space.get("unit", part.shape, wide, M.device))
-            if dtype != wide:
-                # Lying down: torch's half-precision product into a transposed tensor takes a thousand times as long.
-                flip = n > m
-                lower = space.get("lower", (len(part), min(n, m), max(n, m)), dtype, M.device)
-                lower.copy_(X.mT if flip else X)
-                X = lower.mT if flip else lower
-            target = result if dtype == wide == result.dtype else None
-            done = form(X, schedule, space, target)
-            if target is None:
+            spare = space.get("spare", part.shape, wide, M.device)
+            if dtype == wide == result.dtype:
+                # Back and forth between the result and the spare, so as to end in the result.
+                here, there = (spare, result) if form.moves(schedule) % 2 else (result, spare)
+                done = form.run(_normalized(part, here), there, schedule, space)
+            else:
+                X = _normalized(part, spare)
+                if dtype != wide:
+                    # Lying down: torch's half-precision product into a transposed tensor takes 1,000 times as long.
+                    flip = n > m
+                    lower = space.get("lower", (len(part), min(n, m), max(n, m)), dtype, M.device)
+                    lower.copy_(X.mT if flip else X)
+                    X = lower.mT if flip else lower
+                done = form.run(X, None, schedule, space)
+            if done.data_ptr() != result.data_ptr():
                 result.copy_(done)
 
 
-_Form: TypeAlias = Callable[[Tensor, Schedule, Workspace | None, Tensor | None], Tensor]
-"""(X of norm 1, polynomials, buffers, tensor that takes the result) -> msign of X. With buffers X is one of them."""
+class _Form(NamedTuple):
+    """One way to the matrix sign."""
+
+    run: Callable[[Tensor, Tensor | None, Schedule, Workspace | None], Tensor]
+    """(X of norm 1, spare of its shape or None, polynomials, buffers) -> msign of X.
+
+    With buffers X is overwritten, and it and the spare hold its iterates in turns, the last one the result. Without,
+    as autograd needs it, all are tensors of their own.
+    """
+    moves: Callable[[Schedule], int]
+    """How often the iterate moves from X to the spare or back."""
+    squares: int
+    """Buffers of the shape of Gram matrices."""
 
 
 def _squares(space: Workspace | None, X: Tensor, *names: str) -> list[Tensor | None]:
@@ -199,43 +219,51 @@ def _squares(space: Workspace | None, X: Tensor, *names: str) -> list[Tensor | N
 def _normalized(M: Tensor, out: Tensor | None = None) -> Tensor:
     """M / ||M||_F per matrix in at least float32, without overflow or underflow; zero stays zero."""
     X = M if M.dtype == torch.float64 else M.float()
-    fixed = X.detach()
-    peak = torch.maximum(fixed.amax((-2, -1), keepdim=True), -fixed.amin((-2, -1), keepdim=True))
-    # Twice as fast as divisions. The least normal number has an inverse; beside it denormals are still visible.
-    X = torch.mul(X, peak.clamp(min=torch.finfo(X.dtype).tiny).reciprocal(), out=out)
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    return torch.mul(X, torch.where(norm > 0, norm, 1.0).reciprocal(), out=out)
+    safe = (norm > _SAFE_NORMS[0]) & (norm < _SAFE_NORMS[1])
+    # Elsewhere looking would wait; a safe matrix gets the same numbers either way.
+    if X.device.type != "cpu" or torch.compiler.is_compiling() or not safe.all():
+        fixed = X.detach()
+        peak = torch.maximum(fixed.amax((-2, -1), keepdim=True), -fixed.amin((-2, -1), keepdim=True))
+        # The least normal number has an inverse; beside it denormals are still visible.
+        X = torch.mul(X, torch.where(safe, 1.0, peak.clamp(min=torch.finfo(X.dtype).tiny).reciprocal()), out=out)
+        norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+        norm = torch.where(norm > 0, norm, 1.0)
+    return torch.mul(X, norm.reciprocal(), out=out)  # twice as fast as a division
 
 
-def _newton_schulz(X: Tensor, schedule: Schedule, space: Workspace | None, out: Tensor | None) -> Tensor:
+def _other(X: Tensor, spare: Tensor | None, space: Workspace | None) -> Tensor | None:
+    """Where the next iterate goes."""
+    if space is None or spare is not None:
+        return spare
+    return space.get("long", X.shape, X.dtype, X.device)
+
+
+def _newton_schulz(X: Tensor, spare: Tensor | None, schedule: Schedule, space: Workspace | None) -> Tensor:
     if X.shape[-2] > X.shape[-1]:
-        return _newton_schulz(X.mT, schedule, space, None if out is None else out.mT).mT
+        return _newton_schulz(X.mT, None if spare is None else spare.mT, schedule, space).mT
     gram, polynomial = _squares(space, X, "gram", "polynomial")
     diagonal = None if polynomial is None else polynomial.diagonal(dim1=-2, dim2=-1)
-    here, there = X, None if space is None else space.get("long", X.shape, X.dtype, X.device)
-    last = len(schedule) - 1
-    for step, (a, b, c) in enumerate(schedule):
-        A = torch.bmm(here, here.mT, out=gram)
+    there = _other(X, spare, space)
+    for a, b, c in schedule:
+        A = torch.bmm(X, X.mT, out=gram)
         P = torch.baddbmm(A, A, A, beta=b, alpha=c, out=polynomial)
         (P.diagonal(dim1=-2, dim2=-1) if diagonal is None else diagonal).add_(a)
-        moved = torch.bmm(P, here, out=out if step == last else there)
-        here, there = moved, (None if there is None else here)
-    return here
+        X, there = torch.bmm(P, X, out=there), (None if there is None else X)
+    return X
 
 
-def _gram(X: Tensor, schedule: Schedule, space: Workspace | None, out: Tensor | None) -> Tensor:
+def _gram(X: Tensor, spare: Tensor | None, schedule: Schedule, space: Workspace | None) -> Tensor:
     """Symbols: R = X X^T; one step multiplies X by P = a I + Z, Z = b R + c R^2, hence R by P twice.
 
     Q collects the product of the P. After two steps, and after every three from there on, Q is applied to X
     and R computed anew: rounding errors of R grow with the square of the slope at 0.
     """
     if X.shape[-2] > X.shape[-1]:
-        return _gram(X.mT, schedule, space, None if out is None else out.mT).mT
+        return _gram(X.mT, None if spare is None else spare.mT, schedule, space).mT
     r, rp, z, q, q_other = _squares(space, X, "gram", "product", "polynomial", "q", "next q")
-    there = None if space is None else space.get("long", X.shape, X.dtype, X.device)
-    segments = [schedule[:2], *(schedule[i : i + 3] for i in range(2, len(schedule), 3))]
-    for segment in segments:
-        there = out if out is not None and segment is segments[-1] else there
+    there = _other(X, spare, space)
+    for segment in _segments(schedule):
         R = torch.bmm(X, X.mT, out=r)
         Q: Tensor | None = None
         for i, (a, b, c) in enumerate(segment):
@@ -253,20 +281,29 @@ def _gram(X: Tensor, schedule: Schedule, space: Workspace | None, out: Tensor | 
                 q, q_other = q_other, q
             R = next_R
         assert Q is not None
-        moved = torch.bmm(Q, X, out=there)
-        X, there = moved, (None if there is None else X)
+        X, there = torch.bmm(Q, X, out=there), (None if there is None else X)
     return X
 
 
-def _svd(X: Tensor, schedule: Schedule, space: Workspace | None, out: Tensor | None) -> Tensor:
-    """Exact; has the arguments of the others."""
+def _segments(schedule: Schedule) -> list[Schedule]:
+    """The steps between restarts of the Gram form."""
+    return [schedule[:2], *(schedule[i : i + 3] for i in range(2, len(schedule), 3))]
+
+
+def _svd(X: Tensor, spare: Tensor | None, schedule: Schedule, space: Workspace | None) -> Tensor:
+    """Exact; has the arguments of the others and needs none but the first."""
     if min(X.shape[-2:]) == 1:
-        result = X  # normalised already
-    else:
-        # LAPACK refuses a whole batch for one non-finite element.
-        finite = X.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-        U, S, Vh = torch.linalg.svd(X.masked_fill(~finite, 0.0), full_matrices=False)
-        floor = S[..., :1] * (max(X.shape[-2:]) * torch.finfo(X.dtype).eps)
-        kept = U * S.gt(floor).to(X.dtype).unsqueeze(-2)
-        result = (kept @ Vh).masked_fill(~finite, torch.nan)
-    return result if out is None else out.copy_(result)
+        return X  # normalised already
+    # LAPACK refuses a whole batch for one non-finite element.
+    finite = X.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    U, S, Vh = torch.linalg.svd(X.masked_fill(~finite, 0.0), full_matrices=False)
+    floor = S[..., :1] * (max(X.shape[-2:]) * torch.finfo(X.dtype).eps)
+    kept = U * S.gt(floor).to(X.dtype).unsqueeze(-2)
+    return (kept @ Vh).masked_fill(~finite, torch.nan)
+
+
+_FORMS = {
+    "svd": _Form(_svd, lambda _: 0, 0),
+    "gram": _Form(_gram, lambda schedule: len(_segments(schedule)), 5),
+    "newton-schulz": _Form(_newton_schulz, len, 2),
+}

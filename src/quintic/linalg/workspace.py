@@ -30,14 +30,20 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+        # By name and dtype: the memory, and views of it by shape, which take longer to make than to find.
+        self._kept: dict[tuple[str, torch.dtype], tuple[Tensor, dict[tuple[int, ...], Tensor]]] = {}
 
     def get(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised contiguous tensor."""
-        size = math.prod(shape)
-        if device.type != "cpu" or size * dtype.itemsize > _KEPT_BYTES or torch.compiler.is_compiling():
+        if device.type != "cpu" or torch.compiler.is_compiling():
             return torch.empty(shape, dtype=dtype, device=device)
-        flat = self._flat.get((name, dtype))
+        flat, views = self._kept.get((name, dtype), (None, {}))
+        if (found := views.get(shape := tuple(shape))) is not None:
+            return found
+        size = math.prod(shape)
+        if size * dtype.itemsize > _KEPT_BYTES:
+            return torch.empty(shape, dtype=dtype, device=device)
         if flat is None or flat.numel() < size:
-            flat = self._flat[name, dtype] = torch.empty(size, dtype=dtype)
-        return flat[:size].view(shape)
+            flat, views = self._kept[name, dtype] = torch.empty(size, dtype=dtype), {}
+        views[shape] = flat[:size].view(shape)
+        return views[shape]

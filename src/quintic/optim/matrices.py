@@ -46,12 +46,12 @@ class Piece(NamedTuple):
     @property
     def stack_bytes(self) -> int:
         """Size of these matrices in the momentum's dtype."""
-        return self.matrices * self.n * self.m * self.momentum.element_size()
+        return self.matrices * self.n * self.m * self.momentum.dtype.itemsize
 
 
 def pieces_of(weights: Part, gradient: Part, momentum: Part, top_space: Tensor | None = None) -> list[Piece]:
     """A part of a parameter, cut along its first axis if it is a stack larger than the working memory."""
-    whole = Piece(weights.tensor, gradient.tensor, momentum.tensor, *weights[1:], top_space)
+    whole = Piece(weights.tensor, gradient.tensor, momentum.tensor, weights.matrices, weights.n, weights.m, top_space)
     if whole.stack_bytes <= (cap := _cap(momentum.tensor.device)):
         return [whole]
     length = len(weights.tensor)
@@ -72,11 +72,12 @@ def chunks(pieces: list[Piece]) -> Iterator[list[Piece]]:
     size = 0
     cap = _cap(pieces[0].momentum.device)
     for piece in pieces:
-        if chunk and size + piece.stack_bytes > cap:
+        more = piece.stack_bytes
+        if chunk and size + more > cap:
             yield chunk
             chunk, size = [], 0
         chunk.append(piece)
-        size += piece.stack_bytes
+        size += more
     yield chunk
 
 
@@ -118,7 +119,7 @@ def update_matrices(group: dict[str, Any], pieces: list[Piece], keep: Tensor | f
         factor = 1.0
 
     # Half-precision weights are updated in float32 and rounded once.
-    targets = [piece.parameter.to(stack.dtype) for piece in pieces]
+    targets = [p if p.dtype == stack.dtype else p.to(stack.dtype) for p in (piece.parameter for piece in pieces)]
     if group["weight_decay"]:
         amount = keep * lr * group["weight_decay"]
         if pieces[0].top_space is not None:
@@ -129,7 +130,7 @@ def update_matrices(group: dict[str, Any], pieces: list[Piece], keep: Tensor | f
             torch._foreach_copy_(targets, of_weights)
         else:
             torch._foreach_mul_(targets, 1.0 - amount)
-    torch._foreach_add_(targets, _views(update, pieces), alpha=factor)
+    torch._foreach_add_(targets, views if update is stack else _views(update, pieces), alpha=factor)
     for piece, target in zip(pieces, targets, strict=True):
         if target is not piece.parameter:
             piece.parameter.copy_(target)
@@ -153,6 +154,8 @@ def _direction(group: dict[str, Any], stack: Tensor, space: Workspace) -> Tensor
 
 def _views(stack: Tensor, pieces: list[Piece]) -> list[Tensor]:
     """The stack's matrices, piece by piece, each in the shape of its parameter."""
+    if len(pieces) == len(stack) and all(piece.parameter.ndim == 2 for piece in pieces):
+        return list(stack.unbind())
     parts = stack.split([piece.matrices for piece in pieces])
     return [part.view(piece.parameter.shape) for part, piece in zip(parts, pieces, strict=True)]
 
