@@ -42,7 +42,22 @@ def test_means_spread_winner_and_matching():
     # 2 / (10 f) = 4 / 10 at f = 1/2, in half the steps, each 1.5 times as long.
     assert match["step_ratio"] == pytest.approx(0.5, abs=0.01)
     assert match["time_ratio"] == pytest.approx(0.75, abs=0.02)
+    assert match["step_ratios"] == pytest.approx([0.5] * 3, abs=0.01)  # a seed shifts both losses alike
     assert race.to_json()["winner"] == "fast"
+
+
+@pytest.mark.parametrize(("tilt", "last"), [(0.09, 0.96), (0.15, math.nan)])
+def test_ratios_of_seeds_are_against_the_others_own_loss_with_that_seed(tilt, last):
+    def tilted(arm, lr, seed, fraction):
+        loss = 0.2 / fraction if arm.name == "fast" else 0.3 - tilt * (seed - 1)
+        return Finish(loss + math.log2(lr / BEST[arm.name]) ** 2, fraction, 1)
+
+    race = run_race(tilted, ARMS, start_lrs=[0.02, 0.16], seeds=[0, 1, 2])
+    (match,) = race.matches
+    assert match["step_ratio"] == pytest.approx(2 / 3, abs=0.005)
+    # The first seed's crossing lies below the shortest run, whose fraction stands for it.
+    assert match["step_ratios"] == pytest.approx([0.6, 2 / 3, last], abs=0.005, nan_ok=True)
+    assert match["losses"]["0.6"] == pytest.approx([1 / 3] * 3)
 
 
 def test_divergence_is_a_loss_and_not_an_end():

@@ -155,6 +155,8 @@ def _header(task: str, size: str, paths: list[Path], fingerprint: str) -> dict[s
 
 
 def _print_table(console: Console, result: Race) -> None:
+    from quintic.report.words import by_seed
+
     table = Table("arm", "best lr", "interior", "validation loss", "ms a step", box=None, pad_edge=False)
     for arm in result.arms:
         table.add_row(
@@ -167,7 +169,7 @@ def _print_table(console: Console, result: Race) -> None:
     console.print(table)
     for match in result.matches:
         say(
-            f"{match['winner']} reaches the loss of {match['against']} in {match['step_ratio']:.2f} of its steps "
-            f"and {match['time_ratio']:.2f} of its time",
+            f"{match['winner']} reaches the loss of {match['against']} in {match['step_ratio']:.2f} of its "
+            f"steps{by_seed(match['step_ratios'])} and {match['time_ratio']:.2f} of its time",
             console=console,
         )

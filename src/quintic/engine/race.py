@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -76,7 +76,8 @@ class Race:
     arms: list[ArmResult]
     steps: int
     matches: list[dict[str, Any]] = field(default_factory=list)
-    """Per beaten arm: the share of the steps, and of the time, that the winner needs for its mean loss."""
+    """Per beaten arm: the share of the steps (also seed by seed), and of the time, that the winner needs for its mean
+    loss, and the losses of the shorter schedules."""
 
     @property
     def winner(self) -> ArmResult:
@@ -152,29 +153,43 @@ def _sweep(
 
 
 def _match(run_one: RunOne, arm: Arm, winner: ArmResult, other: ArmResult, seeds: Sequence[int]) -> dict[str, Any]:
-    """Share of the steps at which the winner reaches the other's mean loss: bisection, then a straight line."""
+    """Share of the steps at which the winner reaches the other's mean loss: bisection, then a straight line.
 
-    def loss(fraction: float) -> float:
-        return statistics.fmean(run_one(arm, winner.best_lr, seed, fraction).loss for seed in seeds)
-
-    known = {1.0: winner.mean}
+    The same runs give a share for every seed, against the other's loss with that seed.
+    """
+    runs = {1.0: winner.losses}
     low, high = 0, len(_FRACTIONS)  # the answer is the first index in [low, high) that is good enough, else 1
     while low < high:
         middle = (low + high) // 2
-        known[_FRACTIONS[middle]] = loss(_FRACTIONS[middle])
-        if known[_FRACTIONS[middle]] <= other.mean:
+        fraction = _FRACTIONS[middle]
+        runs[fraction] = [run_one(arm, winner.best_lr, seed, fraction).loss for seed in seeds]
+        if statistics.fmean(runs[fraction]) <= other.mean:
             high = middle
         else:
             low = middle + 1
-    enough = min(fraction for fraction, value in known.items() if value <= other.mean)
-    short = max((fraction for fraction in known if fraction < enough), default=None)
-    share = enough
-    if short is not None and known[short] > known[enough]:
-        share -= (enough - short) * (other.mean - known[enough]) / (known[short] - known[enough])
+    share = _crossing({fraction: statistics.fmean(losses) for fraction, losses in runs.items()}, other.mean)
+    pace = winner.seconds_per_step / other.seconds_per_step
     return {
         "winner": winner.name,
         "against": other.name,
         "step_ratio": share,
-        "time_ratio": share * winner.seconds_per_step / other.seconds_per_step,
-        "losses": {str(fraction): value for fraction, value in sorted(known.items())},
+        "step_ratios": [
+            _crossing({fraction: losses[i] for fraction, losses in runs.items()}, target)
+            for i, target in enumerate(other.losses)
+        ],
+        "time_ratio": share * pace,
+        "losses": {str(fraction): losses for fraction, losses in sorted(runs.items())},
     }
+
+
+def _crossing(losses: Mapping[float, float], target: float) -> float:
+    """Fraction at which the loss falls to the target, on a straight line between runs; nan if it never does.
+
+    Losses over steps bend upwards, so the line lies above them; and if the shortest run is good enough, its fraction
+    stands. Both err on the side of more steps.
+    """
+    enough = min((fraction for fraction, loss in losses.items() if loss <= target), default=math.nan)
+    short = max((fraction for fraction in losses if fraction < enough), default=None)
+    if short is None or not losses[short] > losses[enough]:
+        return enough
+    return enough - (enough - short) * (target - losses[enough]) / (losses[short] - losses[enough])

@@ -17,6 +17,7 @@ from quintic.report.figure import Figure
 from quintic.report.html import document, header, number_table, section
 from quintic.report.machine import machine_table
 from quintic.report.records import json_object
+from quintic.report.words import by_seed
 
 __all__ = ["write_race_report"]
 
@@ -46,7 +47,8 @@ def _page(folder: Path, race: dict[str, Any]) -> str:
     seeds = len(arms[0]["losses"])
     matches = " ".join(
         f"{escape(m['winner'])} reaches the loss of {escape(m['against'])} in <b>{m['step_ratio']:.2f}</b> of its "
-        f"steps and <b>{m['time_ratio']:.2f}</b> of its time, measured with shorter schedules."
+        f"steps{by_seed(m.get('step_ratios', []))} and <b>{m['time_ratio']:.2f}</b> of its time, "
+        "measured with shorter schedules."
         for m in race["matches"]
     )
     lead = f"{matches} Every arm had the same data and steps, and learning rates of its own."

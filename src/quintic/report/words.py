@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-__all__ = ["count", "duration", "plain", "significant"]
+__all__ = ["by_seed", "count", "duration", "plain", "significant"]
 
 
 def count(value: float) -> str:
@@ -19,6 +20,20 @@ def count(value: float) -> str:
             scaled = value / size
             return f"{scaled:.{max(0, 2 - int(math.log10(abs(scaled))))}f} {unit}"
     return f"{value:,.0f}"
+
+
+def by_seed(ratios: Sequence[float]) -> str:
+    """How far the seeds' ratios lie apart, as a remark after their mean; nan is a seed that has none.
+
+    Example:
+        >>> by_seed([0.5, 0.25, 0.3]), by_seed([0.5, math.nan]), by_seed([0.5])
+        (' (0.25 to 0.50 by seed)', ' (not with every seed)', '')
+    """
+    if len(ratios) < 2:
+        return ""
+    if any(math.isnan(ratio) for ratio in ratios):
+        return " (not with every seed)"
+    return f" ({min(ratios):.2f} to {max(ratios):.2f} by seed)"
 
 
 def duration(seconds: float) -> str:
