@@ -203,6 +203,9 @@ def test_bad_numbers_are_named():
         index.remove_items(range(30))
     with pytest.raises(ConfigError, match="different items"):
         index.search(lambda items: S[0][items], proposed=torch.tensor([1, 1]))
+    for none in ("ab", [1.5], [True, False], None):
+        with pytest.raises(ConfigError, match="numbers of items"):
+            index.search(lambda items: S[0][items], proposed=none) if none else index.remove_items(none)
     with pytest.raises(DataError, match="new items"):
         index.add_items(S[:5])
     for items, error, message in (([], ConfigError, "one or more"), ([30], ConfigError, "numbered 0 to 29"),

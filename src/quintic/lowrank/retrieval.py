@@ -171,10 +171,18 @@ class CurIndex:
         """:meth:`search` for each of several queries, with a scorer of (query, item numbers)."""
         return [self.search(lambda items, query=query: scorer(query, items), k, budget) for query in queries]
 
-    def _checked(self, items: Tensor) -> Tensor:
-        items = torch.as_tensor(items, dtype=torch.int64, device=self.mean.device)
-        if items.ndim != 1 or not len(items) or len(items.unique()) < len(items):
-            raise ConfigError(f"expected one or more different items, found {tuple(items.shape)}")
+    def _checked(self, given: Any) -> Tensor:
+        try:
+            items = torch.as_tensor(given, device=self.mean.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise ConfigError(f"expected numbers of items, found {given!r}") from None
+        if items.ndim != 1 or not len(items):
+            raise ConfigError(f"expected one or more items, found {tuple(items.shape)}")
+        if items.is_floating_point() or items.is_complex() or items.dtype == torch.bool:
+            raise ConfigError(f"expected numbers of items, whole ones; found {items.dtype}")
+        items = items.to(torch.int64)
+        if len(items.unique()) < len(items):
+            raise ConfigError(f"expected different items, found one twice among {len(items)}")
         if int(items.min()) < 0 or int(items.max()) >= len(self):
             raise ConfigError(
                 f"items are numbered 0 to {len(self) - 1}, found {int(items.min())} to {int(items.max())}"
@@ -226,7 +234,7 @@ class CurIndex:
             ConfigError: There is no such item, one is named twice, or none would be left.
         """
         keep = torch.ones(len(self), dtype=torch.bool, device=self.mean.device)
-        keep[self._checked(torch.as_tensor(items))] = False
+        keep[self._checked(items)] = False
         if not keep.any():
             raise ConfigError("no item would be left")
         self._set(self.anchor_scores[:, keep])
