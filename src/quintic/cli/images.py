@@ -218,16 +218,18 @@ def _score_others(loaded: LoadedModel, images: ImageData) -> tuple[list[str], di
     scores = score_images(loaded.model, split.images, None)  # type: ignore[arg-type]
     bits, strange = np.asarray(scores.bits_per_dim), np.asarray(scores.outlier)
     lines = []
+    names = split.files or [str(i) for i in range(len(split))]
     if len(split) <= _SHOWN:
-        lines.append("image  bits per dimension  outlier score")
-        lines += [f"{i:>5}  {bits[i]:>18.4f}  {strange[i]:>13.4f}" for i in range(len(split))]
+        lines.append("bits per dimension  outlier score  image")
+        lines += [f"{bits[i]:>18.4f}  {strange[i]:>13.4f}  {name}" for i, name in enumerate(names)]
     low, middle, high = np.percentile(strange, (25, 50, 75))
     lines.append(
         f"{len(split)} images: {bits.mean():.4f} bits per dimension; outlier score (bits of the flow beyond those of "
         f"PNG, higher is stranger) quartiles {low:.3f}, {middle:.3f}, {high:.3f}"
     )
-    facts = {"images": len(split), "bits_per_dim": float(bits.mean())}
-    return lines, facts | {"bits_per_dim_of_each": bits.tolist(), "outlier_score_of_each": strange.tolist()}
+    each = {"bits_per_dim_of_each": bits.tolist(), "outlier_score_of_each": strange.tolist()}
+    files = {"files": list(split.files)} if split.files else {}
+    return lines, {"images": len(split), "bits_per_dim": float(bits.mean()), **files, **each}
 
 
 def _write_images(images: NDArray[np.uint8], out: Path) -> None:

@@ -76,6 +76,8 @@ class ImageSplit:
     """(n, h, w, c); c is 1 or 3."""
     labels: NDArray[np.int64] | None
     """(n,) indices of classes."""
+    files: tuple[str, ...] = ()
+    """Where each image comes from; empty where images have no files of their own."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -278,7 +280,14 @@ def _from_files(paths: Sequence[Path], config: ImageConfig, progress: Callable[[
         labels = None
     is_test, is_validation = place < config.test_fraction, place >= 1.0 - config.validation_fraction
     chosen = {"train": ~is_test & ~is_validation, "validation": is_validation, "test": is_test}
-    splits = {k: ImageSplit(images[v], None if labels is None else labels[v]) for k, v in chosen.items()}
+    splits = {
+        name: ImageSplit(
+            images[which],
+            None if labels is None else labels[which],
+            tuple(str(path) for (path, _), in_it in zip(files, which, strict=True) if in_it),
+        )
+        for name, which in chosen.items()
+    }
     return _finish(splits, tuple(classes) if labelled else (), config, notes, _licence(paths))
 
 
