@@ -47,6 +47,9 @@ class TarFlowConfig:
     """Standard deviation of gaussian noise, on pixels from -1 to 1."""
     preprocess: str = "scale"
     """Before the flow: scale (to [-1, 1]) or logit (of a pixel; with uniform noise only)."""
+    spline_bins: int = 0
+    """Of a learned monotone map of every number before the blocks, and another one behind them; 0 is without. For the
+    likelihood: noise within a level, which is not normal, becomes so."""
     volume_preserving: bool = False
     """Whether blocks only shift, so that no volume changes; then learn the prior's variance."""
     learned_prior: bool = False
@@ -67,7 +70,7 @@ class TarFlowConfig:
                 raise ConfigError(f"unknown tarflow.{name} {value!r}{suggest(value, known)}")
         for name, least in (
             ("channels", 0), ("height", 0), ("image_width", 0), ("classes", -1), ("patch", 1), ("width", 1),
-            ("blocks", 1), ("layers", 1), ("head_width", 1), ("sample_images", 1),
+            ("blocks", 1), ("layers", 1), ("head_width", 1), ("spline_bins", 0), ("sample_images", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"tarflow.{name} must be at least {least}, found {getattr(self, name)}")

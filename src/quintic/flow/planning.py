@@ -96,6 +96,8 @@ def plan_sampling(
     x = torch.from_numpy(normal).to(weight).view(few, model.tokens, model.numbers)
     if model.prior_log_variance is not None:
         x = x * torch.exp(0.5 * model.prior_log_variance)
+    if model.behind is not None:
+        x = model.behind.inverse(x)
     small, full = Workspace(model, few, rows(few), guidance), Workspace(model, batch, rows(batch), guidance)
     cost, check_seconds = _sweep_costs(full, blocks[0], x.new_zeros(batch, model.tokens, model.numbers))
     tolerance = Tolerance.of(weight.dtype).guess

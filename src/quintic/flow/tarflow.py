@@ -34,6 +34,7 @@ from quintic.flow.labels import class_rows
 from quintic.flow.likelihood import bits, dequantise, log_normal, logit_forward, logit_inverse
 from quintic.flow.patches import check_patch, to_image, to_tokens
 from quintic.flow.planning import SamplingPlan
+from quintic.flow.spline import Spline
 
 __all__ = ["Samples", "TarFlow"]
 
@@ -69,6 +70,8 @@ class TarFlow(nn.Module):
         sigma: Of gaussian noise.
         levels: Of a pixel, for :meth:`bits_per_dim`.
         preprocess: ``scale`` or ``logit`` (:mod:`quintic.flow.likelihood`); ``logit`` wants uniform noise.
+        spline_bins: Of a learned monotone map of every number before the blocks, and of another one behind them
+            (:mod:`quintic.flow.spline`); 0 is without.
         volume_preserving: Blocks only shift.
         learned_prior: The variance of every latent is learned.
         direction: ``density`` (log_prob is parallel, sampling sequential) or ``sampling`` (the reverse).
@@ -100,6 +103,7 @@ class TarFlow(nn.Module):
         sigma: float = 0.1,
         levels: int = 256,
         preprocess: str = "scale",
+        spline_bins: int = 0,
         volume_preserving: bool = False,
         learned_prior: bool = False,
         direction: str = "density",
@@ -110,8 +114,8 @@ class TarFlow(nn.Module):
         self.arguments: dict[str, Any] = {
             "shape": shape, "patch": patch, "width": width, "blocks": blocks, "layers": layers,
             "head_width": head_width, "num_classes": num_classes, "noise": noise, "sigma": sigma, "levels": levels,
-            "preprocess": preprocess, "volume_preserving": volume_preserving, "learned_prior": learned_prior,
-            "direction": direction,
+            "preprocess": preprocess, "spline_bins": spline_bins, "volume_preserving": volume_preserving,
+            "learned_prior": learned_prior, "direction": direction,
         }  # fmt: skip
         for name, known in (("noise", NOISES), ("preprocess", PREPROCESSINGS), ("direction", DIRECTIONS)):
             if (value := self.arguments[name]) not in known:
@@ -128,17 +132,14 @@ class TarFlow(nn.Module):
         self.tokens, self.numbers = check_patch(self.shape, patch)
         self.blocks = nn.ModuleList(
             FlowBlock(
-                self.tokens,
-                self.numbers,
-                width,
-                layers,
-                head_width,
-                num_classes=num_classes,
-                flipped=index % 2 == 1,
-                volume_preserving=volume_preserving,
+                self.tokens, self.numbers, width, layers, head_width, num_classes=num_classes,
+                flipped=index % 2 == 1, volume_preserving=volume_preserving,
             )
             for index in range(blocks)
-        )
+        )  # fmt: skip
+        # Logits end at 2.8, pixels with their noise a little beyond 1; latents are about normal.
+        self.before = Spline(spline_bins, 3.0 if preprocess == "logit" else 1.5) if spline_bins else None
+        self.behind = Spline(spline_bins, 4.0) if spline_bins else None
         if learned_prior:
             self.prior_log_variance = nn.Parameter(torch.empty(self.tokens, self.numbers))
             declare(self, "prior_log_variance", Role.VECTOR, Constant(0.0))
@@ -251,12 +252,14 @@ class TarFlow(nn.Module):
         """
         self._check(latents)
         rows = self.rows(labels, len(latents))
-        tokens = to_tokens(latents, self.patch)
         if guidance is not None and guidance.weight and guidance.temperature == 1.0 and labels is None:
             raise ConfigError("guidance needs a class to go to, or a temperature other than 1")
         if self.direction == "sampling" and guidance is not None and guidance.weight:
             raise ConfigError("guidance is for direction = 'density'")
         with self._without_autocast():
+            tokens = to_tokens(latents, self.patch)
+            if self.behind is not None:
+                tokens = self.behind.inverse(tokens)
             if self.direction == "sampling":
                 for block in self.stack:
                     check()
@@ -266,7 +269,8 @@ class TarFlow(nn.Module):
                 found = invert_flow(
                     self, tokens, rows, method=method, guidance=guidance, certify=certify, guess=guess, check=check
                 )
-        images = to_image(found.tokens, self.shape, self.patch)
+            tokens = found.tokens if self.before is None else self.before.inverse(found.tokens)
+        images = to_image(tokens, self.shape, self.patch)
         return (logit_inverse(images) if self.preprocess == "logit" else images), found
 
     def sample(
@@ -366,7 +370,11 @@ class TarFlow(nn.Module):
             images, total = logit_forward(images)
         else:
             total = images.new_zeros(len(images))
-        return to_tokens(images, self.patch), total
+        tokens = to_tokens(images, self.patch)
+        if self.before is not None:
+            tokens, logdet = self.before(tokens)
+            total = total + logdet
+        return tokens, total
 
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or tuple(images.shape[1:]) != self.shape:
@@ -381,6 +389,9 @@ class TarFlow(nn.Module):
                 x, logdet = checkpointed(one_way, x, rows, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, logdet = one_way(x, rows)
+            total = total + logdet
+        if self.behind is not None:
+            x, logdet = self.behind(x)
             total = total + logdet
         return x, total
 

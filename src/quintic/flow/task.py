@@ -71,6 +71,7 @@ def flow_arguments(config: TarFlowConfig) -> dict[str, Any]:
         "noise": config.noise,
         "sigma": config.sigma,
         "preprocess": config.preprocess,
+        "spline_bins": config.spline_bins,
         "volume_preserving": config.volume_preserving,
         "learned_prior": config.learned_prior,
         "direction": config.direction,
