@@ -12,29 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quintic.core.initial import initialize_
 from quintic.flow import TarFlow
 from quintic.flow.likelihood import logit_forward
+from quintic.flow.spline import Spline
 
 SHAPE = (1, 28, 28)
 DIMS = 784
 
 
 class Peer(nn.Module):
-    """A density over logits as a density over pixels; flat where the peer wants it flat."""
+    """A density over logits as a density over pixels; flat where the peer wants it flat, behind a spline if told so."""
 
-    def __init__(self, flow: nn.Module, log_prob: Callable[[Any, Tensor], Tensor], flat: bool) -> None:
+    def __init__(
+        self, flow: nn.Module, log_prob: Callable[[Any, Tensor], Tensor], flat: bool, spline_bins: int = 0
+    ) -> None:
         super().__init__()
         self.flow, self._log_prob, self.flat = flow, log_prob, flat
+        self.spline = Spline(spline_bins, 3.0) if spline_bins else None
+        if self.spline is not None:
+            initialize_(self.spline, 0)
 
     def log_prob(self, x: Tensor) -> Tensor:
         u, logdet = logit_forward(x)
+        if self.spline is not None:
+            u, more = self.spline(u)
+            logdet = logdet + more
         return self._log_prob(self.flow, u.flatten(1) if self.flat else u) + logdet
 
 
-def tarflow(patch: int = 4, width: int = 64, blocks: int = 4, layers: int = 2, preprocess: str = "logit") -> nn.Module:
+def tarflow(
+    patch: int = 4, width: int = 64, blocks: int = 4, layers: int = 2, preprocess: str = "logit", spline_bins: int = 0
+) -> nn.Module:
     return TarFlow(
         SHAPE, patch=patch, width=width, blocks=blocks, layers=layers, noise="uniform", preprocess=preprocess,
-        seed=int(torch.randint(2**31, ())),
+        spline_bins=spline_bins, seed=int(torch.randint(2**31, ())),
     )  # fmt: skip
 
 
@@ -65,7 +77,7 @@ def realnvp() -> nn.Module:
     return Peer(flow, lambda f, u: f.log_prob(u), True)
 
 
-def glow(steps: int = 8, hidden: int = 64) -> nn.Module:
+def glow(steps: int = 8, hidden: int = 64, spline_bins: int = 0) -> nn.Module:
     """Two levels, as many as 28 divides into by 4."""
     import normflows as nf
 
@@ -79,4 +91,4 @@ def glow(steps: int = 8, hidden: int = 64) -> nn.Module:
             merges.append(nf.flows.Merge())
         bases.append(nf.distributions.DiagGaussian((channels if i == 0 else channels // 2, side, side)))
     flow = nf.MultiscaleFlow(bases, flows, merges)
-    return Peer(flow, lambda f, u: f.log_prob(u, None), False)
+    return Peer(flow, lambda f, u: f.log_prob(u, None), False, spline_bins)

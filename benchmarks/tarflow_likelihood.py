@@ -7,8 +7,10 @@ lowered, and the weights are averaged. The peak rate of each is swept (seed 0, h
 images) until the best has a worse one on either side; if a full run with it ends in something that is no number, or
 leaves out a hundredth of its steps because of that, the next best takes its place. TARFLOW and Glow, which come nearest
 to each other, are there a second time with sizes chosen before, among equally many for each and in the same way: half
-of the steps at the arm's usual rate, seed 0, on validation images. Models: :mod:`benchmarks.density_models`. Needs the
-extra ``bench`` and ``python -m benchmarks.fetch_data fashion-mnist digits``.
+of the steps at the arm's usual rate, seed 0, on validation images. That TARFLOW has learned splines before and behind
+its blocks (:mod:`quintic.flow.spline`); the last arm tells what such a spline does for Glow. Models:
+:mod:`benchmarks.density_models`. Needs the extra ``bench`` and
+``python -m benchmarks.fetch_data fashion-mnist digits``.
 
 Everything measured leaves a file under ``runs/benchmarks/tarflow_likelihood`` and is skipped when it is there: a study
 that was stopped goes on. Two processes share the arms; since steps are counted, it does not matter who runs beside.
@@ -24,6 +26,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +47,7 @@ from quintic.optim import Muon
 
 FOLDER = Path("runs") / "benchmarks" / "tarflow_likelihood"
 PACE = FOLDER / "pace.json"
-SETS = {"fashion-mnist": ("Fashion-MNIST", 90), "digits": ("MNIST, 5,000 digits", 30)}
+SETS = {"fashion-mnist": ("Fashion-MNIST", 60), "digits": ("MNIST, 5,000 digits", 30)}
 """Title, and seconds of a run."""
 SEEDS = (0, 1, 2)
 FACTOR, MOST_RATES = 2.5, 6
@@ -89,39 +92,42 @@ def _adam(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=lr)
 
 
+BINS = 16
 TARFLOW_SIZES = {
-    "4 blocks of 2 layers": Sizes(tarflow),
-    "4 blocks of 2 layers, batch 16": Sizes(tarflow, 16),
-    "4 blocks of 1 layer, batch 16": Sizes(lambda: tarflow(layers=1), 16),
-    "4 blocks of 1 layer, batch 8": Sizes(lambda: tarflow(layers=1), 8),
-    "8 blocks of 1 layer, batch 16": Sizes(lambda: tarflow(blocks=8, layers=1), 16),
-    "4 blocks of 1 layer, patch 2, width 32, batch 16": Sizes(lambda: tarflow(2, 32, layers=1), 16),
-}
+    f"patch {patch}, {blocks} blocks of 1 layer, width {width}, batch {batch}": Sizes(
+        partial(tarflow, patch, width, blocks, 1, spline_bins=BINS), batch
+    )
+    for patch, blocks, width, batch in (
+        (4, 4, 32, 16), (4, 4, 64, 16), (4, 8, 32, 16), (2, 4, 32, 8), (2, 4, 32, 16), (2, 4, 64, 8),
+    )
+}  # fmt: skip
 GLOW_SIZES = {
-    "8 steps, hidden 64": Sizes(glow),
-    "8 steps, hidden 64, batch 16": Sizes(glow, 16),
-    "8 steps, hidden 32": Sizes(lambda: glow(hidden=32)),
-    "8 steps, hidden 32, batch 16": Sizes(lambda: glow(hidden=32), 16),
-    "4 steps, hidden 64, batch 16": Sizes(lambda: glow(steps=4), 16),
-    "16 steps, hidden 32, batch 16": Sizes(lambda: glow(steps=16, hidden=32), 16),
+    f"{steps} steps, hidden {hidden}, batch {batch}": Sizes(partial(glow, steps, hidden), batch)
+    for steps, hidden, batch in ((4, 32, 16), (4, 64, 8), (4, 64, 16), (4, 64, 32), (8, 32, 16), (8, 64, 16))
 }
 ARMS = {
-    "TARFLOW, Muon, sizes chosen": Arm(TARFLOW_SIZES, _muon, 0.01),
-    "TARFLOW, Muon": Arm(usual(tarflow), _muon, 0.01),
-    "TARFLOW, AdamW": Arm(usual(tarflow), _adamw, 1e-3),
-    "TARFLOW without logits, Muon": Arm(usual(lambda: tarflow(preprocess="scale")), _muon, 0.01),
-    "MAF (zuko)": Arm(usual(maf), _adam, 5e-4),
-    "neural spline flow (zuko)": Arm(usual(spline), _adam, 5e-4),
-    "RealNVP (normflows)": Arm(usual(realnvp), _adam, 5e-4),
-    "Glow (normflows)": Arm(usual(glow), _adam, 1e-3),
+    "TARFLOW with splines, Muon, sizes chosen": Arm(TARFLOW_SIZES, _muon, 0.01),
     "Glow (normflows), sizes chosen": Arm(GLOW_SIZES, _adam, 0.015625),
+    "TARFLOW, Muon": Arm(usual(tarflow), _muon, 0.01),
+    "TARFLOW, AdamW": Arm(usual(tarflow), _adamw, 0.00625),
+    "TARFLOW without logits, Muon": Arm(usual(lambda: tarflow(preprocess="scale")), _muon, 0.004),
+    "MAF (zuko)": Arm(usual(maf), _adam, 0.003125),
+    "neural spline flow (zuko)": Arm(usual(spline), _adam, 0.003125),
+    "RealNVP (normflows)": Arm(usual(realnvp), _adam, 0.00125),
+    "Glow (normflows)": Arm(usual(glow), _adam, 0.015625),
+    "Glow (normflows) behind a spline": Arm(
+        {"4 steps, hidden 64, batch 16": Sizes(partial(glow, 4, spline_bins=BINS), 16)}, _adam, 0.015625
+    ),
 }
 CLAIMS = (
     ("a TARFLOW is trained to fewer bits per dimension by Muon than by AdamW, both tuned", "TARFLOW, Muon",
      "TARFLOW, AdamW"),
     ("logits save a TARFLOW bits per dimension", "TARFLOW, Muon", "TARFLOW without logits, Muon"),
     ("fewer bits per dimension than Glow, both of usual sizes", "TARFLOW, Muon", "Glow (normflows)"),
-    ("fewer than Glow, sizes of both chosen", "TARFLOW, Muon, sizes chosen", "Glow (normflows), sizes chosen"),
+    ("with splines fewer than Glow, sizes of both chosen", "TARFLOW with splines, Muon, sizes chosen",
+     "Glow (normflows), sizes chosen"),
+    ("with splines fewer than Glow behind a spline", "TARFLOW with splines, Muon, sizes chosen",
+     "Glow (normflows) behind a spline"),
     *((f"fewer than {peer}", "TARFLOW, Muon", peer)
       for peer in ("MAF (zuko)", "neural spline flow (zuko)", "RealNVP (normflows)")),
 )  # fmt: skip
