@@ -1,6 +1,6 @@
 """Run as a program: prints a hash of decoded pixels, the file, and a hash of what the network says in float32.
 
-The parent test starts it with ATEN_CPU_CAPABILITY set, which cannot be changed within a process.
+The parent test starts it with ATEN_CPU_CAPABILITY and OPENBLAS_CORETYPE set, which cannot be changed within a process.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from PIL import Image
 
 from quintic.codec import Codec, Curve
 from quintic.diffusion import NetworkDenoiser, UNet
+from quintic.diffusion.residuals import Residuals
 
 
 def network() -> NetworkDenoiser:
@@ -33,7 +34,8 @@ def sha(array: np.ndarray) -> str:
 def main(threads: int, batch: int) -> None:
     torch.set_num_threads(threads)
     denoiser = network()
-    codec = Codec(denoiser, curve=Curve(tuple(40 * i for i in range(81))), preset="fast", batch=batch)
+    residuals = Residuals(((60, *[300] * 20),) * 5, (tuple(900 // (1 + i) for i in range(64)),) * 5)
+    codec = Codec(denoiser, curve=Curve(tuple(40 * i for i in range(81)), residuals), preset="fast", batch=batch)
     picture = Image.linear_gradient("L").resize((16, 18))
     data = codec.encode(picture, target_bytes=70, exact=True)
     x = torch.linspace(-1.0, 1.0, 256).view(1, 1, 16, 16)

@@ -235,9 +235,11 @@ def test_exact_mode_is_the_same_at_every_instruction_level_and_plain_float32_is_
     """Also in other processes, and with other numbers of threads and tiles per call."""
     program = Path(__file__).parent / "capability_probe.py"
     lines = []
-    for capability, threads, batch in [("default", 1, 16), ("avx2", 2, 3), ("avx512", 1, 1)]:
+    kinds = [("default", "Nehalem", 1, 16), ("avx2", "Haswell", 2, 3), ("avx512", "", 1, 1)]
+    for capability, blas, threads, batch in kinds:
         # Passive: threads that wait for work leave the processor to others.
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_WAIT_POLICY": "passive"}
+        environment |= {"OPENBLAS_CORETYPE": blas} if blas else {}
         command = [sys.executable, str(program), str(threads), str(batch)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         lines.append(result.stdout.split())
@@ -277,3 +279,25 @@ def test_the_shipped_model_codes_at_once():
     made = [codec.code(original, target_bytes=n) for n in (60, 200)]
     assert len(made[0].data) <= 60 and same(Codec().decode(made[0].data), made[0].image)
     assert made[1].psnr > made[0].psnr + 3.0
+
+
+@pytest.mark.parametrize(
+    "data,pixels",
+    [
+        (
+            "ab514311089cf61b1b30a7f23a6020d9f8fa06b883dd421ae56fc093497701c91755c073157529fa081d911a15a74decfce0a6d3fc9192"
+            "9813057f02",
+            "0a6878c46e2fa02808965274cb53b33d1addc3fc188f88cf65b13324b71ee29e",
+        ),
+        (
+            "ab514312089cf61b1b30276dc288cbf7d7a75c5e7d8b64b37d9e69298da607d65c147153646e1e3a5b196a9ce6703939fccc2ec1692505"
+            "3418351b6d",
+            "46fca3a75a35aba238feeec08afc5111ef406edb1298b84b18d800b9b054c35c",
+        ),
+    ],
+    ids=["standard", "fast"],
+)
+def test_files_of_presets_with_a_call_at_every_level_decode_as_they_did(data, pixels):
+    """Written, exact, before presets had more levels than calls."""
+    decoded = Codec().decode(bytes.fromhex(data))
+    assert hashlib.sha256(decoded.tobytes()).hexdigest() == pixels

@@ -9,20 +9,22 @@ Noise levels in files are whole numbers of 1/256 log_snr.
 
 from __future__ import annotations
 
+import functools
 import math
 
-__all__ = ["EXP_COEFFICIENTS", "INVERSE_LN2", "LN2_HIGH", "LN2_LOW", "UNIT", "exact_exp", "step_coefficients"]
+__all__ = ["EXP_COEFFICIENTS", "INVERSE_LN2", "LN2", "LN2_HIGH", "LN2_LOW", "UNIT", "exact_exp", "step_coefficients"]
 
 UNIT = 256
 """Steps of a noise level per unit of log_snr."""
 
-INVERSE_LN2 = 1.4426950408889634
+INVERSE_LN2, LN2 = 1.4426950408889634, 0.6931471805599453
 # The high part has 32 trailing zero bits: k times it is exact for every |k| < 2^21.
 LN2_HIGH, LN2_LOW = 0.6931471803691238, 1.9082149292705877e-10
 EXP_COEFFICIENTS = tuple(1.0 / math.factorial(i) for i in range(14, -1, -1))
 """Of exp, highest power first; |r| <= 0.35 leaves a remainder below 1e-18."""
 
 
+@functools.lru_cache(1 << 12)
 def exact_exp(x: float) -> float:
     """exp x for |x| <= 700 to about 1e-16.
 
@@ -39,6 +41,7 @@ def exact_exp(x: float) -> float:
     return math.ldexp(total, k)
 
 
+@functools.lru_cache(1 << 10)
 def step_coefficients(level: int, following: int) -> tuple[float, float, float]:
     """Those of :func:`quintic.diffusion.reverse_step`, exactly reproducible.
 

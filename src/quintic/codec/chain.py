@@ -2,6 +2,8 @@
 
     x_T fixed;   at level l_i:  x_0 = clip(denoise(x));   x <- a x + b x_0 + std z_i;   the last x_0 is the image
 
+At levels where the plan does not call the denoiser, x_0 is moved on by :class:`quintic.codec.between.Between`.
+
 With T levels there are T - 1 noises z_i, each from its code. The encoder asks ``choose`` for the code of a step and
 goes on from it just as the decoder does: what one makes, the other makes too, bit for bit, provided that the denoiser
 answers alike. For that it is called with one image at a time, whose answer cannot depend on its neighbours in a batch;
@@ -21,9 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 from quintic.codec.arithmetic import UNIT, step_coefficients
+from quintic.codec.between import Between
 from quintic.codec.codebook import Array, Codebook, start_noise
 from quintic.codec.exact import ExactArithmetic
-from quintic.codec.schedule import Plan
+from quintic.codec.schedule import Curve, Plan
 from quintic.codec.selection import Ids, Single
 from quintic.core import ConfigError
 from quintic.core.counter_rng import Stream
@@ -40,7 +43,14 @@ Choose = Callable[[int, NDArray[np.float32], Array, Codebook], "Ids | None"]
 
 @torch.no_grad()
 def run_chain(
-    denoiser: Denoiser, plan: Plan, count: int, choose: Choose, *, exact: bool = False, batch: int = 1
+    denoiser: Denoiser,
+    plan: Plan,
+    count: int,
+    choose: Choose,
+    *,
+    curve: Curve | None = None,
+    exact: bool = False,
+    batch: int = 1,
 ) -> NDArray[np.float32]:
     """Run the chain for some images.
 
@@ -49,6 +59,7 @@ def run_chain(
         plan: Levels, codebooks and rules.
         count: Images, all of the model's shape.
         choose: Gives the symbols of each step.
+        curve: Of the model, with residuals; for plans with fewer calls than levels.
         exact: Use exact arithmetic in the denoiser.
         batch: Images per call. More than 1 is quicker, but without exact arithmetic an image's last bits then depend
             on its neighbours.
@@ -60,7 +71,27 @@ def run_chain(
     d = c * h * w
     x = np.repeat(start_noise(plan.seed, d)[None], count, axis=0)
     kept: dict[int, Codebook] = {}
-    x0 = _predict(denoiser, x.reshape(count, c, h, w), plan.levels[0], exact, batch)
+    called = set(range(len(plan.levels)) if plan.called is None else plan.called)
+    moving = len(called) < len(plan.levels)
+    if moving and (curve is None or curve.residuals is None):
+        raise ConfigError(
+            "a plan with fewer calls than levels needs the model's residuals; see quintic.codec.calibrate"
+        )
+    between: Between | None = None
+
+    def predict(step: int, *, last: bool = False) -> NDArray[np.float32]:
+        nonlocal between
+        level = plan.levels[step]
+        if step not in called and not last:
+            assert between is not None
+            return between.predict(x, level)
+        x0 = _predict(denoiser, x.reshape(count, c, h, w), level, exact, batch)
+        if moving:
+            assert curve is not None
+            between = Between(curve, x0, x, level)
+        return x0
+
+    x0 = predict(0)
     for step, (level, following) in enumerate(itertools.pairwise(plan.levels)):
         rule = plan.step_rule(step)
         if rule is None:
@@ -69,11 +100,11 @@ def run_chain(
             book = plan.step_book(step, d, kept)
             ids = choose(step, x0, x, book)
             if ids is None:
-                break
+                return x0 if step in called else predict(step, last=True)
             z = rule.noise(ids, book)
         a, b, std = step_coefficients(level, following)
         x = a * x + b * x0.reshape(count, d).astype(np.float64) + std * z
-        x0 = _predict(denoiser, x.reshape(count, c, h, w), following, exact, batch)
+        x0 = predict(step + 1)
     return x0
 
 
@@ -98,7 +129,8 @@ def aim(plan: Plan, direction: Direction, record: list[Ids], *, draw: str = "arg
         wanted = (b / std) * np.asarray(towards, dtype=np.float64)
         rule = Single(draw) if plan.rule == "single" else plan.step_rule(step)
         assert rule is not None
-        ids = rule.choose(wanted.reshape(len(x0), -1), book, Stream(seed, "selection", step))
+        draws = None if draw == "argmax" else Stream(seed, "selection", step)
+        ids = rule.choose(wanted.reshape(len(x0), -1), book, draws)
         record.append(ids)
         return ids
 

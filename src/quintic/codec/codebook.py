@@ -127,7 +127,7 @@ def _sylvester(size: int) -> Array:
 def _factors(block: int) -> list[int]:
     """A power of two as a product of as few powers of two up to 64 as there can be, about equal."""
     bits = block.bit_length() - 1
-    parts = -(-bits // 6)
+    parts = max(1, -(-bits // 6))
     return [1 << (i + 1) * bits // parts - i * bits // parts for i in range(parts)]
 
 
@@ -162,22 +162,24 @@ class OrthogonalCodebook:
             self._orders.append(np.argsort(words << np.uint64(1), kind="stable") if several else None)
 
     def _hadamard(self, x: Array) -> Array:
+        """Without the roots of the sizes of blocks."""
         out, first = np.empty_like(x), 0
         for block in self._blocks:
-            part = x[:, first : first + block]
-            for factor in _factors(block):
-                # Along one axis of factor entries, which then goes last; after all of them the order is the old one.
-                part = (_sylvester(factor) @ part.reshape(len(x), factor, -1)).transpose(0, 2, 1)
-                part = part.reshape(len(x), block)
-            out[:, first : first + block] = part
+            *factors, last = _factors(block)
+            part, after = x[:, first : first + block].reshape(-1, last) @ _sylvester(last), block
+            for factor in factors:
+                # Along one axis of factor entries; those after it go along.
+                after //= factor
+                part = _sylvester(factor) @ part.reshape(-1, factor, after)
+            out[:, first : first + block] = part.reshape(len(x), block)
             first += block
-        return out * self._scales
+        return out
 
     def inner(self, vectors: Array) -> Array:
         """(n, d) -> (n, d)."""
         x = np.asarray(vectors, dtype=np.float64)
         for signs, order in zip(self._signs, self._orders, strict=True):
-            x = self._hadamard((x if order is None else x[:, order]) * signs)
+            x = self._hadamard((x if order is None else x.take(order, 1)) * signs) * self._scales
         return x * math.sqrt(self.dimension)
 
     def squared_norms(self) -> Array:
@@ -192,7 +194,7 @@ class OrthogonalCodebook:
             x[rows, ids[:, j]] += weights[:, j]
         for signs, order in zip(reversed(self._signs), reversed(self._orders), strict=True):
             # Whole multiples of 2^-24: their sums are exact, and so the same in whatever order they are taken.
-            x = self._hadamard(np.rint(x * 2.0**24) * 2.0**-24) * signs
+            x = self._hadamard(np.rint(x * 2.0**24) * 2.0**-24) * (self._scales * signs)
             if order is not None:
                 back = np.empty_like(x)
                 back[:, order] = x

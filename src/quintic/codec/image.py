@@ -23,11 +23,11 @@ from quintic.codec.container import MODES, Header, Parts, join, read_parts
 from quintic.codec.guidance import Operator
 from quintic.codec.models import Model, as_model, name_for, shipped_model
 from quintic.codec.rate import Coded, Sizes, largest_payload, meet_psnr, psnr
-from quintic.codec.schedule import PRESETS, Curve, Plan, atoms_that_fit, preset_plan
+from quintic.codec.schedule import Curve, Plan, atoms_that_fit, preset_number, preset_plan
 from quintic.codec.selection import Ids
 from quintic.codec.symbols import from_bytes, from_sequence, payload_size, to_bytes, to_sequence
 from quintic.codec.tiles import Layout, read_image, to_image, to_values
-from quintic.core import CodecError, ConfigError, suggest
+from quintic.core import CodecError, ConfigError
 from quintic.core.counter_rng import Stream
 from quintic.diffusion import shipped_names
 from quintic.diffusion.denoiser import Denoiser
@@ -83,14 +83,12 @@ class Codec:
         batch: int = 16,
         max_pixels: int = 1 << 24,
     ) -> None:
-        names = {p.name: number for number, p in PRESETS.items()}
-        if preset not in names:
-            raise ConfigError(f"unknown preset {preset!r}{suggest(preset, names)}")
+        preset_number(preset, True)
         if batch < 1 or max_pixels < 1:
             raise ConfigError(f"batch and max_pixels must be at least 1, found {batch} and {max_pixels}")
         self._own = None if denoiser is None else as_model(denoiser, curve)
         self._shipped: dict[str, Model] = {}
-        self.preset = names[preset]
+        self.preset = preset
         self.batch = batch
         self.max_pixels = max_pixels
 
@@ -191,8 +189,9 @@ class Codec:
         if sum(value is not None for value in (target_bytes, target_psnr, quality, plan)) > 1:
             raise ConfigError("give one of target_bytes, target_psnr, quality and plan, not several")
 
+        preset = 0 if plan is not None else preset_number(self.preset, model.curve.residuals is not None)
+
         def header(payload: int) -> Header:
-            preset = 0 if plan is not None else self.preset
             size, fingerprint = (layout.width, layout.height), model.fingerprint(preset)
             return Header(*size, layout.mode, payload, fingerprint, preset, plan, exact, robust)
 
@@ -202,7 +201,7 @@ class Codec:
 
         if plan is not None:
             return at(payload_size(plan, layout.count, model.dimension, joint=not robust))
-        fits = Sizes(self.preset, model.dimension, layout.count, not robust)
+        fits = Sizes(preset, model.dimension, layout.count, not robust)
         if target_bytes is not None:
             payload = largest_payload(target_bytes, header, fits)
             return at(payload)
@@ -267,7 +266,7 @@ class Codec:
 
     def _run(self, model: Model, layout: Layout, plan: Plan, choose: Choose, exact: bool) -> NDArray[np.float32]:
         batch = self.batch if exact else 1
-        return run_chain(model.denoiser, plan, layout.count, choose, exact=exact, batch=batch)
+        return run_chain(model.denoiser, plan, layout.count, choose, curve=model.curve, exact=exact, batch=batch)
 
     def _open(self, parts: Parts, strict: bool) -> tuple[Model, Layout, list[Ids]]:
         header = parts.header

@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from quintic.codec.arithmetic import UNIT
-from quintic.codec.schedule import Curve
+from quintic.codec.schedule import PRESETS, Curve
 from quintic.core import CodecError, ConfigError, DataError
 from quintic.diffusion import GaussianDenoiser, shipped_denoiser, shipped_names
 from quintic.diffusion.denoiser import Denoiser
 from quintic.diffusion.information import ErrorCurve, measure_errors
+from quintic.diffusion.residuals import gaussian_residuals, measure_residuals
 
 __all__ = ["Model", "as_model", "calibrate", "name_for", "shipped_model"]
 
@@ -35,10 +36,13 @@ class Model:
         return c * h * w
 
     def fingerprint(self, preset: int) -> bytes:
-        """What a file holds: 2 bytes of model and curve with a preset, else 4 of the model alone."""
+        """What a file holds: 4 bytes of the model alone, or with a preset 2 of model, curve and what else it needs."""
         if not preset:
             return hashlib.sha256(self.denoiser.fingerprint.encode()).digest()[:4]
-        return hashlib.sha256(f"{self.denoiser.fingerprint} {self.curve.digest}".encode()).digest()[:2]
+        named = f"{self.denoiser.fingerprint} {self.curve.digest}"
+        if PRESETS[preset].calls < PRESETS[preset].levels:
+            named += f" {self.curve.residuals.digest if self.curve.residuals else None}"
+        return hashlib.sha256(named.encode()).digest()[:2]
 
 
 def as_model(denoiser: Denoiser, curve: Curve | None = None) -> Model:
@@ -49,9 +53,9 @@ def as_model(denoiser: Denoiser, curve: Curve | None = None) -> Model:
     """
     own = getattr(denoiser, "curve", None)
     if curve is None and isinstance(own, ErrorCurve):
-        curve = Curve.from_information(own.information)
+        curve = Curve.from_information(own.information, own.residuals)
     elif curve is None and isinstance(denoiser, GaussianDenoiser):
-        curve = Curve.from_information(denoiser.information)
+        curve = Curve.from_information(denoiser.information, gaussian_residuals(denoiser))
     if curve is None:
         raise ConfigError(
             "a codec needs to know how informative this denoiser is: measure curve = quintic.codec.calibrate(denoiser, "
@@ -61,7 +65,7 @@ def as_model(denoiser: Denoiser, curve: Curve | None = None) -> Model:
 
 
 def calibrate(denoiser: Denoiser, images: NDArray[np.float32], *, seed: int = 0, batch: int = 64) -> Curve:
-    """Measure a denoiser's information curve.
+    """Measure a denoiser's information curve, and what its errors look like.
 
     Args:
         denoiser: Any.
@@ -75,8 +79,9 @@ def calibrate(denoiser: Denoiser, images: NDArray[np.float32], *, seed: int = 0,
     if images.ndim != 4 or not len(images) or images.shape[1:] != denoiser.shape:
         raise DataError(f"expected images (n, {', '.join(map(str, denoiser.shape))}), found {images.shape}")
     levels = [level / UNIT for level in Curve.levels()]
-    errors = measure_errors(denoiser, torch.from_numpy(images), levels, seed=seed, batch=batch)
-    return Curve.from_information(errors.information)
+    x = torch.from_numpy(images)
+    errors = measure_errors(denoiser, x, levels, seed=seed, batch=batch)
+    return Curve.from_information(errors.information, measure_residuals(denoiser, x, seed=seed, batch=batch))
 
 
 def name_for(mode: str) -> str:

@@ -24,12 +24,16 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from quintic.codec.arithmetic import UNIT, exact_exp
 from quintic.codec.codebook import Codebook, GaussianCodebook, OrthogonalCodebook
 from quintic.codec.packing import digit_bits
 from quintic.codec.selection import Grouped, Pursuit, Rule, Signed, Single
 from quintic.core import ConfigError, suggest
+
+if TYPE_CHECKING:  # reading a file's header takes no torch
+    from quintic.diffusion.residuals import Residuals
 
 __all__ = [
     "BOOKS",
@@ -42,6 +46,7 @@ __all__ = [
     "matched_levels",
     "most_atoms",
     "paper_plan",
+    "preset_number",
     "preset_plan",
 ]
 
@@ -66,6 +71,8 @@ class Curve:
 
     knots: tuple[int, ...]
     """In 1/64 bit per image, rising from 0."""
+    residuals: Residuals | None = None
+    """What the model's errors look like; presets of fewer calls than steps need it."""
 
     def __post_init__(self) -> None:
         if len(self.knots) != 81 or self.knots[0] != 0 or any(a > b for a, b in itertools.pairwise(self.knots)):
@@ -74,11 +81,11 @@ class Curve:
             raise ConfigError("an information curve must rise: this one says that images tell nothing")
 
     @classmethod
-    def from_information(cls, nats: Callable[[float], float]) -> Curve:
+    def from_information(cls, nats: Callable[[float], float], residuals: Residuals | None = None) -> Curve:
         """From nats per image at a log_snr: the ``information`` of a GaussianDenoiser or of an ErrorCurve."""
         start = nats(_FIRST / UNIT)
         values = [(nats(level / UNIT) - start) / math.log(2.0) for level in cls.levels()]
-        return cls(tuple(round(_FRACTION * value) for value in values))
+        return cls(tuple(round(_FRACTION * value) for value in values), residuals)
 
     @staticmethod
     def levels() -> range:
@@ -92,7 +99,7 @@ class Curve:
 
     @property
     def digest(self) -> str:
-        """Hexadecimal SHA-256."""
+        """Hexadecimal SHA-256 of the knots."""
         return hashlib.sha256(",".join(map(str, self.knots)).encode()).hexdigest()
 
     def at(self, level: int) -> int:
@@ -132,7 +139,7 @@ class Plan:
     """
 
     levels: tuple[int, ...]
-    """Noise levels, rising; one call of the denoiser at each."""
+    """Noise levels, rising."""
     atoms: tuple[int, ...]
     """Atoms of each step between two levels; 0 takes the start noise of that step's number and costs no bit."""
     book: str = "orthogonal"
@@ -142,6 +149,9 @@ class Plan:
     coefficient_bits: int = 0
     """Of matching pursuit."""
     seed: int = 0
+    called: tuple[int, ...] | None = None
+    """Numbers of the levels at which the denoiser is called, rising from 0; None calls it at all. Between calls
+    predictions move by :class:`quintic.codec.between.Between`."""
 
     def __post_init__(self) -> None:
         if self.book not in BOOKS:
@@ -152,6 +162,12 @@ class Plan:
             raise ConfigError("noise levels of a plan must rise")
         if min(self.levels) < -(1 << 15) or max(self.levels) >= 1 << 15:
             raise ConfigError("noise levels of a plan must lie in -128 <= log_snr < 128")
+        if self.called is not None and (
+            not self.called
+            or self.called[0] != 0
+            or any(a >= b for a, b in itertools.pairwise((*self.called, len(self.levels))))
+        ):
+            raise ConfigError("calls of a plan begin at level 0 and rise within its levels")
         if len(self.atoms) != len(self.levels) - 1 or any(m < 0 for m in self.atoms):
             raise ConfigError(f"{len(self.levels)} noise levels need {len(self.levels) - 1} counts of atoms")
         if (self.book == "orthogonal") != (self.size == 0):
@@ -168,7 +184,7 @@ class Plan:
     @property
     def calls(self) -> int:
         """Calls of the denoiser for an image or a batch of them."""
-        return len(self.levels)
+        return len(self.levels if self.called is None else self.called)
 
     def step_rule(self, step: int) -> Rule | None:
         """How a step is coded; None if it is not."""
@@ -213,26 +229,42 @@ class Preset:
 
     calls: int
     """Of the denoiser, at most."""
+    levels: int
+    """At most; where there are more than calls, the model's residuals are needed."""
     name: str
-    meaning: str
 
 
 PRESETS = {
-    1: Preset(20, "standard", "20 calls of the network"),
-    2: Preset(10, "fast", "10 calls"),
-    3: Preset(50, "fine", "50 calls"),
-    4: Preset(100, "finest", "100 calls"),
+    1: Preset(20, 20, "standard"),
+    2: Preset(10, 10, "fast"),
+    3: Preset(50, 50, "fine"),
+    4: Preset(100, 100, "finest"),
+    5: Preset(20, 80, "standard"),
+    6: Preset(10, 40, "fast"),
+    7: Preset(50, 100, "fine"),
 }
+
+
+def preset_number(name: str, residuals: bool) -> int:
+    """The key of :data:`PRESETS` for a name: the latest one, of those that do without residuals if there are none.
+
+    Raises:
+        ConfigError: Unknown name.
+    """
+    known = {p.name: number for number, p in PRESETS.items() if residuals or p.calls == p.levels}
+    if name not in known:
+        raise ConfigError(f"unknown preset {name!r}{suggest(name, known)}")
+    return known[name]
 
 
 def most_atoms(preset: int, dimension: int) -> int:
     """The largest number of atoms of an image: a quarter of its values at each step."""
-    return (_calls(preset) - 1) * max(1, dimension // 4)
+    return (_preset(preset).levels - 1) * max(1, dimension // 4)
 
 
 def atoms_that_fit(preset: int, dimension: int, bits: int, *, joint: bool = True) -> int:
     """The largest number of atoms of one image that takes no more than ``bits``."""
-    steps, low, high = _calls(preset) - 1, 0, most_atoms(preset, dimension)
+    steps, low, high = _preset(preset).levels - 1, 0, most_atoms(preset, dimension)
     if not joint:
         # More atoms can take fewer bits: of 784, groups of 65 need 8 bits each, those of 60 only 7.
         fitting = (a for a in range(min(high, bits), 0, -1) if _robust_bits(a, steps, dimension) <= bits)
@@ -258,9 +290,13 @@ def preset_plan(preset: int, curve: Curve, dimension: int, atoms: int) -> Plan:
     Raises:
         ConfigError: No such preset.
     """
-    counts = _spread(atoms, _calls(preset) - 1)
+    calls, most = _preset(preset).calls, _preset(preset).levels
+    counts = _spread(atoms, most - 1)
     bits = [_joint_bits((m,), dimension) for m in counts]
-    return Plan(matched_levels(curve, bits), counts, rule="grouped")
+    called = None
+    if len(counts) >= calls:
+        called = tuple((i * len(counts) + (calls - 1) // 2) // (calls - 1) for i in range(calls))
+    return Plan(matched_levels(curve, bits), counts, rule="grouped", called=called if calls < most else None)
 
 
 def matched_levels(curve: Curve, bits: Sequence[int]) -> tuple[int, ...]:
@@ -310,16 +346,16 @@ def paper_plan(calls: int, size: int, *, atoms: int = 1, coefficient_bits: int =
     )
 
 
-@functools.lru_cache(32)
+@functools.lru_cache(128)
 def _orthogonal(dimension: int, seed: int, step: int) -> OrthogonalCodebook:
     """Kept, since every picture with a preset has the same ones."""
     return OrthogonalCodebook(dimension, seed, step)
 
 
-def _calls(preset: int) -> int:
-    if preset not in PRESETS:
-        raise ConfigError(f"unknown preset {preset}{suggest(str(preset), map(str, PRESETS))}")
-    return PRESETS[preset].calls
+def _preset(number: int) -> Preset:
+    if number not in PRESETS:
+        raise ConfigError(f"unknown preset {number}{suggest(str(number), map(str, PRESETS))}")
+    return PRESETS[number]
 
 
 def _spread(total: int, steps: int) -> tuple[int, ...]:

@@ -234,10 +234,12 @@ class Grouped:
     def choose(self, wanted: Array, book: Codebook, draws: Stream | None = None) -> Ids:
         """(n, d) -> (n, M)."""
         scores, bounds = book.inner(wanted), self._bounds(book.size)
-        best = [np.abs(scores[:, a:b]).argmax(1) for a, b in itertools.pairwise(bounds)]
-        atoms = np.stack(best, axis=1)
-        chosen = np.take_along_axis(scores, atoms + np.array(bounds[:-1]), 1)
-        return (2 * atoms + (chosen < 0)).astype(np.int64)
+        sizes, rows = np.abs(scores), np.arange(len(scores))
+        ids = np.empty((len(scores), self.atoms), dtype=np.int64)
+        for group, (a, b) in enumerate(itertools.pairwise(bounds)):
+            atoms = sizes[:, a:b].argmax(1)
+            ids[:, group] = 2 * atoms + (scores[rows, a + atoms] < 0)
+        return ids
 
     def noise(self, ids: Ids, book: Codebook) -> Array:
         """(n, M) -> (n, d), of unit mean square."""

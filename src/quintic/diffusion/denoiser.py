@@ -153,6 +153,11 @@ class GaussianDenoiser:
         return self._fingerprint
 
     @property
+    def basis(self) -> Tensor:
+        """(c h w, r) directions of the first r variances of ``spectrum``."""
+        return self._basis
+
+    @property
     def spectrum(self) -> Tensor:
         """(c h w,) float64 variances along all directions, those of ``rest`` last."""
         others = math.prod(self._shape) - len(self._variances)

@@ -20,6 +20,7 @@ from torch import Tensor
 from quintic.core import ConfigError
 from quintic.diffusion.denoiser import Denoiser
 from quintic.diffusion.noise_schedule import alpha_sigma
+from quintic.diffusion.residuals import Residuals
 from quintic.diffusion.samplers import check_levels, seeded_noise
 
 __all__ = ["ErrorCurve", "measure_errors"]
@@ -44,6 +45,8 @@ class ErrorCurve:
     """Mean squared error of the predicted image at each, per value, for images in [-1, 1]."""
     values: int
     """d, values per image."""
+    residuals: Residuals | None = None
+    """What its errors look like, if that was measured."""
 
     def __post_init__(self) -> None:
         check_levels(self.levels)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from quintic.core.files import atomic_write
 from quintic.diffusion.denoiser import check_noisy, tensors_fingerprint
 from quintic.diffusion.information import ErrorCurve
 from quintic.diffusion.noise_schedule import alpha_sigma
+from quintic.diffusion.residuals import Residuals
 from quintic.diffusion.unet import UNet
 
 __all__ = ["TARGETS", "NetworkDenoiser", "make_target", "x0_from_target"]
@@ -124,7 +126,10 @@ class NetworkDenoiser:
         """
         halves = {name: tensor.half().contiguous() for name, tensor in self.network.state_dict().items()}
         if self.curve is not None:
-            metadata["curve"] = json.dumps({"levels": self.curve.levels, "errors": self.curve.errors})
+            kept: dict[str, Any] = {"levels": self.curve.levels, "errors": self.curve.errors}
+            if self.curve.residuals is not None:
+                kept["residuals"] = asdict(self.curve.residuals)
+            metadata["curve"] = json.dumps(kept)
         atomic_write(path, save(halves, metadata={"kind": "unet", "config": self._config, **metadata}))
 
     @classmethod
@@ -143,7 +148,10 @@ class NetworkDenoiser:
             curve = None
             if "curve" in metadata:
                 kept = json.loads(metadata["curve"])
-                curve = ErrorCurve(tuple(kept["levels"]), tuple(kept["errors"]), math.prod(arguments["shape"]))
+                tables = kept.get("residuals")  # files of before have none
+                residuals = tables and Residuals(*(tuple(map(tuple, tables[part])) for part in ("sizes", "bands")))
+                values = math.prod(arguments["shape"])
+                curve = ErrorCurve(tuple(kept["levels"]), tuple(kept["errors"]), values, residuals)
             network = UNet(**arguments, seed=None)
             network.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
             return cls(network.eval().requires_grad_(False), target, arguments, curve)
