@@ -18,13 +18,14 @@ from benchmarks.fetch_data import fetch
 from quintic.codec.chain import aim, run_chain
 from quintic.codec.comparison import classic_file, quality_of
 from quintic.codec.models import Model, as_model
-from quintic.codec.schedule import Plan, atoms_that_fit, matched_levels, preset_plan
+from quintic.codec.schedule import Plan, atoms_that_fit, matched_levels, preset_number, preset_plan
 from quintic.core.files import atomic_write
 from quintic.data.images import ImageConfig, ImageData, as_signed, prepare_images
 from quintic.diffusion import GaussianDenoiser
 
 SETS = {"fashion28": ("fashion-mnist", ImageConfig()), "emoji32": ("emoji", ImageConfig(size=32, channels="rgb"))}
 BATCH = 50
+STANDARD = preset_number("standard", True)
 FOLDER = Path("runs") / "benchmarks" / "codec"
 
 
@@ -67,7 +68,7 @@ def coded(model: Model, plan: Plan, pixels: NDArray[np.uint8]) -> NDArray[np.flo
     return run_chain(model.denoiser, plan, len(x), choose, curve=model.curve, batch=BATCH)
 
 
-def standard(model: Model, bits: int, preset: int = 1) -> Plan:
+def standard(model: Model, bits: int, preset: int = STANDARD) -> Plan:
     return preset_plan(preset, model.curve, model.dimension, atoms_that_fit(preset, model.dimension, bits))
 
 

@@ -84,7 +84,7 @@ def preset_plan(most, calls, knots, d, bits, robust):
         radices = [r for m in spread(total) for r in radices_of(3, m, d, 0, robust)]
         return sum(map(log2_up, radices)) if robust else log2_up(math.prod(radices))
 
-    largest = min(bits, (most - 1) * max(1, d // 4))
+    largest = min(bits, (calls - 1) * max(1, d // 4))
     atoms = spread(next(a for a in range(largest, -1, -1) if cost(a) <= bits))
 
     levels = [-2560]

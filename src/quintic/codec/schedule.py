@@ -258,8 +258,8 @@ def preset_number(name: str, residuals: bool) -> int:
 
 
 def most_atoms(preset: int, dimension: int) -> int:
-    """The largest number of atoms of an image: a quarter of its values at each step."""
-    return (_preset(preset).levels - 1) * max(1, dimension // 4)
+    """The largest number of atoms of an image: a quarter of its values for each call but the first."""
+    return (_preset(preset).calls - 1) * max(1, dimension // 4)
 
 
 def atoms_that_fit(preset: int, dimension: int, bits: int, *, joint: bool = True) -> int:
