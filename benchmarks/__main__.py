@@ -17,8 +17,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PLOTS = HERE / "plots"
 BENCHMARKS = (
-    "demo", "beside_transformers", "step_floor", "two_processes", "memory", "formulas", "muon_race", "optimizers",
-    "scale", "trust_regions", "overfitting", "clipping", "sizes", "finetuning", "muon_speed", "balance",
+    "demo", "beside_transformers", "step_floor", "two_processes", "memory", "formulas", "muon_race", "equal_time",
+    "optimizers", "scale", "trust_regions", "overfitting", "clipping", "sizes", "finetuning", "muon_speed", "balance",
     "balance_rules", "experts_or_dense", "moe_speed", "tarflow_sampling", "tarflow_likelihood", "tarflow_samples",
     "diffusion", "codec", "lowrank", "retrieval", "nystrom_attention", "compression",
 )  # fmt: skip

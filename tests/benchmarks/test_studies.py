@@ -30,7 +30,7 @@ def quiet(_):
 def run_study(name, folder):
     module = importlib.import_module(f"benchmarks.{name}")
     book = Book(name, folder, quiet)
-    if name == "muon_race":
+    if name in ("muon_race", "equal_time"):
         return module, module.run(book, {"small": (TOY, (0.95,))}, START, SEEDS, rounds=2)
     if name == "sizes":
         return module, module.run(book, (TOY, replace(TOY, width=16)), START, SEEDS)
@@ -45,7 +45,7 @@ def run_study(name, folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["muon_race", "scale", "trust_regions", "overfitting", "clipping", "sizes", "finetuning"]
+    "name", ["muon_race", "equal_time", "scale", "trust_regions", "overfitting", "clipping", "sizes", "finetuning"]
 )
 def test_a_study_runs_and_is_written_up(name, tmp_path):
     assert name in BENCHMARKS
@@ -165,13 +165,6 @@ def test_intervals():
     assert found["mean"] - found["half"] == pytest.approx(low, abs=1e-3)
     assert found["mean"] + found["half"] == pytest.approx(high, abs=1e-3)
     assert paired([2.0, 3.0], [1.0, 2.0]) == pytest.approx({"mean": 1.0, "sd": 0.0, "half": 0.0, "n": 2})
-
-
-def test_loss_between_schedules_is_on_a_straight_line():
-    losses = {0.5: 2.0, 1.0: 1.0}
-    assert muon_race.interpolate(losses, 0.75) == 1.5
-    assert muon_race.interpolate(losses, 1.2) == 1.0
-    assert math.isnan(muon_race.interpolate(losses, 0.4))
 
 
 def test_flops_of_newton_schulz_on_a_square():
