@@ -170,7 +170,8 @@ def _by_parts(
     fitting = len(matrices)
     if M.device.type == "cpu":
         each = (2 * n * m + form.squares * min(n, m) ** 2) * dtype.itemsize
-        fitting = max(1, _CACHED_BYTES * torch.get_num_threads() // each)
+        most = max(1, _CACHED_BYTES * torch.get_num_threads() // each)
+        fitting = -(-len(matrices) // -(-len(matrices) // most))  # equal parts
     space = space or Workspace()
     wide = torch.promote_types(M.dtype, torch.float32)
     with torch.no_grad(), _no_autocast(M.device):
@@ -220,9 +221,9 @@ def _normalized(M: Tensor, out: Tensor | None = None) -> Tensor:
     """M / ||M||_F per matrix in at least float32, without overflow or underflow; zero stays zero."""
     X = M if M.dtype == torch.float64 else M.float()
     norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    safe = (norm > _SAFE_NORMS[0]) & (norm < _SAFE_NORMS[1])
     # Elsewhere looking would wait; a safe matrix gets the same numbers either way.
-    if X.device.type != "cpu" or torch.compiler.is_compiling() or not safe.all():
+    if X.device.type != "cpu" or torch.compiler.is_compiling() or not _all_between(norm, *_SAFE_NORMS):
+        safe = (norm > _SAFE_NORMS[0]) & (norm < _SAFE_NORMS[1])
         fixed = X.detach()
         peak = torch.maximum(fixed.amax((-2, -1), keepdim=True), -fixed.amin((-2, -1), keepdim=True))
         # The least normal number has an inverse; beside it denormals are still visible.
@@ -230,6 +231,11 @@ def _normalized(M: Tensor, out: Tensor | None = None) -> Tensor:
         norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
         norm = torch.where(norm > 0, norm, 1.0)
     return torch.mul(X, norm.reciprocal(), out=out)  # twice as fast as a division
+
+
+def _all_between(values: Tensor, low: float, high: float) -> bool:
+    least, largest = torch.aminmax(values.detach())
+    return low < least.item() and largest.item() < high  # false for NaN
 
 
 def _other(X: Tensor, spare: Tensor | None, space: Workspace | None) -> Tensor | None:

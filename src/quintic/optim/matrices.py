@@ -98,11 +98,14 @@ def update_matrices(group: dict[str, Any], pieces: list[Piece], keep: Tensor | f
     count, n, m = sum(piece.matrices for piece in pieces), pieces[0].n, pieces[0].m
     stack = space.get("stack", (count, n, m), momenta[0].dtype, momenta[0].device)
     views = _views(stack, pieces)
-    torch._foreach_copy_(views, [piece.gradient for piece in pieces])
+    gradients = [piece.gradient for piece in pieces]
     if isinstance(keep, Tensor):
         keep = keep.to(stack.device, stack.dtype)
+        torch._foreach_copy_(views, gradients)
         stack.masked_fill_(keep == 0.0, 0.0)
-    advance_(group, momenta, views, keep)
+        advance_(group, momenta, views, keep)
+    else:
+        advance_(group, momenta, gradients, keep, views)
 
     update = _direction(group, stack, space)
     lr = group["lr"]

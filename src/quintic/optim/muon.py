@@ -273,7 +273,7 @@ class Muon(torch.optim.Optimizer):
     def _muon(self, active: list[tuple[dict[str, Any], list[Tensor]]], bad: Tensor) -> None:
         """Update matrices, all of one shape and with the same settings at a time."""
         buckets: dict[Any, tuple[dict[str, Any], list[Piece]]] = {}
-        ready: list[tuple[dict[str, Any], dict[str, Any], Any, Tensor, Sequence[Tensor]]] = []
+        ready: list[tuple[dict[str, Any], dict[str, Any], Any, dict[str, Tensor], Sequence[Tensor]]] = []
         divided: list[Divided] = []
         for group, params in active:
             key = _key(group)
@@ -284,17 +284,16 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = new_state(p)
                 tensors = (p.detach(), p.grad, state["momentum_buffer"])
                 if holds_whole_matrices(p):
-                    ready.append((group, group, key, p, [local(t) for t in tensors]))
+                    ready.append((group, group, key, state, [local(t) for t in tensors]))
                 else:
                     divided.append(Divided(group, p, *tensors[1:]))
         gathered = assemble(divided, bad, self.distributed)
         for (group, p, *_), stand_in in zip(divided, gathered, strict=True):
             if stand_in is not None:
-                ready.append((group, stand_in.group, _key(stand_in.group), p, stand_in[1:]))
-        for group, settings, key, p, tensors in ready:
+                ready.append((group, stand_in.group, _key(stand_in.group), self.state[p], stand_in[1:]))
+        for group, settings, key, state, tensors in ready:
             if not tensors[0].numel():
                 continue  # all of it lies with other processes
-            state = self.state[p]
             views = (matrices_in(group, t) for t in tensors)
             for i, (part, gradient, average) in enumerate(zip(*views, strict=True)):
                 shape = (part.n, part.m, part.tensor.device, average.tensor.dtype)

@@ -77,7 +77,7 @@ def parts_of(
     """
     if split is None and layout == "stack" and orientation == "out_in" and t.ndim >= 2:  # nearly always
         *lead, n, m = t.shape
-        return [Part(t, math.prod(lead), n, m)]
+        return [Part(t, math.prod(lead) if lead else 1, n, m)]
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}{suggest(str(layout), LAYOUTS)}")
     if orientation not in ORIENTATIONS:
