@@ -93,9 +93,9 @@ def preset_plan(most, calls, knots, d, bits, robust):
         if level >= 2560:
             levels.append(level + 1)
             continue
-        most_bits = 3 * rate(knots, level)
+        paid = 5 * rate(knots, level) if calls < most else 3 * rate(knots, level)
         following = level + 1
-        while following < 2560 and most_bits * (snr(following) - snr(level)) < 2 * budget:
+        while following < 2560 and paid * (snr(following) - snr(level)) < (3 if calls < most else 2) * budget:
             following += 1
         levels.append(following)
     last = len(atoms)

@@ -291,31 +291,34 @@ def preset_plan(preset: int, curve: Curve, dimension: int, atoms: int) -> Plan:
         ConfigError: No such preset.
     """
     calls, most = _preset(preset).calls, _preset(preset).levels
+    few = calls < most
     counts = _spread(atoms, most - 1)
     bits = [_joint_bits((m,), dimension) for m in counts]
     called = None
     if len(counts) >= calls:
         called = tuple((i * len(counts) + (calls - 1) // 2) // (calls - 1) for i in range(calls))
-    return Plan(matched_levels(curve, bits), counts, rule="grouped", called=called if calls < most else None)
+    # Between calls predictions are not quite as good as the network's, and pictures harder than most fall behind.
+    levels = matched_levels(curve, bits, (3, 5) if few else (2, 3))
+    return Plan(levels, counts, rule="grouped", called=called if few else None)
 
 
-def matched_levels(curve: Curve, bits: Sequence[int]) -> tuple[int, ...]:
+def matched_levels(curve: Curve, bits: Sequence[int], carried: tuple[int, int] = (2, 3)) -> tuple[int, ...]:
     """Noise levels as far apart as the bits of the steps between them pay for.
 
     Args:
         curve: Of the model.
         bits: Of each step.
+        carried: Numerator and denominator of the part of them that counts. Two thirds: three quarters are carried, and
+            the rate, past the level, is a tenth too low. A tenth more or less costs 0.2 dB at most.
     """
     levels = [_FIRST]
     for budget in bits:
         level = levels[-1]
         following = level + 1
         if following < _LAST:
-            # Two thirds: three quarters are carried, and the rate, past the level, is a tenth too low. A tenth
-            # more or less costs 0.2 dB at most.
-            rate, here = 3.0 * curve.bits_per_snr(level), _snr(level)
+            rate, here = carried[1] * curve.bits_per_snr(level), _snr(level)
             reach = range(following, _LAST)
-            following += bisect.bisect_left(reach, 2.0 * budget, key=lambda to: rate * (_snr(to) - here))
+            following += bisect.bisect_left(reach, carried[0] * budget, key=lambda to: rate * (_snr(to) - here))
         levels.append(following)
     return tuple(levels)
 
