@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests.codec.toys import picture, toy_codec
 
-from quintic.codec import Plan, paper_plan
+from quintic.codec import Curve, Plan, paper_plan, schedule
 from quintic.codec.arithmetic import exact_exp, step_coefficients
 from quintic.core.counter_rng import Stream
 
@@ -87,15 +87,15 @@ def preset_plan(most, calls, knots, d, bits, robust):
     largest = min(bits, (calls - 1) * max(1, d // 4))
     atoms = spread(next(a for a in range(largest, -1, -1) if cost(a) <= bits))
 
-    levels = [-2560]
-    for m in atoms:
-        level, budget = levels[-1], log2_up(math.prod(radices_of(3, m, d, 0, False)))
+    levels, budgets = [-2560], [log2_up(math.prod(radices_of(3, m, d, 0, False))) for m in atoms]
+    carried, of = (3, 5) if calls < most and any(64 * b > d for b in budgets) else (2, 3)
+    for budget in budgets:
+        level = levels[-1]
         if level >= 2560:
             levels.append(level + 1)
             continue
-        paid = 5 * rate(knots, level) if calls < most else 3 * rate(knots, level)
-        following = level + 1
-        while following < 2560 and paid * (snr(following) - snr(level)) < (3 if calls < most else 2) * budget:
+        paid, following = of * rate(knots, level), level + 1
+        while following < 2560 and paid * (snr(following) - snr(level)) < carried * budget:
             following += 1
         levels.append(following)
     last = len(atoms)
@@ -353,3 +353,14 @@ def test_the_document_is_enough_to_decode(mode, size, channels, options, preset)
     expected = np.asarray(made.image, dtype=float).reshape(pixels.shape)
     # Another order of sums can turn a value that lies on the edge between two bytes.
     assert np.abs(pixels - expected).max() <= 1 and (pixels != expected).mean() < 0.02
+
+
+@pytest.mark.parametrize("preset", LEVELS)
+@pytest.mark.parametrize("d,bits", [(784, 90), (784, 400), (784, 1100), (144, 300), (3, 12)])
+def test_its_plans_are_those_of_the_presets(preset, d, bits):
+    """Short steps and long ones, levels fewer than calls and more."""
+    knots = tuple(640 * d * i * i // 6400 for i in range(81))
+    levels, atoms, called = preset_plan(LEVELS[preset], CALLS[preset], knots, d, bits, False)
+    plan = schedule.preset_plan(preset, Curve(knots), d, schedule.atoms_that_fit(preset, d, bits))
+    assert (list(plan.levels), list(plan.atoms)) == (levels, atoms)
+    assert set(range(len(levels)) if plan.called is None else plan.called) == called

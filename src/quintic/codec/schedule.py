@@ -297,8 +297,10 @@ def preset_plan(preset: int, curve: Curve, dimension: int, atoms: int) -> Plan:
     called = None
     if len(counts) >= calls:
         called = tuple((i * len(counts) + (calls - 1) // 2) // (calls - 1) for i in range(calls))
-    # Between calls predictions are not quite as good as the network's, and pictures harder than most fall behind.
-    levels = matched_levels(curve, bits, (3, 5) if few else (2, 3))
+    # Between calls predictions are not quite as good as the network's: where files are large and steps long, pictures
+    # harder than most would fall behind.
+    long = few and 64 * max(bits, default=0) > dimension
+    levels = matched_levels(curve, bits, (3, 5) if long else (2, 3))
     return Plan(levels, counts, rule="grouped", called=called if few else None)
 
 
