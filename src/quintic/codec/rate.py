@@ -66,7 +66,7 @@ class Sizes:
         return payload_size(plan, self.count, self.dimension, joint=self.joint)
 
 
-_ATTEMPTS = 6
+_ATTEMPTS = 16
 # The number of bits of a plan does not depend on where its levels are.
 _ANY_CURVE = Curve(tuple(range(81)))
 
