@@ -1,11 +1,11 @@
-"""Muon against AdamW in the same time, where AdamW also chooses its batch and its model.
+"""Muon against AdamW in the same time, where both also choose their batch and their model.
 
 A step of Muon takes longer than one of AdamW, and an optimizer may want another batch or another model: so equal steps
-with one model flatter whoever the model was made for. Here Muon keeps the model, batch and rate of
-:mod:`benchmarks.muon_race`, and AdamW gets as many steps as fill the time of Muon's run, by the time of a step that is
-measured in turns with Muon's. Its batch is tuned, then with the best batch the width of its model, each from the race's
-value on until the best has a worse one on either side, each with its rate swept the same way; the first seed tunes.
-Then all seeds at the best.
+with one model flatter whoever the model was made for. Here the time is that of Muon's run in the race
+(:mod:`benchmarks.muon_race`), and every run has as many steps as fill it, by the time of a step that is measured in
+turns with that of the race's Muon. The batch is tuned, then with the best batch the width of the model, each from the
+race's value on until the best has a worse one on either side, each with its rate swept the same way; the first seed
+tunes. Then all seeds at the best.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.study import SEEDS, Book, Run, arm_run, paired, plus_minus, race
 from quintic.core.files import atomic_write
 
 BATCHES = (0.25, 0.5, 1.0, 2.0, 4.0)
-WIDTHS = (0.5, 0.75, 1.0, 1.5, 2.0)
+WIDTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Factors on the race's batch and width."""
 _PACE = "equal_time_pace.json"  # kept beside the runs: a study that goes on must not measure other numbers of steps
 
@@ -48,15 +48,17 @@ def shape_name(run: Run) -> str:
     return f"batch {run.batch}, width {run.width}"
 
 
-def pace_of(book: Book, base: Run, shape: Run, rounds: int) -> float:
-    """The time of AdamW's step at a shape over that of Muon's at the base, measured unless an earlier call did."""
+def pace_of(book: Book, base: Run, shape: Run, name: str, rounds: int) -> float:
+    """Time of an optimizer's step at a shape over that of Muon's at the base, measured unless an earlier call did."""
+    if name == "muon" and shape == base:
+        return 1.0
     path = book.path.parent / _PACE
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    key = f"{base.layers} layers, {shape_name(shape)}, Muon with {shape_name(base)}"
+    key = f"{name}, {base.layers} layers, {shape_name(shape)}; Muon with {shape_name(base)}"
     if key not in known:
-        runs = {"muon": arm_run(base, MUON, 1e-3, 0), "adamw": arm_run(shape, {"optim": {"name": "adamw"}}, 1e-3, 0)}
+        runs = {"muon": arm_run(base, MUON, 1e-3, 0), "other": arm_run(shape, {"optim": {"name": name}}, 1e-3, 0)}
         times = step_seconds(runs, rounds)
-        known[key] = times["adamw"] / times["muon"]
+        known[key] = times["other"] / times["muon"]
         atomic_write(path, json.dumps(known, indent=1))
     return known[key]
 
@@ -86,24 +88,31 @@ def climb(ladder: Sequence[float], score: Callable[[float], float]) -> tuple[flo
 def one_size(
     book: Book, base: Run, betas: Sequence[float], start: Sequence[float], seeds: Sequence[int], rounds: int
 ) -> dict[str, Any]:
-    # The second beta and Muon's rate are those of the race, whose runs the book remembers.
+    # The second beta is that of the race, whose runs the book remembers.
     betas_arms = adamw_arms(betas)
     adamw = betas_arms[race(book, base, betas_arms, start, seeds).winner.name]
-    muon = race(book, base, {"muon": MUON}, start, seeds).winner
-    arms: dict[str, dict[str, Any]] = {}
+    sides = {name: tuned(book, base, arm, start, seeds, rounds) for name, arm in (("muon", MUON), ("adamw", adamw))}
+    return {**sides, "difference": paired(sides["muon"]["losses"], sides["adamw"]["losses"])}
+
+
+def tuned(
+    book: Book, base: Run, arm: Mapping[str, Any], start: Sequence[float], seeds: Sequence[int], rounds: int
+) -> dict[str, Any]:
+    """One optimizer with the batch, width and rate that are best in the time."""
+    name, tries = arm["optim"]["name"], {}
 
     def tried(shape: Run) -> float:
         """Loss of the first seed at the best rate."""
-        name = shape_name(shape)
-        if name not in arms:
-            pace = pace_of(book, base, shape, rounds)
+        label = shape_name(shape)
+        if label not in tries:
+            pace = pace_of(book, base, shape, name, rounds)
             timed = replace(shape, steps=round(base.steps / pace))
-            (arm,) = race(book, timed, {name: adamw}, start, seeds[:1]).arms
-            arms[name] = {
-                "name": name, "pace": pace, "steps": timed.steps, "best_lr": arm.best_lr, "interior": arm.interior,
-                "sweep": {f"{lr:g}": loss for lr, loss in sorted(arm.sweep.items())},
+            (found,) = race(book, timed, {f"{name}, {label}": arm}, start, seeds[:1]).arms
+            tries[label] = {
+                "name": label, "pace": pace, "steps": timed.steps, "best_lr": found.best_lr,
+                "interior": found.interior, "sweep": {f"{lr:g}": loss for lr, loss in sorted(found.sweep.items())},
             }  # fmt: skip
-        return min(arms[name]["sweep"].values())
+        return min(tries[label]["sweep"].values())
 
     def batched(factor: float) -> Run:
         return replace(base, batch=max(1, round(factor * base.batch)))
@@ -114,41 +123,45 @@ def one_size(
     batch, batch_interior = climb(BATCHES, lambda factor: tried(batched(factor)))
     width, width_interior = climb(WIDTHS, lambda factor: tried(widened(factor)))
     best = widened(width)
-    chosen = arms[shape_name(best)]
+    chosen = tries[shape_name(best)]
     timed = replace(best, steps=chosen["steps"])
-    losses = [book(arm_run(timed, adamw, chosen["best_lr"], seed)).loss for seed in seeds]
     return {
-        "muon": {"name": shape_name(base), "steps": base.steps, "best_lr": muon.best_lr, "losses": muon.losses},
-        "adamw": list(arms.values()),
+        "tries": list(tries.values()),
         "chosen": chosen["name"],
+        "steps": chosen["steps"],
         "interior": {"batch": batch_interior, "width": width_interior},
-        "losses": losses,
-        "difference": paired(muon.losses, losses),
+        "losses": [book(arm_run(timed, arm, chosen["best_lr"], seed)).loss for seed in seeds],
     }
 
 
 def section(result: dict) -> str:
     parts = [
         "## Muon against AdamW in the same time",
-        "`python -m benchmarks equal_time`: the race above once more, but AdamW trains for as long as Muon does, and "
-        "its batch,\nthen the width of its model, are tuned too, each with its rate swept; Muon keeps what it had. "
-        f"{len(result['seeds'])} seeds at the best.\nSteps fill the time of Muon's run by medians of steps in turns "
-        f"on {result['machine']['cpu']}, one thread.",
+        "`python -m benchmarks equal_time`: the race above once more, but both train for as long as Muon did there, "
+        "and the batch,\nthen the width of the model, are tuned too, each with its rate swept. "
+        f"{len(result['seeds'])} seeds at the best.\nSteps fill the time by medians of steps in turns on "
+        f"{result['machine']['cpu']}, one thread.",
     ]
     for name, r in result["sizes"].items():
         rows = [
-            (arm["name"], f"{arm['pace']:.2f}", str(arm["steps"]), f"{arm['best_lr']:g}",
-             "yes" if arm["interior"] else "no", f"{min(arm['sweep'].values()):.3f}")
-            for arm in r["adamw"]
+            (title, each["name"], f"{each['pace']:.2f}", str(each["steps"]), f"{each['best_lr']:g}",
+             "yes" if each["interior"] else "no", f"{min(each['sweep'].values()):.3f}")
+            for title, side in (("Muon", r["muon"]), ("AdamW", r["adamw"]))
+            for each in side["tries"]
         ]  # fmt: skip
+        head = ("optimizer", "shape", "time of a step", "steps", "best rate", "interior", "loss, first seed")
         parts += [
             f"### Size {name}",
-            table(("AdamW", "time of a step over Muon's", "steps", "best rate", "interior", "loss, first seed"), rows),
-            f"Best AdamW ({r['chosen']}): {plus_minus(spread(r['losses']))}. Muon ({r['muon']['name']}, "
-            f"{r['muon']['steps']} steps): {plus_minus(spread(r['muon']['losses']))}. "
-            f"Muon minus AdamW: {plus_minus(r['difference'])}. {edges(r['interior'])}",
+            table(head, rows),
+            *(words(title, r[title.lower()]) for title in ("Muon", "AdamW")),
         ]
+        parts.append(f"Muon minus AdamW: {plus_minus(r['difference'])}.")
     return "\n\n".join(parts)
+
+
+def words(title: str, side: dict[str, Any]) -> str:
+    """The best of one optimizer."""
+    return f"Best {title} ({side['chosen']}): {plus_minus(spread(side['losses']))}. {edges(side['interior'])}"
 
 
 def edges(interior: dict[str, bool]) -> str:
@@ -162,9 +175,8 @@ def edges(interior: dict[str, bool]) -> str:
 def claims(result: dict) -> list[Claim]:
     return [
         Claim(
-            f"In equal time Muon's loss is at least 0.08 lower than AdamW's, whose batch and model are tuned too; "
-            f"size {name}",
-            "quintic", f"{plus_minus(r['difference'])} nats a character; AdamW with {r['chosen']}",
+            f"In equal time Muon's loss is at least 0.08 lower than AdamW's, batch and width tuned too; size {name}",
+            "quintic", f"{plus_minus(r['difference'])} nats a character",
             len(result["seeds"]), holds(r["difference"]["mean"] + 0.08, r["difference"]["half"]), "equal_time",
         )
         for name, r in result["sizes"].items()
