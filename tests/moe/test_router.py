@@ -99,7 +99,7 @@ numbers = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, 1e-38, -1e-38, math.inf, -
 def test_argtop_is_a_stable_sort_of_any_float(row, data):
     k = data.draw(st.integers(1, len(row)))
     expected = sorted(range(len(row)), key=lambda i: (-torch.tensor(row[i]).item(), i))[:k]
-    for rows in (1, 33):  # few are sorted, many go by integers
+    for rows in (1, 17):  # few are sorted, many go by integers
         assert argtop(torch.tensor([row] * rows), k).tolist() == [expected] * rows
 
 

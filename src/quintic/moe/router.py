@@ -29,9 +29,7 @@ from quintic.moe.score import Score, apply_score, check_score
 
 __all__ = ["Router", "Routing", "argtop", "check_routing", "routed_scaling_factor"]
 
-_FEW_ROWS = 32
-_FEW_CHOICES = 6
-_LOWER = 0x7FFFFFFF
+_FEW_ROWS = 16
 _NORM_EPS = 1e-20  # as in DeepSeek-V3; only there for a row of exact zeros
 
 
@@ -216,8 +214,8 @@ def check_routing(
 def argtop(scores_ne: Tensor, k: int) -> Tensor:
     """Indices of the k largest of each row, largest first, equal scores in order of index on every device.
 
-    Scores become integers that sort alike, with indices counted down in the lower half: no two are equal. A few rows
-    are quicker sorted, and on a CPU a few choices are quicker taken one after the other.
+    ``torch.topk`` leaves ties open. If there is one, a float32 becomes the upper half of an integer that sorts alike,
+    and the lower half counts indices down, so that no two are equal. A few rows are quicker sorted.
 
     Args:
         scores_ne: (rows, n) float32; NaN counts as the largest.
@@ -229,27 +227,20 @@ def argtop(scores_ne: Tensor, k: int) -> Tensor:
                 [0, 1, 3]])
     """
     assert scores_ne.dtype == torch.float32
-    eager = not torch.compiler.is_compiling()
-    if eager and scores_ne.shape[0] <= _FEW_ROWS:
-        return scores_ne.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     last = scores_ne.shape[-1] - 1
-    key_ne = _keys(scores_ne)
-    if not (eager and scores_ne.device.type == "cpu" and k <= _FEW_CHOICES):
-        return last - (key_ne.topk(k, dim=-1).values & _LOWER)
-    ids = []
-    for _ in range(k):
-        ids.append(last - (key_ne.amax(-1, keepdim=True) & _LOWER))
-        key_ne.scatter_(1, ids[-1], -1)
-    return torch.cat(ids, dim=1)
-
-
-def _keys(scores_ne: Tensor) -> Tensor:
-    """Non-negative integers that sort like scores, NaN last, and among equals the larger index first."""
-    bits = (scores_ne + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # negative floats sort backwards by their bits
-    # From -inf on; a NaN may have a sign, too: those below -inf come round to the top.
-    key_ne = ordered.to(torch.int64).add_(0x7F800001).bitwise_and_(0xFFFFFFFF).bitwise_left_shift_(31)
-    return key_ne.bitwise_or_(torch.arange(scores_ne.shape[-1] - 1, -1, -1, device=scores_ne.device))
+    if not torch.compiler.is_compiling():
+        if scores_ne.shape[0] <= _FEW_ROWS:
+            return scores_ne.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        if scores_ne.device.type == "cpu":  # elsewhere the question would wait for the device
+            best, indices = scores_ne.topk(min(k, last) + 1)
+            if torch.all(best[:, :-1] > best[:, 1:]):
+                return indices[:, :k].contiguous()
+    # + 0.0 turns -0.0 into 0.0; a NaN may have a sign, too: that of inf - inf is negative.
+    bits = torch.where(scores_ne.isnan(), torch.nan, scores_ne + 0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats sort backwards by their bits
+    index = torch.arange(last, -1, -1, device=scores_ne.device)
+    key = (ordered.to(torch.int64) << 32) | index
+    return last - (key.topk(k, dim=-1).values & 0xFFFFFFFF)
 
 
 def _best_groups(biased_ne: Tensor, num_groups: int, top_groups: int) -> Tensor:
