@@ -108,27 +108,32 @@ def step(module: nn.Module, x: Tensor) -> Callable[[], None]:
 def router_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     """The router alone, and the gradients that come back into it."""
     x = x.clone().requires_grad_()
+    weight = torch.randn(len(x), layer.router.top_k, generator=torch.Generator().manual_seed(1))
 
     def run() -> None:
         layer.zero_grad()
         x.grad = None
-        layer.router(x).gates_nk.square().sum().backward()
+        layer.router(x).gates_nk.backward(weight)
 
     return run
 
 
 def dispatch_step(x: Tensor, ids: Tensor, experts: int, hidden: int) -> Callable[[], None]:
-    """What moves rows in a forward and a backward pass, without any product: sort, three gathers, two sums."""
-    from quintic.moe.dispatch import blocks_of, lay_out, plan_runs
+    """What moves rows in a forward and a backward pass, without any product: sort, three gathers, two sums.
+
+    The sums are of rows at hand: making them is the products' work.
+    """
+    from quintic.moe.dispatch import blocks_of, kept_rows, lay_out, plan_runs
 
     width, gates = x.shape[1], torch.full(ids.shape, 1.0 / ids.shape[1])
+    products = torch.zeros(kept_rows(ids.numel(), experts), width)
 
     def run() -> None:
         counts = torch.bincount(ids.flatten(), minlength=experts)
         runs = plan_runs(counts.tolist(), width, 2 * hidden, cpu=True)
         token, rows = lay_out(ids, counts, runs)
         blocks = blocks_of(runs, cpu=True)
-        y = x.new_zeros(len(token), width)
+        y = products[: len(token)]
         wide = x.new_empty(max(block.stop - block.start for block in blocks), width)
         for weights in (gates, None):  # forward: tokens; backward: gradients and tokens
             for block in blocks:
