@@ -9,7 +9,7 @@ import torch
 from tests.codec.toys import picture, samples, smooth_model, toy_codec
 
 from quintic.codec import Codec, Curve
-from quintic.codec.between import Between, _transform
+from quintic.codec.between import Between, Errors, _transform
 from quintic.codec.chain import aim, replay, run_chain
 from quintic.codec.container import read_parts
 from quintic.codec.models import as_model
@@ -62,7 +62,7 @@ def test_for_a_gaussian_of_bands_it_is_the_posterior_mean(channels, level, follo
         return denoiser.predict_x0(torch.from_numpy(at.reshape(shape)).float(), place / 256).numpy()
 
     first, truth = said(x, level), said(later, following)
-    moved = Between(as_model(denoiser).curve, first, x, level).predict(later, following)
+    moved = Between(Errors(as_model(denoiser).curve, denoiser.shape), first, x, level).predict(later, following)
     inside = np.abs(truth) < 0.95
     # The error is taken a little larger than a Gaussian's, and halfway between two tables is a guess.
     assert np.square(moved - truth)[inside].mean() < 0.04 * np.square(first - truth)[inside].mean()
@@ -75,7 +75,7 @@ def test_where_predictions_are_sure_they_do_not_move():
     _, (x, later) = noisy(denoiser, 5, 0, 500)
     first = np.clip(denoiser.predict_x0(torch.from_numpy(x.reshape(-1, 1, 12, 10)).float(), 0.0).numpy(), -0.9, 0.9)
     first[:, :, :6] = -1.0
-    between = Between(dataclasses.replace(curve, residuals=steady), first, x, 0)
+    between = Between(Errors(dataclasses.replace(curve, residuals=steady), (1, 12, 10)), first, x, 0)
     moved = between.predict(later, 500) - first
     assert np.abs(moved[:, :, :6]).max() < 0.01 < 0.1 < np.abs(moved[:, :, 6:]).max()
 
@@ -85,7 +85,7 @@ def test_where_predictions_are_sure_they_do_not_move():
 def test_the_transform_is_one_of_whole_numbers(shape, back):
     """Against Python's own integers, of any length."""
     x = np.random.default_rng(0).normal(size=(4, *shape)) * np.array([1e-9, 1.0, 0.0, 3e5])[:, None, None, None]
-    found = _transform(x, shape, back=back)
+    found = _transform(x.reshape(4, -1), shape, back=back).reshape(x.shape)
     colours, rows, columns = (
         np.array([[int(v) for v in row] for row in (m.T if back else m) * 2**20], dtype=object)
         for m in transforms(shape)
@@ -107,13 +107,13 @@ def test_the_transform_is_one_of_whole_numbers(shape, back):
 
 def test_neighbours_do_not_change_a_bit():
     denoiser = banded_model(3)
-    curve = as_model(denoiser).curve
+    errors = Errors(as_model(denoiser).curve, denoiser.shape)
     _, (x, later) = noisy(denoiser, 6, 100, 200)
     first = denoiser.predict_x0(torch.from_numpy(x.reshape(-1, 3, 12, 10)).float(), 100 / 256).numpy().clip(-1, 1)
-    together = Between(curve, first, x, 100).predict(later, 200)
+    together = Between(errors, first, x, 100).predict(later, 200)
     for i in range(6):
         row = slice(i, i + 1)
-        assert (Between(curve, first[row], x[row], 100).predict(later[row], 200) == together[row]).all()
+        assert (Between(errors, first[row], x[row], 100).predict(later[row], 200) == together[row]).all()
 
 
 @pytest.mark.parametrize("preset", [5, 6, 7])

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from quintic.codec.arithmetic import UNIT, step_coefficients
-from quintic.codec.between import Between
+from quintic.codec.between import Between, Errors
 from quintic.codec.codebook import Array, Codebook, start_noise
 from quintic.codec.exact import ExactArithmetic
 from quintic.codec.schedule import Curve, Plan
@@ -39,6 +39,9 @@ Direction = Callable[[NDArray[np.float32], NDArray[np.float32], float], "NDArray
 the same shape: x_0 minus the prediction, to compress. The score of an atom is its inner product with that."""
 Choose = Callable[[int, NDArray[np.float32], Array, Codebook], "Ids | None"]
 """Step, predictions (n, c, h, w), noisy images (n, d), codebook of the step, to symbols; None ends the chain."""
+
+
+_DEVICES = ("cpu", "cuda")
 
 
 @torch.no_grad()
@@ -77,6 +80,7 @@ def run_chain(
         raise ConfigError(
             "a plan with fewer calls than levels needs the model's residuals; see quintic.codec.calibrate"
         )
+    errors = Errors(curve, denoiser.shape) if moving and curve is not None else None
     between: Between | None = None
 
     def predict(step: int, *, last: bool = False) -> NDArray[np.float32]:
@@ -86,9 +90,8 @@ def run_chain(
             assert between is not None
             return between.predict(x, level)
         x0 = _predict(denoiser, x.reshape(count, c, h, w), level, exact, batch)
-        if moving:
-            assert curve is not None
-            between = Between(curve, x0, x, level)
+        if errors is not None and step + 1 not in called and not last:
+            between = Between(errors, x0, x, level)
         return x0
 
     x0 = predict(0)
@@ -147,11 +150,13 @@ def replay(plan: Plan, codes: Sequence[Ids]) -> Choose:
 
 
 def _predict(denoiser: Denoiser, x: Array, level: int, exact: bool, batch: int) -> NDArray[np.float32]:
-    parts = []
     # Autocast around an encoder would make files that no decoder without it can follow.
-    full = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
-    with full[0], full[1], ExactArithmetic() if exact else contextlib.nullcontext():
-        for first in range(0, len(x), batch):
-            part = torch.from_numpy(x[first : first + batch]).float()
-            parts.append(denoiser.predict_x0(part, level / UNIT).float().clamp(-1.0, 1.0))
-    return torch.cat(parts).numpy()
+    if any(torch.is_autocast_enabled(device) for device in _DEVICES):
+        with contextlib.ExitStack() as full:
+            for device in _DEVICES:
+                full.enter_context(torch.autocast(device, enabled=False))
+            return _predict(denoiser, x, level, exact, batch)
+    with ExactArithmetic() if exact else contextlib.nullcontext():
+        whole = torch.from_numpy(x).float()
+        parts = [denoiser.predict_x0(part, level / UNIT) for part in whole.split(batch)]
+        return torch.cat(parts).float().clamp(-1.0, 1.0).numpy()

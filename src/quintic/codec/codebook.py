@@ -16,6 +16,7 @@ Noise is made of elementwise operations and exact sums of doubles: the same bits
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Protocol
@@ -30,6 +31,7 @@ __all__ = ["Codebook", "GaussianCodebook", "OrthogonalCodebook", "start_noise"]
 
 Array = NDArray[np.float64]
 _ROUNDS = 2
+_DENSE = 256  # up to this size blocks of Hadamard matrices are multiplied by as one matrix
 _CHUNK = 1 << 18  # numbers of a Gaussian codebook that exist at one time
 
 
@@ -52,9 +54,12 @@ class Codebook(Protocol):
         ...
 
 
+@functools.lru_cache(4)
 def start_noise(seed: int, dimension: int) -> Array:
-    """x_T, which is not transmitted: (d,)."""
-    return Stream(seed, "codec start").normal(0, dimension)
+    """x_T, which is not transmitted: (d,), not to be written to."""
+    noise = Stream(seed, "codec start").normal(0, dimension)
+    noise.flags.writeable = False
+    return noise
 
 
 class GaussianCodebook:
@@ -124,11 +129,44 @@ def _sylvester(size: int) -> Array:
 
 
 @functools.cache
-def _factors(block: int) -> list[int]:
-    """A power of two as a product of as few powers of two up to 64 as there can be, about equal."""
-    bits = block.bit_length() - 1
-    parts = max(1, -(-bits // 6))
-    return [1 << (i + 1) * bits // parts - i * bits // parts for i in range(parts)]
+def _blocks(size: int) -> list[int]:
+    """Powers of two that add up to a size, largest first."""
+    return [1 << bit for bit in reversed(range(size.bit_length())) if size >> bit & 1]
+
+
+@functools.cache
+def _diagonal(size: int) -> Array:
+    """Hadamard matrices of the blocks of a size along a diagonal."""
+    matrix, first = np.zeros((size, size)), 0
+    for block in _blocks(size):
+        matrix[first : first + block, first : first + block] = _sylvester(block)
+        first += block
+    return matrix
+
+
+@functools.cache
+def _factors(size: int) -> tuple[int, list[int]]:
+    """A size as a number up to 64, if it can be, and powers of two up to 16, which all its blocks have in common."""
+    factors = []
+    while size > 64 and size % 2 == 0:
+        factors.append(math.gcd(size, 16))
+        size //= factors[-1]
+    return size, factors
+
+
+def _hadamard(x: Array, size: int) -> Array:
+    """Blocks of Hadamard matrices, without the roots of their sizes, along the second axis of (n, size, after)."""
+    n, after, (first, factors) = len(x), x.shape[2], _factors(size)
+    for factor in factors:
+        matrix = _sylvester(factor)
+        x = matrix @ x.reshape(-1, factor, after) if after > 1 else x.reshape(-1, factor) @ matrix
+        after *= factor
+    x = x.reshape(n, first, after)
+    if first <= _DENSE:
+        return _diagonal(first) @ x
+    starts = itertools.accumulate(_blocks(first), initial=0)
+    parts = [_hadamard(x[:, a : a + block], block) for a, block in zip(starts, _blocks(first), strict=False)]
+    return np.concatenate([part.reshape(n, -1, after) for part in parts], axis=1)
 
 
 class OrthogonalCodebook:
@@ -150,36 +188,30 @@ class OrthogonalCodebook:
         if dimension < 1:
             raise ConfigError(f"a codebook needs a dimension of at least 1, found {dimension}")
         self.size = self.dimension = dimension
-        self._blocks = [1 << bit for bit in reversed(range(dimension.bit_length())) if dimension >> bit & 1]
-        self._scales = np.concatenate([np.full(b, math.sqrt(1.0 / b)) for b in self._blocks])
+        blocks = _blocks(dimension)
+        scales = np.concatenate([np.full(block, math.sqrt(1.0 / block)) for block in blocks])
         stream = Stream(seed, "orthogonal codebook", "shared" if step is None else step)
-        self._signs, self._orders = [], []
+        self._rounds: list[tuple[Array, NDArray[np.int32] | None, NDArray[np.int32] | None]] = []
         for i in range(_ROUNDS):
             words = stream.words(i * dimension, dimension)
             # The top bit is the sign, the others order the entries; a single block needs no shuffling.
-            self._signs.append(1.0 - 2.0 * (words >> np.uint64(63)).astype(np.float64))
-            several = len(self._blocks) > 1
-            self._orders.append(np.argsort(words << np.uint64(1), kind="stable") if several else None)
+            signed = np.where(words >> np.uint64(63), -scales, scales)
+            order = back = None
+            if len(blocks) > 1:
+                order = np.argsort(words << np.uint64(1), kind="stable").astype(np.int32)
+                back = np.empty_like(order)
+                back[order] = np.arange(dimension, dtype=np.int32)
+            self._rounds.append((signed, order, back))
 
-    def _hadamard(self, x: Array) -> Array:
-        """Without the roots of the sizes of blocks."""
-        out, first = np.empty_like(x), 0
-        for block in self._blocks:
-            *factors, last = _factors(block)
-            part, after = x[:, first : first + block].reshape(-1, last) @ _sylvester(last), block
-            for factor in factors:
-                # Along one axis of factor entries; those after it go along.
-                after //= factor
-                part = _sylvester(factor) @ part.reshape(-1, factor, after)
-            out[:, first : first + block] = part.reshape(len(x), block)
-            first += block
-        return out
+    def _multiply(self, x: Array) -> Array:
+        return _hadamard(x[:, :, None], self.dimension).reshape(x.shape)
 
     def inner(self, vectors: Array) -> Array:
         """(n, d) -> (n, d)."""
-        x = np.asarray(vectors, dtype=np.float64)
-        for signs, order in zip(self._signs, self._orders, strict=True):
-            x = self._hadamard((x if order is None else x.take(order, 1)) * signs) * self._scales
+        x: Array = np.asarray(vectors, dtype=np.float64)
+        for signed, order, _ in self._rounds:
+            mixed: Array = x if order is None else x.take(order, 1)
+            x = self._multiply(mixed * signed)
         return x * math.sqrt(self.dimension)
 
     def squared_norms(self) -> Array:
@@ -188,15 +220,12 @@ class OrthogonalCodebook:
 
     def combine(self, ids: NDArray[np.int64], weights: Array) -> Array:
         """(n, m) and (n, m) -> (n, d): the transform run backwards on a sparse vector."""
-        x = np.zeros((len(ids), self.dimension))
-        rows = np.arange(len(ids))
-        for j in range(ids.shape[1]):
-            x[rows, ids[:, j]] += weights[:, j]
-        for signs, order in zip(reversed(self._signs), reversed(self._orders), strict=True):
+        n, d = len(ids), self.dimension
+        places = ids + d * np.arange(n)[:, None]
+        x = np.bincount(places.ravel(), weights.ravel(), n * d).reshape(n, d) * 2.0**24
+        for signed, _, back in reversed(self._rounds):
             # Whole multiples of 2^-24: their sums are exact, and so the same in whatever order they are taken.
-            x = self._hadamard(np.rint(x * 2.0**24) * 2.0**-24) * (self._scales * signs)
-            if order is not None:
-                back = np.empty_like(x)
-                back[:, order] = x
-                x = back
-        return x * math.sqrt(self.dimension)
+            x = self._multiply(np.rint(x)) * signed
+            if back is not None:
+                x = x.take(back, 1)
+        return x * (math.sqrt(d) * 2.0**-24)

@@ -57,6 +57,8 @@ _KNOT = UNIT // 4
 _FIRST, _LAST = -10 * UNIT, 10 * UNIT
 _FRACTION = 64
 _UNITS = _FRACTION * _KNOT
+_KEPT = 1 << 14
+"""Orthogonal codebooks up to this dimension are kept, 32 bytes a value: 64 MB at most."""
 
 
 @dataclass(frozen=True)
@@ -188,23 +190,13 @@ class Plan:
 
     def step_rule(self, step: int) -> Rule | None:
         """How a step is coded; None if it is not."""
-        m = self.atoms[step]
-        if m == 0:
-            return None
-        match self.rule:
-            case "signed":
-                return Signed(m)
-            case "grouped":
-                return Grouped(m)
-            case "pursuit":
-                return Pursuit(m, self.coefficient_bits)
-            case _:
-                return Single()
+        return _rule(self.rule, self.atoms[step], self.coefficient_bits)
 
     def step_book(self, step: int, dimension: int, kept: dict[int, Codebook] | None = None) -> Codebook:
         """The codebook of a step. A shared one is made once and put into ``kept``."""
         if self.book == "orthogonal":
-            return _orthogonal(dimension, self.seed, step)
+            make = _orthogonal if dimension <= _KEPT else OrthogonalCodebook
+            return make(dimension, self.seed, step)
         if self.book == "gaussian":
             return GaussianCodebook(dimension, self.size, self.seed, step)
         kept = {} if kept is None else kept
@@ -355,6 +347,21 @@ def paper_plan(calls: int, size: int, *, atoms: int = 1, coefficient_bits: int =
 def _orthogonal(dimension: int, seed: int, step: int) -> OrthogonalCodebook:
     """Kept, since every picture with a preset has the same ones."""
     return OrthogonalCodebook(dimension, seed, step)
+
+
+@functools.lru_cache(128)
+def _rule(name: str, atoms: int, coefficient_bits: int) -> Rule | None:
+    if atoms == 0:
+        return None
+    match name:
+        case "signed":
+            return Signed(atoms)
+        case "grouped":
+            return Grouped(atoms)
+        case "pursuit":
+            return Pursuit(atoms, coefficient_bits)
+        case _:
+            return Single()
 
 
 def _preset(number: int) -> Preset:

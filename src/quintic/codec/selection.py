@@ -21,6 +21,7 @@ Arrays: n images, d values, K atoms; ``ids`` is (n, symbols of the rule).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -190,9 +191,9 @@ class Signed:
 
     def noise(self, ids: Ids, book: Codebook) -> Array:
         """(n, M) -> (n, d), of unit mean square."""
-        weights = 1.0 - 2.0 * (ids % 2).astype(np.float64)
+        weights = 1.0 - 2.0 * (ids & 1).astype(np.float64)
         # Two flipped bits of a robust file may name one atom twice, with opposite signs: still a vector to divide by.
-        return _unit(book.combine(ids // 2, weights))
+        return _unit(book.combine(ids >> 1, weights))
 
     def radices(self, size: int, *, joint: bool) -> list[int]:
         """The set of atoms with all signs, or each atom with its sign."""
@@ -225,30 +226,23 @@ class Grouped:
         if self.atoms < 1:
             raise ConfigError(f"a grouped selection takes at least 1 atom, found {self.atoms}")
 
-    def _bounds(self, size: int) -> list[int]:
-        """Where the groups begin, and the end: all whole, as equal as can be."""
-        if self.atoms > size:
-            raise ConfigError(f"{self.atoms} groups of a codebook of {size}")
-        return [group * size // self.atoms for group in range(self.atoms + 1)]
-
     def choose(self, wanted: Array, book: Codebook, draws: Stream | None = None) -> Ids:
         """(n, d) -> (n, M)."""
-        scores, bounds = book.inner(wanted), self._bounds(book.size)
-        sizes, rows = np.abs(scores), np.arange(len(scores))
-        ids = np.empty((len(scores), self.atoms), dtype=np.int64)
-        for group, (a, b) in enumerate(itertools.pairwise(bounds)):
-            atoms = sizes[:, a:b].argmax(1)
-            ids[:, group] = 2 * atoms + (scores[rows, a + atoms] < 0)
-        return ids
+        members = _groups(book.size, self.atoms)
+        scores = book.inner(wanted).take(members, 1)
+        atoms = np.abs(scores).argmax(2)
+        first = np.arange(0, scores.size, scores.shape[2]).reshape(atoms.shape)
+        return 2 * atoms + (scores.take(first + atoms) < 0)
 
     def noise(self, ids: Ids, book: Codebook) -> Array:
         """(n, M) -> (n, d), of unit mean square."""
-        weights = 1.0 - 2.0 * (ids % 2).astype(np.float64)
-        return _unit(book.combine(ids // 2 + np.array(self._bounds(book.size)[:-1]), weights))
+        return _unit(
+            book.combine((ids >> 1) + _groups(book.size, self.atoms)[:, 0], 1.0 - 2.0 * (ids & 1).astype(np.float64))
+        )
 
     def radices(self, size: int, *, joint: bool) -> list[int]:
         """Twice the size of each group."""
-        return [2 * (b - a) for a, b in itertools.pairwise(self._bounds(size))]
+        return [2 * (b - a) for a, b in itertools.pairwise(_bounds(size, self.atoms))]
 
     def to_digits(self, ids: list[int], *, joint: bool) -> list[int]:
         """As they are."""
@@ -257,6 +251,21 @@ class Grouped:
     def from_digits(self, digits: list[int], *, joint: bool) -> list[int]:
         """As they are."""
         return digits
+
+
+def _bounds(size: int, groups: int) -> list[int]:
+    """Where groups begin, and the end: all whole, as equal as can be."""
+    if groups > size:
+        raise ConfigError(f"{groups} groups of a codebook of {size}")
+    return [group * size // groups for group in range(groups + 1)]
+
+
+@functools.lru_cache(8)
+def _groups(size: int, groups: int) -> NDArray[np.int32]:
+    """Numbers of the members of each group, (groups, as many as the largest has): of smaller ones the last again."""
+    bounds = np.array(_bounds(size, groups), dtype=np.int32)
+    widest = np.arange(np.diff(bounds).max(), dtype=np.int32)
+    return np.minimum(bounds[:-1, None] + widest, bounds[1:, None] - 1)
 
 
 def _unit(x: Array) -> Array:
