@@ -34,6 +34,9 @@ def images(flow, n=3, seed=1, scale=1.0):
         ((1, 2, 4), {"direction": "sampling"}),
         ((1, 2, 4), {"noise": "uniform", "preprocess": "logit", "patch": 1}),
         ((1, 4, 6), {"spline_bins": 5}),
+        ((1, 4, 6), {"inner_width": 7}),
+        ((3, 4, 2), {"inner_width": 5, "num_classes": 3}),
+        ((1, 2, 4), {"inner_width": 4, "direction": "sampling"}),
         ((1, 2, 4), {"spline_bins": 5, "noise": "uniform", "preprocess": "logit", "direction": "sampling"}),
     ],
 )
@@ -49,10 +52,10 @@ def test_the_log_determinant_is_that_of_the_jacobian(make_flow, shape, options):
 
 
 @pytest.mark.parametrize("direction", ["density", "sampling"])
-@pytest.mark.parametrize(("channels", "spline_bins"), [(1, 0), (3, 0), (1, 6)])
-def test_round_trip(make_flow, direction, channels, spline_bins):
+@pytest.mark.parametrize(("channels", "options"), [(1, {}), (3, {}), (1, {"spline_bins": 6}), (2, {"inner_width": 6})])
+def test_round_trip(make_flow, direction, channels, options):
     for dtype, tolerance in ((F64, 1e-10), (torch.float32, 1e-4)):
-        flow = make_flow((channels, 4, 6), dtype=dtype, num_classes=4, direction=direction, spline_bins=spline_bins)
+        flow = make_flow((channels, 4, 6), dtype=dtype, num_classes=4, direction=direction, **options)
         x = images(flow, 5)
         labels = torch.tensor([0, 3, -1, 2, 2])
         with torch.no_grad():

@@ -4,7 +4,8 @@
 
 (post 10667, Zhai et al. 2024, arXiv 2412.06329.) The Jacobian is triangular, log |det| = -sum alpha. Given x, all z_i
 come from one parallel pass; given z, the x_i come one after the other. In every second block the tokens are in reverse
-order. Position i of the tables is the i-th token in the block's own order.
+order. Position i of the tables is the i-th token in the block's own order. Optionally f sees, for number j of a token,
+the numbers of that token before j as well (:mod:`quintic.flow.inner`); then these are in reverse order there too.
 
 Shapes: b batch, n tokens, d numbers of a token, w width, h heads. The output at place i is for token i + 1.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quintic.core.roles import Constant, Normal, Role, declare
+from quintic.flow.inner import Inner
 
 __all__ = ["FlowBlock", "Layer", "Linear"]
 
@@ -110,6 +112,7 @@ class FlowBlock(nn.Module):
         num_classes: Rows of the class table, beside the one for "no label"; 0 is without a table.
         flipped: Whether tokens are taken in reverse.
         volume_preserving: Whether alpha is 0.
+        inner_width: Hidden numbers of the layer within tokens; 0 is without.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class FlowBlock(nn.Module):
         num_classes: int = 0,
         flipped: bool = False,
         volume_preserving: bool = False,
+        inner_width: int = 0,
     ) -> None:
         super().__init__()
         self.flipped = flipped
@@ -138,9 +142,12 @@ class FlowBlock(nn.Module):
         # Zero: a fresh block is the identity.
         outputs = numbers if volume_preserving else 2 * numbers
         self.leave = Linear(width, outputs, role=Role.HEAD, std=0.0)
+        self.inner = None
+        if inner_width:
+            self.inner = Inner(Linear(width, inner_width, std=1.0), inner_width, numbers, outputs)
 
     def coefficients(
-        self, x_bnd: Tensor, labels: Tensor | None, temperature: float = 1.0
+        self, x_bnd: Tensor, labels: Tensor | None, temperature: float = 1.0, own: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """mu and alpha of the tokens after each given one.
 
@@ -148,10 +155,26 @@ class FlowBlock(nn.Module):
             x_bnd: The first tokens, at most n - 1 of them matter, in the block's order.
             labels: (b,) rows of the class table; None without one.
             temperature: Of attention.
+            own: (b, n, d) those next tokens themselves; a block with a layer within tokens reads them too.
 
         Returns:
             (b, n, d) each, in the parameters' precision whatever autocast says; alpha is None if always 0.
         """
+        h = self._hidden(x_bnd, labels, temperature)
+        # A rounding of alpha is an error of the likelihood, so these products are never in bfloat16.
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.to(self.leave.weight.dtype)
+            out = self.leave(h)
+            if self.inner is not None:
+                assert own is not None
+                out = out + self.inner(h, own.to(h.dtype))
+        if self.volume_preserving:
+            return out, None
+        alpha, mu = out.chunk(2, dim=-1)
+        return mu, alpha
+
+    def _hidden(self, x_bnd: Tensor, labels: Tensor | None, temperature: float = 1.0) -> Tensor:
+        """What the transformer says after each given token, (b, n, w)."""
         # bfloat16 would move a pixel by up to 1/512, a quarter of a level.
         with torch.autocast(x_bnd.device.type, enabled=False):
             h = self.enter(x_bnd.to(self.enter.weight.dtype)) + self.position[: x_bnd.shape[1]]
@@ -159,22 +182,18 @@ class FlowBlock(nn.Module):
             h = h + self.classes[labels][:, None]
         for layer in self.layers:
             h = layer(h, temperature)
-        # A rounding of alpha is an error of the likelihood, so this product is never in bfloat16.
-        with torch.autocast(h.device.type, enabled=False):
-            out = self.leave(h.to(self.leave.weight.dtype))
-        if self.volume_preserving:
-            return out, None
-        alpha, mu = out.chunk(2, dim=-1)
-        return mu, alpha
+        return h
 
     def ordered(self, x_bnd: Tensor) -> Tensor:
         """From the image's order of tokens to the block's, or back."""
-        return x_bnd.flip(1) if self.flipped else x_bnd
+        if not self.flipped:
+            return x_bnd
+        return x_bnd.flip(1) if self.inner is None else x_bnd.flip(1, 2)
 
     def forward(self, x_bnd: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The parallel way: tokens (b, n, d) in the image's order to z likewise, and log |det| (b,)."""
         x_bnd = self.ordered(x_bnd)
-        mu, alpha = self.coefficients(x_bnd[:, :-1], labels)
+        mu, alpha = self.coefficients(x_bnd[:, :-1], labels, own=x_bnd[:, 1:])
         rest = x_bnd[:, 1:] - mu
         if alpha is None:
             logdet = rest.new_zeros(len(rest))
@@ -192,10 +211,20 @@ class FlowBlock(nn.Module):
         x_bnd = z_bnd[:, :1]
         logdet = z_bnd.new_zeros(len(z_bnd))
         for i in range(1, z_bnd.shape[1]):
-            mu, alpha = self.coefficients(x_bnd, labels)
-            x = z_bnd[:, i]
+            h = self._hidden(x_bnd, labels)[:, -1]
+            with torch.autocast(h.device.type, enabled=False):
+                h = h.to(self.leave.weight.dtype)
+                x, alpha = self._solve(z_bnd[:, i], self.leave(h), h)
             if alpha is not None:
-                x = x * torch.exp(alpha[:, -1])
-                logdet = logdet + alpha[:, -1].sum(1)
-            x_bnd = torch.cat([x_bnd, (x + mu[:, -1])[:, None]], dim=1)
+                logdet = logdet + alpha.sum(1)
+            x_bnd = torch.cat([x_bnd, x[:, None]], dim=1)
         return self.ordered(x_bnd), logdet
+
+    def _solve(self, z: Tensor, out: Tensor, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens (b, d) that become z, and their alpha."""
+        if self.inner is not None:
+            return self.inner.solve(z, out, self.inner.context(h))
+        if self.volume_preserving:
+            return z + out, None
+        alpha, mu = out.chunk(2, dim=-1)
+        return z * torch.exp(alpha) + mu, alpha

@@ -50,6 +50,9 @@ class TarFlowConfig:
     spline_bins: int = 0
     """Of a learned monotone map of every number before the blocks, and another one behind them; 0 is without. For the
     likelihood: noise within a level, which is not normal, becomes so."""
+    inner_width: int = 0
+    """Of a small layer in every block by which each number of a token is predicted from those before it, not from
+    earlier tokens alone; 0 is without. For the likelihood: sampling takes several times as long."""
     volume_preserving: bool = False
     """Whether blocks only shift, so that no volume changes; then learn the prior's variance."""
     learned_prior: bool = False
@@ -70,7 +73,8 @@ class TarFlowConfig:
                 raise ConfigError(f"unknown tarflow.{name} {value!r}{suggest(value, known)}")
         for name, least in (
             ("channels", 0), ("height", 0), ("image_width", 0), ("classes", -1), ("patch", 1), ("width", 1),
-            ("blocks", 1), ("layers", 1), ("head_width", 1), ("spline_bins", 0), ("sample_images", 1),
+            ("blocks", 1), ("layers", 1), ("head_width", 1), ("spline_bins", 0), ("inner_width", 0),
+            ("sample_images", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"tarflow.{name} must be at least {least}, found {getattr(self, name)}")

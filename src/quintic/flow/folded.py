@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from quintic.flow.block import FlowBlock, Layer, Linear
+    from quintic.flow.inner import Combine
 
 __all__ = ["FoldedBlock", "Room"]
 
@@ -134,22 +135,59 @@ class FoldedBlock:
         start = block.position + block.enter.bias
         self.start = start.expand(b, n, -1) if rows is None else start + block.classes[rows][:, None]
         self.starts = self.start.unbind(1)
-        self.leave, self.leave_bias = block.leave.weight.T.contiguous(), block.leave.bias
-        self.volume_preserving = block.volume_preserving
+        leave, self.leave_bias = block.leave.weight, block.leave.bias
+        self.inner, self.outputs = block.inner, len(leave)
+        if self.inner is not None:
+            context = self.inner.context
+            leave = torch.cat([leave, context.weight])
+            self.leave_bias = torch.cat([self.leave_bias, context.bias])
+        self.leave = leave.T.contiguous()
 
-    def coefficients(self, x_bkd: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
-        """mu and alpha (b, k, d) of tokens ``start + 1`` to ``start + k`` from tokens ``start`` to ``start + k - 1``.
+    def solve(self, z: Tensor, said: Tensor, combine: Combine | None = None, out: Tensor | None = None) -> Tensor:
+        """Tokens x that become z, by what :meth:`read` or :meth:`step` said of them.
+
+        Args:
+            z: (b, k, d) or (b, d).
+            said: Of these tokens, or of two passes over them, the one behind the other.
+            combine: Makes mu and alpha from those of two passes.
+            out: Where to put x; may be z.
+        """
+        if self.inner is not None:
+            x, _ = self.inner.solve(z, said[..., : self.outputs], said[..., self.outputs :], combine)
+            return x if out is None else out.copy_(x)
+        alpha, mu = (None, said) if self.outputs == z.shape[-1] else said.chunk(2, -1)
+        if combine is not None:
+            mu, alpha = combine(mu, alpha)
+        return torch.add(z, mu, out=out) if alpha is None else torch.addcmul(mu, z, torch.exp(alpha), out=out)
+
+    def read(self, x_bkd: Tensor, start: int) -> Tensor:
+        """What tokens ``start`` to ``start + k - 1`` say of the next each, (b, k, ...), for :meth:`solve`.
 
         Keys and values of tokens before ``start`` are those of earlier calls; those of the given ones are stored.
         """
-        d = x_bkd.shape[2]
-        out = self._window(x_bkd, start)
-        if self.volume_preserving:
-            return out, None
-        return out.narrow(2, d, d), out.narrow(2, 0, d)
+        b, k, d = x_bkd.shape
+        width, end = self.width, start + k
+        h = torch.addmm(self.start.narrow(1, start, k).reshape(b * k, width), x_bkd.reshape(b * k, d), self.enter)
+        mask = self.mask[start:end, :end]
+        for layer, (room, queries, keys, values) in zip(self.layers, self.room.layers, strict=True):
+            normed = torch.layer_norm(h, (width,), None, None, layer.eps)
+            qkv = torch.addmm(layer.qkv_bias, normed, layer.qkv).view(b, k, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            if self.temperature != 1.0:
+                qkv[0, b // 2 :] /= self.temperature
+            room.narrow(3, start, k).copy_(qkv)
+            mixed = F.scaled_dot_product_attention(
+                queries.narrow(1, start, k), keys.narrow(1, 0, end), values.narrow(1, 0, end), attn_mask=mask, scale=1.0
+            )
+            if layer.mix is None:
+                h.add_(mixed.reshape(b * k, width))
+            else:
+                mixed = mixed.reshape(b, self.heads, k, -1).transpose(1, 2)
+                h.add_(layer.mix_bias).addmm_(mixed.reshape(b * k, width), layer.mix)
+            self._feed_forward_(h, layer)
+        return torch.addmm(self.leave_bias, h, self.leave).view(b, k, -1)
 
-    def step(self, x_bd: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
-        """mu and alpha (b, d) of token ``start + 1`` from token ``start``; see :meth:`coefficients`.
+    def step(self, x_bd: Tensor, start: int) -> Tensor:
+        """What token ``start`` says of the next, (b, ...); see :meth:`read`.
 
         As few operations as it takes, since each costs more than its arithmetic at small batches.
         """
@@ -171,34 +209,7 @@ class FoldedBlock:
             else:
                 h.add_(layer.mix_bias).addmm_(torch.bmm(weights, values).view(b, width), layer.mix)
             self._feed_forward_(h, layer)
-        out = torch.addmm(self.leave_bias, h, self.leave)
-        if self.volume_preserving:
-            return out, None
-        alpha, mu = out.chunk(2, 1)
-        return mu, alpha
-
-    def _window(self, x_bkd: Tensor, start: int) -> Tensor:
-        """Some tokens side by side."""
-        b, k, d = x_bkd.shape
-        width, end = self.width, start + k
-        h = torch.addmm(self.start.narrow(1, start, k).reshape(b * k, width), x_bkd.reshape(b * k, d), self.enter)
-        mask = self.mask[start:end, :end]
-        for layer, (room, queries, keys, values) in zip(self.layers, self.room.layers, strict=True):
-            normed = torch.layer_norm(h, (width,), None, None, layer.eps)
-            qkv = torch.addmm(layer.qkv_bias, normed, layer.qkv).view(b, k, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            if self.temperature != 1.0:
-                qkv[0, b // 2 :] /= self.temperature
-            room.narrow(3, start, k).copy_(qkv)
-            mixed = F.scaled_dot_product_attention(
-                queries.narrow(1, start, k), keys.narrow(1, 0, end), values.narrow(1, 0, end), attn_mask=mask, scale=1.0
-            )
-            if layer.mix is None:
-                h.add_(mixed.reshape(b * k, width))
-            else:
-                mixed = mixed.reshape(b, self.heads, k, -1).transpose(1, 2)
-                h.add_(layer.mix_bias).addmm_(mixed.reshape(b * k, width), layer.mix)
-            self._feed_forward_(h, layer)
-        return torch.addmm(self.leave_bias, h, self.leave).view(b, k, -1)
+        return torch.addmm(self.leave_bias, h, self.leave)
 
     def _feed_forward_(self, h: Tensor, layer: _FoldedLayer) -> None:
         normed = torch.layer_norm(h, (self.width,), None, None, layer.eps)

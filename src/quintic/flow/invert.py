@@ -1,7 +1,8 @@
 """Inverting a block exactly: one family of methods from token by token to all tokens at once.
 
 The inverse is the fixed point x = G(x) with G(x)_{i+1} = z_{i+1} exp(alpha(x_{<=i})) + mu(x_{<=i}), a nonlinear
-recurrence. A sweep of Jacobi evaluates G at a guess in one parallel pass. G is strictly causal, so every sweep makes at
+recurrence (within a token too, if the block has :mod:`quintic.flow.inner`: its numbers always come one after the
+other). A sweep of Jacobi evaluates G at a guess in one parallel pass. G is strictly causal, so every sweep makes at
 least one more token final, and a guess that no longer moves makes all behind it final at once. Here the final tokens
 are a frozen prefix with cached keys and values, and a sweep covers the ``window`` tokens behind it:
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -113,21 +115,28 @@ class Workspace:
             temperature = self.guidance.temperature
         return FoldedBlock(block, rows, self.room, self.mask, temperature)
 
-    def coefficients(self, folded: FoldedBlock, x: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
-        """mu and alpha of the tokens behind the given ones, (b, k, d) or (b, d) if it is one, guided."""
-        read = folded.step if x.ndim == 2 else folded.coefficients
+    def fresh(self, folded: FoldedBlock, x: Tensor, start: int, z: Tensor, out: Tensor | None = None) -> Tensor:
+        """x of the tokens behind the given ones, from their z, (b, k, d) or (b, d) if it is one, guided."""
+        read = folded.step if x.ndim == 2 else folded.read
         if not self.guidance:
-            return read(x, start)
-        mu, alpha = read(torch.cat([x, x]), start)
-        both = None if alpha is None else (alpha[: self.batch], alpha[self.batch :])
+            return folded.solve(z, read(x, start), None, out)
         weights = self.weights.narrow(0, start, 1 if x.ndim == 2 else x.shape[1])
-        return self.guidance.combine((mu[: self.batch], mu[self.batch :]), both, weights)
+        combine = partial(self._combine, self.guidance, weights)
+        return folded.solve(z, read(torch.cat([x, x]), start), combine, out)
+
+    def _combine(
+        self, guidance: Guidance, weights: Tensor, mu: Tensor, alpha: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        both = None if alpha is None else (alpha[: self.batch], alpha[self.batch :])
+        return guidance.combine((mu[: self.batch], mu[self.batch :]), both, weights)
 
     def residual(self, block: FlowBlock, x_bnd: Tensor, z_bnd: Tensor) -> float:
         """Largest |f(x) - z| / (1 + |z|) over finite images, by one parallel pass of the model itself, guided."""
-        mu, alpha = block.coefficients(x_bnd[:, :-1], self.rows)
+        mu, alpha = block.coefficients(x_bnd[:, :-1], self.rows, own=x_bnd[:, 1:])
         if self.guidance:
-            mu_u, alpha_u = block.coefficients(x_bnd[:, :-1], self.unlabelled, self.guidance.temperature)
+            mu_u, alpha_u = block.coefficients(
+                x_bnd[:, :-1], self.unlabelled, self.guidance.temperature, own=x_bnd[:, 1:]
+            )
             both = None if alpha is None or alpha_u is None else (alpha, alpha_u)
             mu, alpha = self.guidance.combine((mu, mu_u), both, self.weights)
         rest = x_bnd[:, 1:] - mu
@@ -180,12 +189,8 @@ def invert_block(
 
 def step_(workspace: Workspace, folded: FoldedBlock, places: Sequence[Tensor], token: int) -> None:
     """Turn token ``token + 1`` from z to x, in place, the tokens up to ``token`` being x already; each is (b, d)."""
-    mu, alpha = workspace.coefficients(folded, places[token], token)
     place = places[token + 1]
-    if alpha is None:
-        place.add_(mu)
-    else:
-        torch.addcmul(mu, place, torch.exp(alpha), out=place)
+    workspace.fresh(folded, places[token], token, place, out=place)
 
 
 def sweep_(
@@ -196,9 +201,8 @@ def sweep_(
     Returns:
         The last token that is final now.
     """
-    mu, alpha = workspace.coefficients(folded, x_bnd.narrow(1, done, end - done), done)
-    fresh = z_bnd.narrow(1, done + 1, end - done)
-    fresh = fresh + mu if alpha is None else torch.addcmul(mu, fresh, torch.exp(alpha))
+    given, z = x_bnd.narrow(1, done, end - done), z_bnd.narrow(1, done + 1, end - done)
+    fresh = workspace.fresh(folded, given, done, z)
     place = x_bnd.narrow(1, done + 1, end - done)
     if end - done == 1:
         place.copy_(fresh)

@@ -72,6 +72,8 @@ class TarFlow(nn.Module):
         preprocess: ``scale`` or ``logit`` (:mod:`quintic.flow.likelihood`); ``logit`` wants uniform noise.
         spline_bins: Of a learned monotone map of every number before the blocks, and of another one behind them
             (:mod:`quintic.flow.spline`); 0 is without.
+        inner_width: Of a layer by which numbers of a token are predicted from those before (:mod:`quintic.flow.inner`);
+            0 is without.
         volume_preserving: Blocks only shift.
         learned_prior: The variance of every latent is learned.
         direction: ``density`` (log_prob is parallel, sampling sequential) or ``sampling`` (the reverse).
@@ -104,6 +106,7 @@ class TarFlow(nn.Module):
         levels: int = 256,
         preprocess: str = "scale",
         spline_bins: int = 0,
+        inner_width: int = 0,
         volume_preserving: bool = False,
         learned_prior: bool = False,
         direction: str = "density",
@@ -114,8 +117,8 @@ class TarFlow(nn.Module):
         self.arguments: dict[str, Any] = {
             "shape": shape, "patch": patch, "width": width, "blocks": blocks, "layers": layers,
             "head_width": head_width, "num_classes": num_classes, "noise": noise, "sigma": sigma, "levels": levels,
-            "preprocess": preprocess, "spline_bins": spline_bins, "volume_preserving": volume_preserving,
-            "learned_prior": learned_prior, "direction": direction,
+            "preprocess": preprocess, "spline_bins": spline_bins, "inner_width": inner_width,
+            "volume_preserving": volume_preserving, "learned_prior": learned_prior, "direction": direction,
         }  # fmt: skip
         for name, known in (("noise", NOISES), ("preprocess", PREPROCESSINGS), ("direction", DIRECTIONS)):
             if (value := self.arguments[name]) not in known:
@@ -130,10 +133,12 @@ class TarFlow(nn.Module):
         self.noise, self.sigma, self.levels = noise, sigma, levels
         self.preprocess, self.direction, self.checkpoint = preprocess, direction, checkpoint
         self.tokens, self.numbers = check_patch(self.shape, patch)
+        if inner_width and self.numbers < 2:
+            raise ConfigError("inner_width is for tokens of two numbers or more; choose a larger patch")
         self.blocks = nn.ModuleList(
             FlowBlock(
                 self.tokens, self.numbers, width, layers, head_width, num_classes=num_classes,
-                flipped=index % 2 == 1, volume_preserving=volume_preserving,
+                flipped=index % 2 == 1, volume_preserving=volume_preserving, inner_width=inner_width,
             )
             for index in range(blocks)
         )  # fmt: skip

@@ -28,6 +28,7 @@ from quintic.data.images import ImageData
 from quintic.flow.block import Linear
 from quintic.flow.config import TarFlowConfig
 from quintic.flow.guidance import Guidance
+from quintic.flow.inner import Inner
 from quintic.flow.likelihood import dequantise
 from quintic.flow.patches import check_patch
 from quintic.flow.tarflow import TarFlow
@@ -72,6 +73,7 @@ def flow_arguments(config: TarFlowConfig) -> dict[str, Any]:
         "sigma": config.sigma,
         "preprocess": config.preprocess,
         "spline_bins": config.spline_bins,
+        "inner_width": config.inner_width,
         "volume_preserving": config.volume_preserving,
         "learned_prior": config.learned_prior,
         "direction": config.direction,
@@ -150,6 +152,7 @@ class TarFlowTask(ImageTask):
         """Forward and backward FLOPs of one image: 6 per matrix element and token, and causal attention."""
         assert isinstance(model, TarFlow)
         matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+        matrices += sum(m.read.numel() + m.leave.numel() for m in model.modules() if isinstance(m, Inner))
         attention = model.arguments["blocks"] * self.config.layers * self.config.width * model.tokens
         return 6.0 * model.tokens * (matrices + attention)
 
