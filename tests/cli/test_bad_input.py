@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tests.cli.command import quintic
 
 from quintic.engine.metrics import read_metrics
@@ -76,9 +77,57 @@ def test_out_that_holds_a_run_or_something_else(run, book, tmp_path, capsys):
     assert "not an empty folder" in fails(capsys, "train", book, *SMALL, "--out", book)
 
 
-def test_no_permission_to_write(book, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("quintic.engine.run.os.access", lambda *_: False)  # root may write anywhere
-    assert "no permission to write" in fails(capsys, "train", book, *SMALL, "--out", tmp_path / "x" / "run")
+def test_no_permission_to_write_is_said_before_the_work(run, book, capsys, monkeypatch, tmp_path):
+    (tmp_path / "table.csv").write_text("1,2,3\n4,5,6\n7,8,10\n")
+    Image.new("L", (28, 28), 99).save(tmp_path / "p.png")
+    monkeypatch.setattr("quintic.core.files.os.access", lambda *_: False)  # root may write anywhere
+    out = tmp_path / "x" / "y"
+    for command in (
+        ["train", book, *SMALL, "--out", out],
+        ["race", book, "--size", "tiny", "--out", out],
+        ["export", run, out],
+        ["generate", "ddpm/fashion28", "--out", out / "z.png"],
+        ["matrix", "cur", tmp_path / "table.csv", "--rank", "2", "--out", out / "z.svg"],
+        ["codec", "encode", tmp_path / "p.png", "--out", out],
+        ["codec", "eval", tmp_path / "p.png", "--out", out],
+    ):
+        assert f"no permission to write in {tmp_path}; choose another --out" in fails(capsys, *command)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_in_the_place_of_a_folder(book, tmp_path, capsys):
+    Image.new("L", (28, 28), 99).save(tmp_path / "p.png")
+    for command in (
+        ["race", book, "--size", "tiny", "--out", book],
+        ["codec", "eval", tmp_path / "p.png", "--out", book],
+        ["codec", "encode", tmp_path / "p.png", "--out", book / "z.qdc"],
+    ):
+        assert f"{book} is a file, expected a folder" in fails(capsys, *command)
+    assert book.read_text() == TEXT
+
+
+def test_an_ending_that_belongs_to_something_else(tmp_path, capsys):
+    Image.new("L", (28, 28), 99).save(tmp_path / "p.png")
+    encode = ["codec", "encode", tmp_path / "p.png", "--preset", "fast"]
+    assert "expected a name that ends in .qdc, or a folder" in fails(capsys, *encode, "--out", tmp_path / "z.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.png"]
+
+
+def test_a_restored_picture_replaces_nothing_unasked(tmp_path, capsys):
+    Image.new("L", (28, 28), 99).save(tmp_path / "p.png")
+    (tmp_path / "z.png").write_bytes(b"precious")
+    restore = ["codec", "restore", tmp_path / "p.png", "--task", "deblur", "--preset", "fast", "--quality", "10"]
+    assert "z.png exists; --overwrite replaces it" in fails(capsys, *restore, "--out", tmp_path / "z.qdc")
+    assert (tmp_path / "z.png").read_bytes() == b"precious" and not (tmp_path / "z.qdc").exists()
+
+
+def test_pictures_without_labels_have_no_classes(tmp_path, capsys):
+    (tmp_path / "flat").mkdir()
+    for i in range(4):
+        Image.new("L", (8, 8), 60 * i).save(tmp_path / "flat" / f"{i}.png")
+    flow = ["train", "--task", "tarflow", "--size", "tiny", tmp_path / "flat", "--out", tmp_path / "run"]
+    assert "train without classes: tarflow.classes=0" in fails(capsys, *flow)
+    assert not (tmp_path / "run").exists()
 
 
 def unfinish(run):

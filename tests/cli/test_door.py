@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,18 @@ def test_exit_code_130_after_ctrl_c(run):
     assert asked.returncode == 130 and errors.decode().split("; ")[0].strip() == "interrupted"
 
 
+def test_ctrl_c_while_the_command_is_still_being_imported():
+    program = (
+        "import sys; from quintic.__main__ import main\n"
+        "class Hurried:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'quintic.cli.app': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Hurried()); main()"
+    )
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (130, "")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="pipes end otherwise there")
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["codec", "encode", "--help"], ["roles", "--size", "tiny"], ["generate", "RUN"]]
@@ -155,7 +168,7 @@ def test_doctor_says_what_there_is_and_how_to_clear_the_cache(capsys):
         (["resume", "FOREIGN"], "lacks 'task'"),
         (["verify-resume", "FOREIGN"], "lacks 'task'"),
         (["report", "FILE/x"], "does not exist"),
-        (["export", "RUN", "FILE/x"], "File exists"),
+        (["export", "RUN", "FILE/x"], "file is a file, expected a folder; choose another --out"),
         (["matrix", "cur", "nowhere.csv", "--rank", "2"], "error: nowhere.csv: No such file or directory"),
     ],
 )  # fmt: skip
@@ -214,6 +227,39 @@ def test_colours_are_for_terminals_and_can_be_refused(capsys):
     assert quintic("report", "nowhere") == 2 and quintic("--help") == 0
     captured = capsys.readouterr()
     assert "\x1b" not in captured.err + captured.out
+
+
+def test_names_of_settings_are_whole_in_a_narrow_window(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert quintic("train", "--settings", "--size", "tiny") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^engine\.micro_batch_size +0 ", shown, re.M) and "``" not in shown
+    assert max(map(len, shown.splitlines())) <= 40
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("ver", {"verify-resume"}),
+        ("train bo", {"book.txt"}),
+        ("train --se", {"--seed", "--settings"}),
+        ("codec encode --target-b", {"--target-bytes"}),
+        ("codec encode bo", {"book.txt"}),
+        ("race bo", {"book.txt"}),
+        ("generate bo", {"book.txt"}),
+    ],
+)
+def test_what_bash_offers(line, words, tmp_path):
+    (tmp_path / "book.txt").touch()
+    script = f"""
+        eval "$1"; set -- quintic {line}
+        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMP_LINE="$*" COMP_POINT=${{#COMP_LINE}}
+        _quintic; printf '%s\n' "${{COMPREPLY[@]}}"
+    """
+    told = subprocess.run(["bash", "-c", script, "bash", app.generate_completion(shell="bash")], cwd=tmp_path,
+                          capture_output=True, text=True)  # fmt: skip
+    assert set(told.stdout.split()) == words, told.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -63,6 +63,10 @@ def test_an_imported_folder_generates_evaluates_and_trains_on(run, book, tmp_pat
     assert texts[0] == texts[1] and losses[0] == losses[1]
     assert quintic("resume", tmp_path / "imported") == 2
     assert "was imported, not trained" in capsys.readouterr().err
+    assert quintic("evaluate", tmp_path / "imported") == 2
+    assert "was imported without text; name the text" in " ".join(capsys.readouterr().err.split())
+    # The weights are as readable as all else in the folder.
+    assert len({path.stat().st_mode & 0o777 for path in (tmp_path / "imported").iterdir()}) == 1
 
 
 @pytest.mark.parametrize("kind", ["run", "hf"])

@@ -58,6 +58,12 @@ def test_mistakes_show_before_anything_runs(book, tmp_path, capsys, arguments, m
     assert not (tmp_path / "race").exists()
 
 
+def test_a_race_without_its_data_leaves_no_folder(tmp_path, capsys):
+    assert quintic("race", tmp_path / "nowhere.txt", "--size", "tiny", "--out", tmp_path / "race") == 2
+    assert "no such file or folder" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "race").exists()
+
+
 def test_a_folder_that_holds_a_run_is_refused(book, tmp_path, capsys):
     (tmp_path / "config.toml").write_text("", encoding="utf-8")
     assert quintic("race", book, "--size", "tiny", "--out", tmp_path) == 2

@@ -29,6 +29,12 @@ def test_atomic_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError) as failed:
+        files.atomic_write(tmp_path / "nowhere" / "a.txt", "x")
+    assert failed.value.filename == str(tmp_path / "nowhere" / "a.txt")
+
+
 def test_atomic_write_respects_umask(tmp_path):
     if os.name == "nt":
         pytest.skip("no umask on Windows")

@@ -17,7 +17,7 @@ from quintic.cli.printing import say
 from quintic.codec.container import MODES, read_parts
 from quintic.codec.schedule import PRESETS
 from quintic.core import ConfigError, suggest
-from quintic.core.files import atomic_write
+from quintic.core.files import atomic_write, check_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,7 +34,7 @@ app = App(name="codec", help="Compress pictures with a diffusion model: encode, 
 
 @app.command
 def encode(
-    *paths: str,
+    *paths: str | Path,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     target_bytes: int | None = None,
     target_psnr: float | None = None,
@@ -103,7 +103,7 @@ def encode(
 
 @app.command
 def decode(
-    *paths: str,
+    *paths: str | Path,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     partial: bool = False,
     model: Path | None = None,
@@ -141,7 +141,7 @@ def decode(
 
 
 @app.command
-def info(*paths: str, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+def info(*paths: str | Path, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
     """Say what is in .qdc files; needs no model.
 
     Parameters
@@ -190,7 +190,7 @@ def info(*paths: str, as_json: Annotated[bool, Parameter(name="--json", negative
 
 @app.command(name="eval")
 def evaluate(
-    *paths: str,
+    *paths: str | Path,
     out: Annotated[Path, Parameter(name=["--out", "-o"])] = Path("codec-eval"),
     sizes: list[int] | None = None,
     limit: int = 100,
@@ -231,6 +231,7 @@ def evaluate(
     if limit < 1:
         raise ConfigError(f"--limit must be at least 1, found {limit}")
     _check_bytes(sizes or [])
+    check_folder(out)
     files = find_files(paths, PICTURES)
     files = files[:: max(1, -(-len(files) // limit))]
     codec = _codec(model, preset)
@@ -331,13 +332,12 @@ def restore(
         observed = Greyed(values)
     else:
         observed = Blurred(values, sigma)
-    targets = [target_paths([path], out, suffix, overwrite)[0] for suffix in (SUFFIX, f".{task}.png")]
-    if out is not None:
-        targets[1] = out.with_suffix(".png")
+    (coded,) = target_paths([path], out, SUFFIX, overwrite)
+    (restored,) = target_paths([coded], None, ".png" if coded == out else f".{task}.png", overwrite)
     made = _codec(model, preset).restore(observed, target_bytes, quality)
-    atomic_write(targets[0], made.data)
-    atomic_write(targets[1], png_bytes(made.image))
-    say(f"{targets[0]}: {len(made.data)} bytes; {targets[1]}")
+    atomic_write(coded, made.data)
+    atomic_write(restored, png_bytes(made.image))
+    say(f"{coded}: {len(made.data)} bytes; {restored}")
 
 
 def _pairs(files: list[Path], targets: list[Path]) -> list[tuple[Path, ...]]:
@@ -367,5 +367,7 @@ def _roi(path: Path | None, picture: Image.Image) -> Any:
 
     mask = np.asarray(open_picture(path).convert("L"), dtype=np.float64)
     if mask.shape != (picture.height, picture.width):
-        raise ConfigError(f"{path} has {mask.shape[1]} x {mask.shape[0]} pixels, the picture {picture.size}")
+        raise ConfigError(
+            f"{path} has {mask.shape[1]} x {mask.shape[0]} pixels, the picture {picture.width} x {picture.height}"
+        )
     return 1.0 + 3.0 * mask / 255.0

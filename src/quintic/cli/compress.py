@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quintic.cli.printing import say
-from quintic.core import ConfigError, DataError
+from quintic.core import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,17 +158,12 @@ def widths(old: LMConfig, new: LMConfig) -> dict[str, float | int]:
 
 def _text(loaded: LoadedModel, folder: Path, paths: list[Path]) -> TokenData:
     """The run's own text, or another, by the run's tokenizer."""
+    from quintic.cli.language import own_task
     from quintic.data import prepare
 
-    config, header = loaded.settings["data"], loaded.header
     if paths:
-        return prepare(paths, replace(config, tokenizer=str(folder / "tokenizer.json")))
-    if not header["fingerprint"]:
-        raise DataError(f"{folder} was imported without text; name some: quintic matrix compress {folder} TEXT")
-    text = prepare([Path(path) for path in header["paths"]] or None, config)
-    if f"{text.fingerprint}-{loaded.settings['lm'].context}" != header["fingerprint"]:
-        raise DataError(f"the data of {folder} has changed since it was trained; name the text to calibrate on instead")
-    return text
+        return prepare(paths, replace(loaded.settings["data"], tokenizer=str(folder / "tokenizer.json")))
+    return own_task(loaded, folder).data
 
 
 def _draw(task: LanguageModelTask, tokens: int, seed: int) -> Iterator[dict[str, Tensor]]:

@@ -70,7 +70,7 @@ def _print(facts: dict[str, Any]) -> None:
         ("python", facts["python"]),
         ("system", facts["platform"]),
         ("processor", facts["cpu"]),
-        ("cores", f"{facts['cpu_count']}; torch uses {facts['threads']} threads"),
+        ("cores", f"{facts['cpu_count']}; torch uses {facts['threads']} thread{'s' * (facts['threads'] != 1)}"),
         ("memory", "unknown" if memory is None else f"{memory / 2**30:,.1f} GiB"),
         ("device", facts["device"]),
         ("instructions", facts["instructions"]),

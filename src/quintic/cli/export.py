@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quintic.cli.printing import say
 from quintic.core import CheckpointError
+from quintic.core.files import check_folder
 
 __all__ = ["export"]
 
@@ -35,6 +36,7 @@ def export(run: Path, folder: Path, /, *, checkpoint: str = "best") -> None:
 
     if folder.exists():
         raise CheckpointError(f"{folder} exists already; choose a folder that does not")
+    check_folder(folder.parent)
     loaded = load_run_model(run, checkpoint, "cpu", "float32")
     if not isinstance(loaded.model, LanguageModel):
         raise CheckpointError(f"{run} is a run of task {loaded.header['task']}; only language models can be exported")

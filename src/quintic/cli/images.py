@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quintic.cli.printing import say
 from quintic.core import ConfigError, DataError, suggest
+from quintic.core.files import check_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,6 +112,7 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
         raise ConfigError(f"--n must be at least 1, found {n}")
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out must name a .png file, found {out}")
+    check_folder(out.parent)
     make = _diffuse if loaded.header["task"] == "ddpm" else _flow
     _write_images(make(loaded, n, seed, options), out)
 
@@ -165,6 +167,8 @@ def _diffuse(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) ->
     samplers = {"ddim": ddim_sample, "ancestral": ancestral_sample}
     if sampler not in samplers:
         raise ConfigError(f"unknown sampler {sampler!r}{suggest(sampler, samplers)}")
+    if steps < 2:
+        raise ConfigError(f"--steps must be at least 2, found {steps}")
     denoiser = NetworkDenoiser(loaded.model, c.target, unet_arguments(c))  # type: ignore[arg-type]
     levels = NoiseSchedule(c.schedule, c.log_snr_min, c.log_snr_max, c.shift).grid(steps)
     parts = []
@@ -190,6 +194,8 @@ def _flow(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) -> ND
     denoise = options.pop("denoise", None)
     refuse(options, "tarflow")
     labels = None
+    if c.classes and label is not None and not -1 <= label < c.classes:
+        raise ConfigError(f"--class must be 0 to {c.classes - 1}, or -1 for none, found {label}")
     if c.classes:
         labels = torch.arange(n) % c.classes if label is None else torch.full((n,), label)
     elif label is not None:

@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from quintic.lm import LanguageModel
     from quintic.lm.task import LanguageModelTask
 
-__all__ = ["EMBEDDED", "NEXT", "READING", "UNIT", "build", "evaluate", "generate", "prepare", "sections", "with_shape"]
+__all__ = [
+    "EMBEDDED",
+    "NEXT",
+    "READING",
+    "UNIT",
+    "build",
+    "evaluate",
+    "generate",
+    "own_task",
+    "prepare",
+    "sections",
+    "with_shape",
+]
 
 EMBEDDED = "Moby Dick"
 """Title of the data that comes with the package."""
@@ -98,6 +110,25 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
     sys.stdout.write("\n")
 
 
+def own_task(loaded: LoadedModel, folder: Path) -> LanguageModelTask:
+    """The model's task with the text of its run.
+
+    Raises:
+        DataError: It was imported without text, or the text has changed since.
+    """
+    from quintic.data import prepare as prepare_text
+    from quintic.lm.task import LanguageModelTask
+
+    settings, header = loaded.settings, loaded.header
+    if not header["fingerprint"]:
+        raise DataError(f"{folder} was imported without text; name the text to use after the folder")
+    data = prepare_text([Path(path) for path in header["paths"]] or None, settings["data"])
+    task = LanguageModelTask(settings["lm"], data, cross_documents=settings["data"].cross_documents)
+    if task.fingerprint != header["fingerprint"]:
+        raise DataError(f"the text of {folder} has changed since it was trained; name the text to use after the folder")
+    return task
+
+
 def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str) -> tuple[list[str], dict[str, Any]]:
     """Loss and bits per byte on a split of the run's own data, or on other text: for a person, and for a script."""
     from quintic.data import prepare as prepare_text
@@ -105,19 +136,16 @@ def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: st
 
     if split not in ("test", "validation"):
         raise ConfigError(f"unknown split {split!r}{suggest(split, ['test', 'validation'])}")
-    settings, header = loaded.settings, loaded.header
+    settings = loaded.settings
     if paths:
         whole = replace(
             settings["data"], tokenizer=str(folder / "tokenizer.json"), validation_fraction=0.0, test_fraction=1.0
         )
         data, what = prepare_text(list(paths), whole), ", ".join(map(str, paths))
+        task = LanguageModelTask(settings["lm"], data, cross_documents=settings["data"].cross_documents)
         split = "test"
     else:
-        data = prepare_text([Path(path) for path in header["paths"]] or None, settings["data"])
-        what = f"{split} split of {folder}"
-    task = LanguageModelTask(settings["lm"], data, cross_documents=settings["data"].cross_documents)
-    if not paths and task.fingerprint != header["fingerprint"]:
-        raise DataError(f"the data of {folder} has changed since it was trained; name the text to evaluate on instead")
+        task, what = own_task(loaded, folder), f"{split} split of {folder}"
     with loaded.precision:
         values = task.evaluate(loaded.model, split)
     if not values:

@@ -18,7 +18,7 @@ from rich.text import Text
 from quintic.cli.compress import compress
 from quintic.cli.printing import say
 from quintic.core import ConfigError, DataError, suggest
-from quintic.core.files import atomic_write
+from quintic.core.files import atomic_write, check_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -375,9 +375,11 @@ def _picture_path(out: Path | None, name: str) -> Path:
     target = out or Path(name)
     if target.suffix.lower() != ".svg":
         raise ConfigError(f"--out {target}: the picture is an SVG file; choose a name that ends in .svg")
+    check_folder(target.parent)
     return target
 
 
 def _write_picture(target: Path, svg: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(target, svg)
     say(f"picture: {target}")

@@ -13,6 +13,7 @@ from rich.progress import track
 
 from quintic.cli.printing import say
 from quintic.core import ConfigError, DataError, UserError
+from quintic.core.files import check_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,7 +24,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 """Names of pictures end so."""
 
 
-def find_files(paths: Iterable[str], suffixes: tuple[str, ...]) -> list[Path]:
+def find_files(paths: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[Path]:
     """Files of these endings that are named, in named folders, or match a pattern; each once.
 
     Raises:
@@ -40,7 +41,7 @@ def find_files(paths: Iterable[str], suffixes: tuple[str, ...]) -> list[Path]:
         elif path.exists():
             inside = [path]
         else:
-            inside = sorted(Path(name) for name in glob.glob(text, recursive=True))
+            inside = sorted(Path(name) for name in glob.glob(str(text), recursive=True))
             if not inside:
                 raise DataError(f"no such file or folder: {text}")
         found |= dict.fromkeys(inside)
@@ -53,20 +54,24 @@ def target_paths(files: list[Path], out: Path | None, suffix: str, overwrite: bo
     """Where to write what becomes of each file.
 
     Raises:
-        ConfigError: Two have one target, or a target exists and may not be replaced.
+        ConfigError: Two have one target, a target exists and may not be replaced, has another ending, or cannot be
+            written.
     """
     if out is None:
         targets = [path.with_suffix(suffix) for path in files]
     elif len(files) == 1 and not out.is_dir() and out.suffix:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix.lower() != suffix:
+            raise ConfigError(f"--out {out}: expected a name that ends in {suffix}, or a folder")
         targets = [out]
     else:
-        out.mkdir(parents=True, exist_ok=True)
         targets = [out / path.with_suffix(suffix).name for path in files]
     if len(set(targets)) < len(targets):
         raise ConfigError("two of the files would be written to the same place; code them apart")
     if not overwrite and (there := next((t for t in targets if t.exists()), None)):
         raise ConfigError(f"{there} exists; --overwrite replaces it")
+    for folder in {target.parent for target in targets}:
+        check_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     return targets
 
 

@@ -45,7 +45,7 @@ def plan(
     arguments
         Settings as section.field=value.
     size
-        Preset.
+        Preset: tiny, laptop, small, medium or moonlight-16b-a3b.
     ranks
         Processes, one per device.
     shards

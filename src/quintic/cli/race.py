@@ -13,7 +13,7 @@ from rich.table import Table
 from quintic.cli.printing import say
 from quintic.cli.wiring import build_settings, build_task, split_arguments
 from quintic.core import ConfigError
-from quintic.core.files import atomic_write
+from quintic.core.files import atomic_write, check_folder
 
 if TYPE_CHECKING:
     from quintic.engine.race import Arm, Finish, Race
@@ -24,7 +24,7 @@ DEFAULT_ARMS = ("muon: optim.name=muon", "adamw: optim.name=adamw")
 
 
 def race(
-    *arguments: str,
+    *arguments: str | Path,
     out: Annotated[Path, Parameter(name=["--out", "-o"])],
     arm: list[str] | None = None,
     lr: list[float] | None = None,
@@ -52,7 +52,7 @@ def race(
     task
         What to train: lm, tarflow or ddpm.
     size
-        Preset: tiny, laptop, small.
+        Preset, as for train.
     match
         Also measure how many steps the winner needs for the losses of the others.
 
@@ -78,7 +78,7 @@ def race(
         build_settings(task, size, [*overrides, *each.overrides])
     if (out / "config.toml").exists():
         raise ConfigError(f"{out} holds a single run, not a race; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder(out)
 
     result = run_race(
         lambda *run: _run_one(console, out, task, size, paths, overrides, *run),

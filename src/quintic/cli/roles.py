@@ -29,7 +29,7 @@ def roles(
     task
         What would be trained: lm, tarflow or ddpm (with images of 28 x 28 pixels unless said otherwise).
     size
-        Preset: tiny, laptop, small.
+        Preset, as for train.
     as_json
         A JSON array with an object for each parameter.
 

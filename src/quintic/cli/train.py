@@ -22,7 +22,7 @@ __all__ = ["run_training", "train"]
 
 
 def train(
-    *arguments: str,
+    *arguments: str | Path,
     task: str = "lm",
     size: str = "laptop",
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
@@ -43,7 +43,7 @@ def train(
     task
         What to train: lm (text), tarflow or ddpm (images).
     size
-        Preset that fills every setting: tiny, laptop, small.
+        Preset that fills every setting: tiny or laptop; for text also small, medium or moonlight-16b-a3b.
     out
         Run folder to create; it must not hold a run yet. Default: runs/NAME.
     start
@@ -231,10 +231,14 @@ def _list_settings(console: Console, task: str, settings: Settings) -> None:
     from quintic.engine.config import field_help
 
     for section, kind in section_types(task).items():
-        table = Table("setting", "value", "meaning", title=section, title_justify="left", box=None, pad_edge=False)
+        fields = dataclasses.fields(kind)
+        table = Table(title=section, title_justify="left", box=None, pad_edge=False)
+        table.add_column("setting", no_wrap=True, min_width=max(len(f"{section}.{f.name}") for f in fields))
+        table.add_column("value", overflow="fold")
+        table.add_column("meaning")
         helps = field_help(kind)
-        for field in dataclasses.fields(kind):
+        for field in fields:
             value = getattr(settings[section], field.name)
-            table.add_row(f"{section}.{field.name}", str(value), helps.get(field.name, ""))
+            table.add_row(f"{section}.{field.name}", str(value), helps.get(field.name, "").replace("``", ""))
         console.print(table)
         console.print()

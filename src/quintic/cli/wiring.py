@@ -60,7 +60,7 @@ def kind_of(task: str) -> Any:
     return import_module(KINDS[task])
 
 
-def split_arguments(arguments: Iterable[str]) -> tuple[list[Path], list[str]]:
+def split_arguments(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
     """Tell ``section.field=value`` overrides from paths.
 
     Raises:
@@ -68,7 +68,7 @@ def split_arguments(arguments: Iterable[str]) -> tuple[list[Path], list[str]]:
     """
     paths: list[Path] = []
     overrides: list[str] = []
-    for argument in arguments:
+    for argument in map(str, arguments):
         if _OVERRIDE.match(argument) and not Path(argument).exists():
             overrides.append(argument)
         elif "=" in argument and not Path(argument).exists():

@@ -14,11 +14,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from quintic.core.errors import ConfigError
+
 __all__ = [
     "atomic_folder",
     "atomic_write",
     "cache_dir",
+    "check_folder",
     "fsync_path",
+    "make_readable",
     "sha256_bytes",
     "sha256_file",
 ]
@@ -40,6 +44,21 @@ def cache_dir(*parts: str) -> Path:
     folder = base.joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Make sure that files can be written into a folder, which need not exist yet: before the work, not after it.
+
+    Raises:
+        ConfigError: Something else has its name, or there is no permission.
+    """
+    ancestor = Path(folder).absolute()
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    if not ancestor.is_dir():
+        raise ConfigError(f"{ancestor} is a file, expected a folder; choose another --out")
+    if not os.access(ancestor, os.W_OK):
+        raise ConfigError(f"no permission to write in {ancestor}; choose another --out")
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -69,7 +88,7 @@ def fsync_path(path: str | os.PathLike[str]) -> None:
         os.close(handle)
 
 
-def _share(path: str | os.PathLike[str]) -> None:
+def make_readable(path: str | os.PathLike[str]) -> None:
     """Make a file as readable as open() would: mkstemp and safetensors make private ones."""
     umask = os.umask(0)
     os.umask(umask)
@@ -88,13 +107,17 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """
     path = Path(path)
     content = data.encode("utf-8") if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        error.filename = str(path)  # rather than a name that nobody has chosen
+        raise
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        _share(temporary)
+        make_readable(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -129,7 +152,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         for file in sorted(temporary.rglob("*")):
             if file.is_file():
-                _share(file)
+                make_readable(file)
             fsync_path(file)
         fsync_path(temporary)
         os.rename(temporary, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quintic.core import CheckpointError
-from quintic.core.files import atomic_write
+from quintic.core.files import atomic_write, check_folder, make_readable
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.config import Settings
 from quintic.engine.metrics import iter_metrics
@@ -45,7 +44,8 @@ class Run:
         """Make sure that a new run may use a folder.
 
         Raises:
-            CheckpointError: It holds a run or anything else, or cannot be written.
+            CheckpointError: It holds a run or anything else.
+            ConfigError: It cannot be written.
         """
         if (folder / "config.toml").exists():
             raise CheckpointError(
@@ -53,11 +53,7 @@ class Run:
             )
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not an empty folder; choose another --out")
-        ancestor = folder.absolute()
-        while not ancestor.exists():
-            ancestor = ancestor.parent
-        if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-            raise CheckpointError(f"no permission to write in {ancestor}; choose another --out")
+        check_folder(folder)
 
     @classmethod
     def create(
@@ -72,13 +68,15 @@ class Run:
             initial: Weights to start from instead of the seed's.
 
         Raises:
-            CheckpointError: The folder is in use or cannot be written.
+            CheckpointError: The folder is in use.
+            ConfigError: It cannot be written.
         """
         cls.refuse_existing(folder)
         run = cls(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if initial is not None:  # before the configuration, which makes the folder a run
             save_file({name: tensor.contiguous() for name, tensor in initial.items()}, run.initial)
+            make_readable(run.initial)
         atomic_write(run.config_file, settings.to_toml(header))
         return run
 
