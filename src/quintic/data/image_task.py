@@ -49,7 +49,10 @@ def image_fields(section: str, config: Any, data: ImageData) -> dict[str, tuple[
             found[name] = (value, "the images")
     if config.classes == -1:
         if not data.class_names:
-            raise DataError(f"{section}.classes = -1 wants the classes of the data, but these images have no labels")
+            raise DataError(
+                f"{section}.classes = -1 wants the classes of the data, but these images have no labels; put each "
+                f"class in a folder of its own, or train without classes: {section}.classes=0"
+            )
         found["classes"] = (len(data.class_names), "the images' labels")
     return found
 
@@ -92,7 +95,8 @@ class ImageTask(ABC):
         """Sizes of the splits, in lines for a person and as facts."""
         c, h, w = self.data.shape
         splits = {name: len(getattr(self.data, name)) for name in ("train", "validation", "test")}
-        lines = [f"{name:<10} {n:>9,} images of {h} x {w} pixels, {c} channels" for name, n in splits.items()]
+        colours = "grey" if c == 1 else "in colour"
+        lines = [f"{name:<10} {n:>9,} images of {h} x {w} pixels, {colours}" for name, n in splits.items()]
         if self.data.flip:
             lines.append("every training image also mirrored")
         lines += [f"{name}: {note}" for name, note in self.data.notes.items()]

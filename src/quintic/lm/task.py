@@ -87,7 +87,8 @@ class LanguageModelTask:
             total, active = self.build(None).num_parameters()
         splits = {name: getattr(self.data, name) for name in ("train", "validation", "test")}
         lines = [
-            f"{name:<10} {s.num_bytes:>12,} bytes {s.num_tokens:>12,} tokens {s.num_documents:>7,} documents"
+            f"{name:<10} {s.num_bytes:>12,} bytes {s.num_tokens:>12,} tokens {s.num_documents:>7,} document"
+            + "s" * (s.num_documents != 1)
             for name, s in splits.items()
         ]
         lines += [f"{name}: {note}" for name, note in self.data.notes.items()]
