@@ -15,7 +15,10 @@ def test_lazy_names_are_those_of_their_rooms():
         _ = quintic.Mouon
 
 
-@pytest.mark.parametrize("room", ["core", "linalg", "optim", "moe", "data", "lm", "engine", "report"])
+@pytest.mark.parametrize(
+    "room",
+    ["core", "linalg", "optim", "moe", "lowrank", "data", "lm", "flow", "diffusion", "codec", "engine", "report"],
+)
 def test_everything_exported_exists(room):
     module = importlib.import_module(f"quintic.{room}")
     assert module.__all__ and all(hasattr(module, name) for name in module.__all__)
