@@ -1,5 +1,6 @@
 """``quintic matrix``: reading tables, what is printed, and the picture."""
 
+import json
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -115,6 +116,26 @@ def test_id_of_rows_and_scaled_columns(table, capsys):
     out = capsys.readouterr().out
     found = interpolative(A / np.sqrt((A**2).mean(0)), rank=2, side="rows")
     assert all(f"\np{i} " in out for i in found.rows)
+
+
+def test_json_has_what_was_chosen(table, tmp_path, capsys):
+    path, A = table
+    run("cur", path, "--rank", 2, "--json")
+    told, found = json.loads(capsys.readouterr().out), cur(A, rank=2)
+    names = ["heat", "rain", "wind", "both [x]"]
+    assert [(c["index"], c["name"]) for c in told["columns"]] == [(j, names[j]) for j in found.cols]
+    assert [(r["index"], r["name"]) for r in told["rows"]] == [(i, f"p{i}") for i in found.rows]
+    assert told["shape"] == [12, 4] and told["error"] == found.error() >= told["least_error"] > 0
+    s = np.linalg.svd(A, compute_uv=False)
+    assert told["least_error"] == pytest.approx(np.sqrt((s[2:] ** 2).sum() / (s**2).sum()))
+    q, _ = np.linalg.qr(A[:, found.cols])
+    left = np.linalg.norm(A - q @ (q.T @ A)) / np.linalg.norm(A)
+    assert told["columns"][-1]["error"] == pytest.approx(left)
+    assert told["picture"] == "weather-cur.svg" and (tmp_path / told["picture"]).exists()
+    run("id", path, "--rank", 2, "--side", "rows", "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert [r["index"] for r in told["rows"]] == interpolative(A, rank=2, side="rows").rows.tolist()
+    assert "columns" not in told
 
 
 def test_large_tables_and_long_lists_stay_readable(tmp_path, capsys):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import csv
+import json
 import math
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +16,8 @@ from rich.text import Text
 
 from quintic.cli.compress import compress
 from quintic.cli.printing import say
+from quintic.cli.table_picture import draw, picture_path, write_picture
 from quintic.core import ConfigError, DataError, suggest
-from quintic.core.files import atomic_write, check_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +29,7 @@ matrix = App(name="matrix", help="Say which rows and columns explain a table; co
 matrix.command(compress)
 
 Drop = Annotated[list[str] | None, Parameter(name="--drop")]
+AsJson = Annotated[bool, Parameter(name="--json", negative="")]
 _SHOWN = 20  # rows of what is printed that could be as long as the table
 
 
@@ -45,10 +45,9 @@ def cur(
     scale: bool = False,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     seed: int = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Explain a table by a few of its columns and rows (CUR decomposition).
-
-    Example: quintic matrix cur table.csv --rank 8
 
     Parameters
     ----------
@@ -68,18 +67,28 @@ def cur(
         Picture to write; TABLE-cur.svg in this folder if left out.
     seed
         Of what is drawn at random.
+    as_json
+        Print what was chosen as one JSON object.
+
+    Examples
+    --------
+    quintic matrix cur table.csv --rank 8
+    quintic matrix cur table.csv --tol 0.1 --drop id --json
     """
     from quintic.lowrank import cur as decompose
 
-    target = _picture_path(out, f"{table.stem}-cur.svg")
+    target = picture_path(out, f"{table.stem}-cur.svg")
     read, A, options = _read(table, drop, scale, rank, tol)
     found = decompose(A, method=method, seed=seed, **options)
-    _headline(read, A, found.rank, found.error())
-    console = Console()
-    _print_choice(console, "column", read.columns, found.cols, _errors(A, found.cols))
-    _print_choice(console, "row", read.rows, found.rows, _errors(A.T, found.rows))
+    columns, rows = _choice("column", read, A, found.cols), _choice("row", read, A, found.rows)
     title = f"{table.name}, and what {len(found.cols)} columns and {len(found.rows)} rows make of it"
-    _write_picture(target, draw(title, A, found.reconstruct(), read, list(found.rows), list(found.cols)))
+    write_picture(target, draw(title, A, found.reconstruct(), columns.names, rows.names))
+    result = _Result(read, A.shape, found.rank, found.error(), _least(A, found.rank), [columns, rows], target)
+    if as_json:
+        say(result.json())
+        return
+    result.print()
+    say(f"picture: {target}")
 
 
 @matrix.command(name="id")
@@ -95,10 +104,9 @@ def interpolative(
     scale: bool = False,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     seed: int = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Write the columns of a table as combinations of a few of them, or its rows (interpolative decomposition).
-
-    Example: quintic matrix id table.csv --rank 3 --side columns
 
     Parameters
     ----------
@@ -120,24 +128,31 @@ def interpolative(
         Picture to write; TABLE-id.svg in this folder if left out.
     seed
         Of what is drawn at random.
+    as_json
+        Print what was chosen as one JSON object.
+
+    Examples
+    --------
+    quintic matrix id table.csv --rank 3 --side columns
+    quintic matrix id table.csv --rank 3 --side rows --scale
     """
     from quintic.lowrank import interpolative as decompose
 
-    target = _picture_path(out, f"{table.stem}-id.svg")
+    target = picture_path(out, f"{table.stem}-id.svg")
     read, A, options = _read(table, drop, scale, rank, tol)
     found = decompose(A, side=side, method=method, seed=seed, **options)
-    _headline(read, A, found.rank, found.error())
-    console = Console()
     by_columns = side == "columns"
-    names = read.columns if by_columns else read.rows
-    _print_choice(
-        console, side.removesuffix("s"), names, found.indices, _errors(A if by_columns else A.T, found.indices)
-    )
-    _print_combinations(names, found.indices, found.Z if by_columns else found.Z.T)
+    chosen = _choice(side.removesuffix("s"), read, A, found.indices)
     title = f"{table.name}, and what {found.rank} {side} make of it"
-    chosen = list(found.indices)
-    rows, columns = ([], chosen) if by_columns else (chosen, [])
-    _write_picture(target, draw(title, A, found.reconstruct(), read, rows, columns))
+    marked = (chosen.names, {}) if by_columns else ({}, chosen.names)
+    write_picture(target, draw(title, A, found.reconstruct(), *marked))
+    result = _Result(read, A.shape, found.rank, found.error(), _least(A, found.rank), [chosen], target)
+    if as_json:
+        say(result.json())
+        return
+    result.print()
+    _print_combinations(read.columns if by_columns else read.rows, found.indices, found.Z if by_columns else found.Z.T)
+    say(f"picture: {target}")
 
 
 @dataclass(frozen=True)
@@ -248,29 +263,76 @@ def _errors(A: NDArray[np.float64], chosen: NDArray[np.int64]) -> list[float]:
     return errors
 
 
-def _headline(read: NamedTable, A: NDArray[np.float64], rank: int, error: float) -> None:
+@dataclass(frozen=True)
+class _Choice:
+    """Columns or rows that were chosen, in the order of choice."""
+
+    what: str
+    """column or row."""
+    names: dict[int, str]
+    """Index: name."""
+    errors: list[float]
+    """Relative error that is left by each and those before it, by themselves."""
+
+    def print(self) -> None:
+        table = Table(
+            f"{self.what}, in the order of choice", "error left by it and those above", box=None, pad_edge=False
+        )
+        for name, error in list(zip(self.names.values(), self.errors, strict=True))[:_SHOWN]:
+            table.add_row(Text(name), f"{error:.3g}")
+        Console().print(table)
+        if len(self.names) > _SHOWN:
+            say(f"and {len(self.names) - _SHOWN} more")
+
+    def facts(self) -> list[dict[str, Any]]:
+        pairs = zip(self.names.items(), self.errors, strict=True)
+        return [{"index": index, "name": name, "error": error} for (index, name), error in pairs]
+
+
+def _choice(what: str, read: NamedTable, A: NDArray[np.float64], chosen: NDArray[np.int64]) -> _Choice:
+    names, along = (read.columns, A) if what == "column" else (read.rows, A.T)
+    return _Choice(what, {int(i): names[int(i)] for i in chosen}, _errors(along, chosen))
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What was found, for a person and for a script."""
+
+    read: NamedTable
+    shape: tuple[int, ...]
+    rank: int
+    error: float
+    least: float
+    choices: list[_Choice]
+    picture: Path
+
+    def print(self) -> None:
+        say(
+            f"{self.read.path.name}: {self.shape[0]:,} rows x {self.shape[1]:,} columns; rank {self.rank} explains "
+            f"{_explained(self.error)} of the squares; relative error {self.error:.3g}, the least of any "
+            f"rank-{self.rank} matrix is {self.least:.3g}"
+        )
+        for choice in self.choices:
+            choice.print()
+
+    def json(self) -> str:
+        facts = {"table": str(self.read.path), "shape": list(self.shape), "rank": self.rank, "error": self.error,
+                 "least_error": self.least, **{f"{c.what}s": c.facts() for c in self.choices},
+                 "picture": str(self.picture)}  # fmt: skip
+        return json.dumps(facts)
+
+
+def _least(A: NDArray[np.float64], rank: int) -> float:
+    """Relative error of the truncated singular value decomposition."""
     from quintic.lowrank import svd
 
-    least = svd(A, rank=rank).error()
-    say(
-        f"{read.path.name}: {A.shape[0]:,} rows x {A.shape[1]:,} columns; rank {rank} explains {_explained(error)} of "
-        f"the squares; relative error {error:.3g}, the least of any rank-{rank} matrix is {least:.3g}"
-    )
+    return svd(A, rank=rank).error()
 
 
 def _explained(error: float) -> str:
     """1 - error^2 in percent, which is rounded to 100 only where it is."""
     share = f"{1 - error**2:.2%}"
     return "more than 99.99%" if error > 0 and share == "100.00%" else share
-
-
-def _print_choice(console: Console, what: str, names: list[str], chosen: Any, errors: list[float]) -> None:
-    table = Table(f"{what}, in the order of choice", "error left by it and those above", box=None, pad_edge=False)
-    for at, error in list(zip(chosen, errors, strict=True))[:_SHOWN]:
-        table.add_row(Text(names[int(at)]), f"{error:.3g}")
-    console.print(table)
-    if len(chosen) > _SHOWN:
-        say(f"and {len(chosen) - _SHOWN} more", console=console)
 
 
 def _print_combinations(names: list[str], chosen: Any, Z: NDArray[np.float64]) -> None:
@@ -284,102 +346,3 @@ def _print_combinations(names: list[str], chosen: Any, Z: NDArray[np.float64]) -
         say(f"{names[j]} ~ {' '.join(terms) or '0'}{more}")
     if len(rest) > _SHOWN:
         say(f"and {len(rest) - _SHOWN} more")
-
-
-_PANEL, _GAP, _TOP, _LEFT = 330, 34, 180, 150
-_MOST_PIXELS = 400
-_STYLE = """
-.skeleton { font: 12px system-ui, sans-serif; --ink: #1f2328; --soft: #59636e; --page: #ffffff; --mark: #0b6bcb; }
-@media (prefers-color-scheme: dark) {
-  .skeleton { --ink: #e6edf3; --soft: #9198a1; --page: #0d1117; --mark: #58a6ff; } }
-.page { fill: var(--page); } .skeleton text { fill: var(--soft); }
-.skeleton .title { fill: var(--ink); font-weight: 600; } .frame { stroke: var(--soft); fill: none; }
-.mark { stroke: var(--mark); stroke-width: 1.5; stroke-opacity: 0.8; fill: none; }
-.skeleton .name { fill: var(--mark); } image { image-rendering: pixelated; }
-"""
-
-
-def draw(
-    title: str,
-    A: NDArray[np.float64],
-    made: NDArray[np.float64],
-    read: NamedTable,
-    rows: list[int],
-    columns: list[int],
-) -> str:
-    """The table and its approximation side by side as SVG, with the chosen rows and columns marked and named."""
-    import numpy as np
-
-    # Every column has its own full colour: units differ.
-    peak = np.maximum(np.abs(A).max(0), np.finfo(float).tiny)
-    left, right = _LEFT, _LEFT + _PANEL + _GAP
-    width, height = right + _PANEL + 20, _TOP + _PANEL + 44
-    parts = [f'<rect class="page" width="{width}" height="{height}"/>']
-    parts.append(f'<text class="title" x="20" y="26" font-size="15">{escape(title)}</text>')
-    for x, values, name in ((left, A, "the table"), (right, made, "its approximation")):
-        parts.append(
-            f'<image x="{x}" y="{_TOP}" width="{_PANEL}" height="{_PANEL}" preserveAspectRatio="none" '
-            f'href="data:image/png;base64,{_heat_map(values / peak)}"/>'
-            f'<rect class="frame" x="{x}" y="{_TOP}" width="{_PANEL}" height="{_PANEL}"/>'
-            f'<text x="{x + _PANEL / 2}" y="{_TOP + _PANEL + 22}" text-anchor="middle">{name}</text>'
-        )
-    for at, label in _spread([(c + 0.5) / A.shape[1] for c in columns], [read.columns[c] for c in columns]):
-        x = left + _PANEL * at[0]
-        shown = left + _PANEL * at[1]
-        parts.append(f'<path class="mark" d="M{x:.1f} {_TOP + _PANEL}V{_TOP}L{shown:.1f} {_TOP - 12}"/>')
-        parts.append(
-            f'<text class="name" transform="translate({shown + 4:.1f} {_TOP - 16}) rotate(-60)">{escape(label)}</text>'
-        )
-    for at, label in _spread([(r + 0.5) / A.shape[0] for r in rows], [read.rows[r] for r in rows]):
-        y = _TOP + _PANEL * at[0]
-        shown = _TOP + _PANEL * at[1]
-        parts.append(f'<path class="mark" d="M{left + _PANEL} {y:.1f}H{left}L{left - 12} {shown:.1f}"/>')
-        parts.append(f'<text class="name" x="{left - 16}" y="{shown + 4:.1f}" text-anchor="end">{escape(label)}</text>')
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'class="skeleton" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>'
-    )
-    return f"{head}<style>{_STYLE}</style>{''.join(parts)}</svg>\n"
-
-
-def _spread(places: list[float], names: list[str], room: float = 16 / _PANEL) -> list[tuple[tuple[float, float], str]]:
-    """Places of marks and of their names, which keep apart; names beyond what fits are left out."""
-    order = sorted(range(len(places)), key=places.__getitem__)
-    order = order[: int(1 / room) + 1]
-    shown: list[float] = []
-    for i in order:
-        shown.append(max(places[i], shown[-1] + room) if shown else places[i])
-    over = max(0.0, shown[-1] - 1.0) if shown else 0.0
-    for i in range(len(shown) - 1, -1, -1):  # push back what ran over the end
-        limit = 1.0 - (len(shown) - 1 - i) * room
-        shown[i] = min(shown[i], limit) if over else shown[i]
-    return [((places[i], at), names[i][:20]) for i, at in zip(order, shown, strict=True)]
-
-
-def _heat_map(relative: NDArray[np.float64]) -> str:
-    """PNG in base64 of values in -1 ... 1, transparent where 0; large tables by the mean of blocks."""
-    import numpy as np
-
-    from quintic.report.experts import LIMIT, load_image
-
-    for axis in (0, 1):
-        count = relative.shape[axis]
-        if count > _MOST_PIXELS:
-            starts = np.arange(_MOST_PIXELS) * count // _MOST_PIXELS
-            sizes = np.diff(np.append(starts, count))
-            relative = np.add.reduceat(relative, starts, axis) / (sizes[:, None] if axis == 0 else sizes)
-    return base64.b64encode(load_image(relative * LIMIT)).decode()
-
-
-def _picture_path(out: Path | None, name: str) -> Path:
-    target = out or Path(name)
-    if target.suffix.lower() != ".svg":
-        raise ConfigError(f"--out {target}: the picture is an SVG file; choose a name that ends in .svg")
-    check_folder(target.parent)
-    return target
-
-
-def _write_picture(target: Path, svg: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(target, svg)
-    say(f"picture: {target}")
