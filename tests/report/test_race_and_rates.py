@@ -23,7 +23,13 @@ def arm(name, sweep, losses, **more):
 
 
 def race_folder(folder, arms, matches=()):
-    race = {"steps": 6, "arms": arms, "winner": min(arms, key=lambda a: a["mean"])["name"], "matches": list(matches)}
+    race = {
+        "task": "lm",
+        "steps": 6,
+        "arms": arms,
+        "winner": min(arms, key=lambda a: a["mean"])["name"],
+        "matches": list(matches),
+    }
     folder.mkdir()
     (folder / "race.json").write_text(json.dumps(race), encoding="utf-8")
     for each in arms:
@@ -52,6 +58,7 @@ def test_a_race_is_told_in_words_numbers_and_lines(tmp_path):
         "0.1 edge of the grid 500.0",
         "0.01 0.02 0.04 0.1 0.2 muon 4.2500 4.0000 4.5000 sgd&lt;b&gt; 5.0000 diverged",
         "Abacus 9000",
+        "Validation loss nats per token",
     ):
         assert expected in text, expected
     assert "<b>" not in text and text.index("loss of muon 4.2500") < text.index(

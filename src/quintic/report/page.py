@@ -196,12 +196,16 @@ def _facts(records: Records) -> str:
     )
 
 
+_WORDS = {"shape": "channels, height, width"}
+"""What a name in the records means, where it does not say so itself."""
+
+
 def _data_table(data: object) -> str:
     """A table of splits where every value is a mapping, else of names and values."""
     if not isinstance(data, Mapping):
         return f"<p>{escape(plain(data))}</p>"
     if not all(isinstance(value, Mapping) for value in data.values()):
-        return table([(str(name), plain(value)) for name, value in data.items()])
+        return table([(_WORDS.get(name, str(name)), plain(value)) for name, value in data.items()])
     columns = list(dict.fromkeys(key for value in data.values() for key in value))
     return number_table(
         [str(column) for column in columns],

@@ -16,7 +16,7 @@ from quintic.report.charts import Series, line_chart
 from quintic.report.figure import Figure
 from quintic.report.html import document, header, number_table, section
 from quintic.report.machine import machine_table
-from quintic.report.records import json_object
+from quintic.report.records import json_object, loss_unit
 from quintic.report.words import by_seed
 
 __all__ = ["write_race_report"]
@@ -116,7 +116,7 @@ def _curves(folder: Path, race: dict[str, Any]) -> Figure | None:
         "The first seed of every arm at its best learning rate. Only the ends compare: in mid-schedule a curve "
         "depends on how its learning rate falls."
     )
-    chart = line_chart(series, unit="", label=label, tall=True)
+    chart = line_chart(series, unit=loss_unit(race.get("task", "")), label=label, tall=True)
     return Figure("Validation loss", chart, caption, wide=True)
 
 

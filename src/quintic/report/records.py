@@ -16,7 +16,7 @@ from quintic.core import CheckpointError, DataError
 from quintic.engine.metrics import read_metrics
 from quintic.engine.run import Run
 
-__all__ = ["Bits", "Floats", "Records", "json_object", "read_records"]
+__all__ = ["Bits", "Floats", "Records", "json_object", "loss_unit", "read_records"]
 
 Floats = NDArray[np.float64]
 
@@ -39,6 +39,11 @@ _BITS = (
     Bits("bits_per_dim", "bits per dimension", "images", "raw pixels take 8"),
 )
 _LOSS_UNITS = {"lm": "nats per token", "tarflow": "nats per pixel value", "ddpm": "mean squared error"}
+
+
+def loss_unit(task: str) -> str:
+    """What a task's loss is counted in; empty for one that is not known."""
+    return _LOSS_UNITS.get(task, "")
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Records:
     @property
     def loss_unit(self) -> str:
         """What the loss is measured in; empty where that is not known."""
-        return _LOSS_UNITS.get(str(self.run.get("task", "lm")), "")
+        return loss_unit(str(self.run.get("task", "lm")))
 
     @property
     def step(self) -> int:
