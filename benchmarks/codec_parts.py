@@ -65,7 +65,7 @@ def coded(model: Model, plan: Plan, pixels: NDArray[np.uint8]) -> NDArray[np.flo
     """What decoding would make; many images per call, so that the study is quick."""
     x = as_signed(pixels)
     choose = aim(plan, lambda x0, noisy, level: x - x0, [])
-    return run_chain(model.denoiser, plan, len(x), choose, curve=model.curve, batch=BATCH)
+    return run_chain(model.denoiser, plan, len(x), choose, curve=model.curve, batch=BATCH, kept=model.kept)
 
 
 def standard(model: Model, bits: int, preset: int = STANDARD) -> Plan:

@@ -1,3 +1,4 @@
+import math
 import tracemalloc
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from quintic.codec.arithmetic import UNIT, exact_exp, step_coefficients
 from quintic.codec.codebook import GaussianCodebook, OrthogonalCodebook
 from quintic.core import ConfigError
+from quintic.core.counter_rng import Stream
 from quintic.diffusion import reverse_step
 
 
@@ -14,26 +16,67 @@ def every_atom(book):
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 12, 64, 100, 784])
-def test_orthogonal_atoms_are_at_right_angles_and_of_equal_length(d):
-    atoms = every_atom(OrthogonalCodebook(d, seed=1, step=2))
-    np.testing.assert_allclose(atoms @ atoms.T, d * np.eye(d), atol=1e-6 * d)
+@pytest.mark.parametrize("single", [False, True])
+def test_orthogonal_atoms_are_at_right_angles_and_of_equal_length(d, single):
+    atoms = every_atom(OrthogonalCodebook(d, seed=1, step=2, single=single)).astype(np.float64)
+    np.testing.assert_allclose(atoms @ atoms.T, d * np.eye(d), atol=(1e-4 if single else 1e-6) * d)
 
 
 @pytest.mark.parametrize(
-    "book", [OrthogonalCodebook(52, 0, 3), GaussianCodebook(52, 70, 0, 3), GaussianCodebook(52, 70, 0, None)]
+    "book",
+    [
+        OrthogonalCodebook(52, 0, 3),
+        OrthogonalCodebook(52, 0, 3, single=True),
+        GaussianCodebook(52, 70, 0, 3),
+        GaussianCodebook(52, 70, 0, None),
+    ],
 )
 def test_inner_products_are_those_with_the_atoms(book):
     v = np.random.default_rng(0).normal(size=(4, 52))
-    np.testing.assert_allclose(book.inner(v), v @ every_atom(book).T, atol=1e-5)
-    np.testing.assert_allclose(book.squared_norms(), np.square(every_atom(book)).sum(1), rtol=1e-6)
-    ids, weights = np.array([[3, 9], [9, 51]]), np.array([[1.0, -2.0], [0.5, 1.0]])
+    tolerance = 1e-3 if book.single else 1e-5
+    np.testing.assert_allclose(book.inner(v), v @ every_atom(book).T, atol=tolerance)
+    np.testing.assert_allclose(
+        book.squared_norms(), np.square(every_atom(book)).sum(1), rtol=1e-4 if book.single else 1e-6
+    )
+    weights = np.array([[1.0, -1.0], [-1.0, 1.0]]) if book.single else np.array([[1.0, -2.0], [0.5, 1.0]])
+    ids = np.array([[3, 9], [9, 51]])
     expected = np.einsum("nm,nmd->nd", weights, every_atom(book)[ids])
-    np.testing.assert_allclose(book.combine(ids, weights), expected, atol=1e-5)
+    np.testing.assert_allclose(book.combine(ids, weights), expected, atol=tolerance)
 
 
+@pytest.mark.parametrize("d,m", [(784, 1), (784, 196), (1024, 300), (785, 40), (3072, 768)])
+def test_in_single_precision_no_sum_is_rounded(d, m):
+    """The same with sums of doubles."""
+    book, generator = OrthogonalCodebook(d, 3, 4, single=True), np.random.default_rng(0)
+    ids, weights = generator.permutation(d)[None, :m], generator.choice([-1.0, 1.0], (1, m))
+    blocks = [1 << bit for bit in reversed(range(d.bit_length())) if d >> bit & 1]
+    hadamard, signed, first = np.zeros((d, d)), np.ones((2, d), dtype=np.float32), 0
+    for block in blocks:
+        matrix = np.ones((1, 1))
+        while len(matrix) < block:
+            matrix = np.kron([[1, 1], [1, -1]], matrix)
+        hadamard[first : first + block, first : first + block] = matrix
+        signed[:, first : first + block] = math.sqrt(1 / block)
+        first += block
+    for i in range(2):
+        words = Stream(3, "orthogonal codebook", 4).words(i * d, d)
+        signed[i] *= np.where(words >> np.uint64(63), -1, 1)
+    order = np.argsort(Stream(3, "orthogonal codebook", "order").words(0, d), kind="stable")
+    steps = 2.0 ** (23 - math.ceil(math.ceil(math.log2(blocks[0] * m)) / 2))
+    x, middle = np.zeros(d), np.zeros(d)
+    x[ids[0]] = weights[0] * steps
+    middle[order] = np.rint((hadamard @ x).astype(np.float32) * signed[1])
+    sums = hadamard @ middle
+    assert np.abs(sums).max() < 2**24
+    expected = sums.astype(np.float32) * signed[0] * np.float32(math.sqrt(d) / steps)
+    found = book.combine(ids, weights)
+    assert found.dtype == np.float32 and (found[0] == expected).all()
+
+
+@pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("d", [784, 1024])
-def test_entries_of_orthogonal_atoms_are_close_to_normal(d):
-    entries = every_atom(OrthogonalCodebook(d, 0, 0)).ravel()
+def test_entries_of_orthogonal_atoms_are_close_to_normal(d, single):
+    entries = every_atom(OrthogonalCodebook(d, 0, 0, single=single)).astype(np.float64).ravel()
     assert abs(entries.mean()) < 0.01
     assert abs((entries**4).mean() - 3.0) < 0.1  # plain signs have 1
 

@@ -15,8 +15,8 @@ from quintic.codec import Curve, Plan, paper_plan, schedule
 from quintic.codec.arithmetic import exact_exp, step_coefficients
 from quintic.core.counter_rng import Stream
 
-LEVELS = {1: 20, 2: 10, 3: 50, 4: 100, 5: 80, 6: 40, 7: 100}
-CALLS = {**LEVELS, 5: 20, 6: 10, 7: 50}
+LEVELS = {1: 20, 2: 10, 3: 50, 4: 100, 5: 80, 6: 40, 7: 100, 8: 72}
+CALLS = {**LEVELS, 5: 20, 6: 10, 7: 50, 8: 20}
 
 
 class Reader:
@@ -73,8 +73,9 @@ def snr(level):
     return exact_exp(level / 256)
 
 
-def preset_plan(most, calls, knots, d, bits, robust):
+def preset_plan(preset, knots, d, bits, robust):
     """Levels, atoms of each step and numbers of the calls, by the five points of the document."""
+    most, calls = LEVELS[preset], CALLS[preset]
 
     def spread(total):
         steps = min(most - 1, total)
@@ -88,7 +89,7 @@ def preset_plan(most, calls, knots, d, bits, robust):
     atoms = spread(next(a for a in range(largest, -1, -1) if cost(a) <= bits))
 
     levels, budgets = [-2560], [log2_up(math.prod(radices_of(3, m, d, 0, False))) for m in atoms]
-    carried, of = (3, 5) if calls < most and any(64 * b > d for b in budgets) else (2, 3)
+    carried, of = (3, 5) if preset > 4 and any(64 * b > d for b in budgets) else (2, 3)
     for budget in budgets:
         level = levels[-1]
         if level >= 2560:
@@ -100,6 +101,9 @@ def preset_plan(most, calls, knots, d, bits, robust):
         levels.append(following)
     last = len(atoms)
     few = {(j * last + (calls - 1) // 2) // (calls - 1) for j in range(calls)}
+    if preset == 8:
+        parts = 5 * (calls - 1) ** 2
+        few = {max(j, (j * (3 * (calls - 1) + 2 * j) * last + parts // 2) // parts) for j in range(calls)}
     return levels, atoms, few if last >= calls else set(range(last + 1))
 
 
@@ -110,13 +114,16 @@ def sylvester(size):
     return matrix
 
 
-def orthogonal_atoms(d, seed, step):
+def orthogonal_atoms(d, seed, step, single):
     """All of them, as rows."""
+    common = np.argsort(Stream(seed, "orthogonal codebook", "order").words(0, d), kind="stable")
     rounds = []
     for i in range(2):
         words = Stream(seed, "orthogonal codebook", step).words(i * d, d)
         signs = np.where(words >> np.uint64(63), -1.0, 1.0)
         order = np.argsort(words << np.uint64(1), kind="stable") if d & d - 1 else np.arange(d)
+        if single:
+            order = common if i else np.arange(d)
         hadamard, first = np.zeros((d, d)), 0
         for size in [1 << bit for bit in reversed(range(d.bit_length())) if d >> bit & 1]:
             hadamard[first : first + size, first : first + size] = sylvester(size) / math.sqrt(size)
@@ -138,9 +145,9 @@ def unrank(rank, m):
     return atoms[::-1]
 
 
-def noise(rule, m, digits, book, seed, step, size, d, coefficient_bits, robust):
+def noise(rule, m, digits, book, seed, step, size, d, coefficient_bits, robust, single):
     if book == 0:
-        atoms = orthogonal_atoms(d, seed, step)
+        atoms = orthogonal_atoms(d, seed, step, single)
     else:
         name = "shared" if book == 2 else step
         atoms = Stream(seed, "codebook", name).normal(0, size * d).reshape(size, d)
@@ -207,7 +214,19 @@ def cosines(side):
     return rows / np.sqrt(np.square(rows).sum(1, keepdims=True))
 
 
-def moved(p, x_t, l_t, x, level, knots, residuals):
+def coarse(values, matrices, back):
+    """D or its transpose in single precision."""
+    power = 2.0 ** np.frexp(np.abs(values).max())[1]
+    shifts = [-(-log2_up(len(m)) // 2) for m in matrices]
+    steps = 2.0 ** (14 - max(shifts))
+    y = values / power * steps
+    for axis in (2, 1) if len(matrices[0]) == 1 else (2, 1, 0):
+        m, y = np.rint(matrices[axis] * 512) / 512, np.rint(y)
+        y = np.moveaxis(np.tensordot(m.T if back else m, y, (1, axis)), 0, axis) / 2 ** shifts[axis]
+    return y * 2.0 ** sum(shifts) / steps * power
+
+
+def moved(p, x_t, l_t, x, level, knots, residuals, single):
     """One tile's prediction between calls."""
     c, h, w = p.shape
     at = min(max(l_t, -2048), 2047)
@@ -222,13 +241,18 @@ def moved(p, x_t, l_t, x, level, knots, residuals):
     colours = np.eye(c)
     if c == 3:
         colours = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
+    matrices = colours, cosines(h), cosines(w)
     transform = np.kron(colours, np.kron(cosines(h), cosines(w)))
     e = 1.2 * 2 * math.log(2) * rate(knots, min(l_t, 2559)) / (c * h * w)
     delta, m = snr(level) - snr(l_t), np.square(s).mean()
     n, n_t = (math.sqrt(snr(k) * (1 + snr(k))) for k in (level, l_t))
     v = n * x - n_t * x_t - delta * p.ravel()
     gain = e * b.ravel() / (1 + delta * e * b.ravel() * m)
-    change = transform.T @ (gain * (transform @ (s.ravel() * v)))
+    if single:
+        seen = coarse(s * v.reshape(c, h, w), matrices, False)
+        change = coarse(gain.reshape(c, h, w) * seen, matrices, True)
+    else:
+        change = transform.T @ (gain * (transform @ (s.ravel() * v)))
     return np.clip(p + s * change.reshape(p.shape), -1, 1).astype(np.float32).astype(float)
 
 
@@ -259,7 +283,7 @@ def decode(data, denoiser, knots, residuals):
     if preset:
         book = seed = coefficient_bits = 0
         rule, size = 3, d
-        levels, atoms, called = preset_plan(LEVELS[preset], CALLS[preset], knots, d, 8 * n // count, robust)
+        levels, atoms, called = preset_plan(preset, knots, d, 8 * n // count, robust)
     else:
         length = reader.varint()
         end = reader.place + length
@@ -293,7 +317,9 @@ def decode(data, denoiser, knots, residuals):
         a, b, std = step_coefficients(levels[step], levels[step + 1])
         if m:
             own = [[next(digits) for _ in per_step[step]] for _ in range(count)]
-            z = np.stack([noise(rule, m, o, book, seed, step, size, d, coefficient_bits, robust) for o in own])
+            z = np.stack(
+                [noise(rule, m, o, book, seed, step, size, d, coefficient_bits, robust, preset == 8) for o in own]
+            )
         else:
             z = Stream(seed, "codec step without a code", step).normal(0, d)[None]
         x = a * x + b * x0.reshape(count, d) + std * z
@@ -304,7 +330,7 @@ def decode(data, denoiser, knots, residuals):
             here = levels[step + 1]
             x0 = np.stack(
                 [
-                    moved(p, x_t, levels[last], now, here, knots, residuals)
+                    moved(p, x_t, levels[last], now, here, knots, residuals, preset == 8)
                     for p, x_t, now in zip(said, seen, x, strict=True)
                 ]
             )
@@ -360,7 +386,7 @@ def test_the_document_is_enough_to_decode(mode, size, channels, options, preset)
 def test_its_plans_are_those_of_the_presets(preset, d, bits):
     """Short steps and long ones, levels fewer than calls and more."""
     knots = tuple(640 * d * i * i // 6400 for i in range(81))
-    levels, atoms, called = preset_plan(LEVELS[preset], CALLS[preset], knots, d, bits, False)
+    levels, atoms, called = preset_plan(preset, knots, d, bits, False)
     plan = schedule.preset_plan(preset, Curve(knots), d, schedule.atoms_that_fit(preset, d, bits))
     assert (list(plan.levels), list(plan.atoms)) == (levels, atoms)
     assert set(range(len(levels)) if plan.called is None else plan.called) == called

@@ -152,6 +152,7 @@ class _Axes:
     """The orthogonal codebook of the coordinate axes."""
 
     size = dimension = 784
+    single = False
 
     def inner(self, vectors):
         return math.sqrt(784) * vectors

@@ -14,62 +14,84 @@ would be p + C (I + delta C)^-1 (eta_s - eta_t - delta p). With C = e S D^T B D 
 two transforms. It explains half to three quarters of how a network's prediction moves in a step, so that the bits of a
 few calls can be spread over many small steps: each discards the part of the last one's noise that an image cannot have.
 
-Sums are of whole numbers below 2^53, the rest is elementwise: the same bits everywhere, for any number of images.
+Sums are of whole numbers below 2^53, in single precision 2^24, the rest is elementwise: the same bits everywhere, for
+any number of images.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quintic.codec.arithmetic import LN2, UNIT, exact_exp
-from quintic.codec.codebook import Array
+from quintic.codec.codebook import Array, precision
 from quintic.codec.schedule import Curve
-from quintic.diffusion.residuals import KNOTS, ONE, band_of, part_of, transforms
+from quintic.diffusion.residuals import KNOTS, ONE, PARTS, Residuals, band_of, transforms
 
-__all__ = ["SIZE", "Between", "Errors"]
+__all__ = ["Between", "Errors"]
 
 _VALUE_BITS = 21
 """With 20 bits of the matrices and sides up to 512, sums stay below 2^52."""
+_SINGLE_BITS = 9
+"""Of the matrices in single precision, whose sums of whole numbers must stay below 2^24."""
 _WIDER = 1.2
 """The error from the curve's slope is a tenth too low, and errors have longer tails than normal ones. A fifth more or
 less costs 0.1 dB at most."""
 _GAP = (KNOTS[1] - KNOTS[0]) * UNIT
 _ONE = np.float32(1.0)
-SIZE = 1.0 / (ONE * _GAP)
-"""Unit of sizes between two tables."""
+_SIZE = 1.0 / (ONE * _GAP)  # the unit of sizes between two tables
 
 
 class Errors:
-    """What a model's errors look like at any level, for one shape of images.
+    """What a model's errors look like at some levels, for one shape of images.
 
     Args:
         curve: Of the model, with residuals.
         shape: (c, h, w).
+        levels: Those of :meth:`at`.
+        single: Compute in single precision.
     """
 
-    def __init__(self, curve: Curve, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, curve: Curve, shape: tuple[int, int, int], levels: Iterable[int], *, single: bool = False
+    ) -> None:
         assert curve.residuals is not None
         self.shape = shape
-        self._curve = curve
-        c, h, w = shape
-        self._sizes = np.array(curve.residuals.sizes)
-        self._bands = np.array(curve.residuals.bands, dtype=np.float64)
-        rows, columns = band_of(h), band_of(w)
-        bands = np.arange(self._bands.shape[1]).reshape(c, rows[-1] + 1, columns[-1] + 1)
-        self._band = bands[:, rows[:, None], columns].ravel()
+        self.single = single
+        number = precision(single)
+        known = list(levels)
+        places = np.clip(np.array(known) - KNOTS[0] * UNIT, 0, _GAP * (len(KNOTS) - 1) - 1)
+        knots, beyond = np.divmod(places[:, None], _GAP)
+        sizes, bands, band = _tables(curve.residuals, shape)
+        knots = knots[:, 0]
+        whole = sizes[knots] * (_GAP - beyond) + sizes[knots + 1] * beyond
+        parts = (bands[knots] * (_GAP - beyond) + bands[knots + 1] * beyond) * _SIZE
+        rates = np.array([[curve.bits_per_snr(min(level, 10 * UNIT - 1))] for level in known])
+        errors = (_WIDER * 2.0 * LN2 * rates / len(band) * parts).astype(number).take(band, 1)
+        rows = zip(np.square(whole), (whole * _SIZE).astype(number), errors, strict=True)
+        self._at = dict(zip(known, rows, strict=True))
 
-    def at(self, level: int) -> tuple[NDArray[np.int64], Array]:
-        """Relative size of errors by part of [-1, 1], in units of ``SIZE``, and mean square (d,) by frequency."""
-        place = min(max(level - KNOTS[0] * UNIT, 0), _GAP * (len(KNOTS) - 1) - 1)
-        knot, beyond = divmod(place, _GAP)
-        sizes = self._sizes[knot] * (_GAP - beyond) + self._sizes[knot + 1] * beyond
-        bands = (self._bands[knot] * (_GAP - beyond) + self._bands[knot + 1] * beyond) * SIZE
-        error = _WIDER * 2.0 * LN2 * self._curve.bits_per_snr(min(level, 10 * UNIT - 1)) / self._band.size
-        return sizes, (error * bands).take(self._band)
+    def at(self, level: int) -> tuple[NDArray[np.int64], Array, Array]:
+        """By part of [-1, 1] the squares of relative sizes, in units of 1 / (ONE _GAP)^2, and these sizes themselves.
+
+        And the mean squares (d,) by frequency.
+        """
+        return self._at[level]
+
+
+@functools.lru_cache(8)
+def _tables(residuals: Residuals, shape: tuple[int, int, int]) -> tuple[NDArray[np.int64], Array, NDArray[np.int64]]:
+    """Sizes (knots, PARTS + 1), means by band (knots, bands), and the band of each frequency (d,)."""
+    c, h, w = shape
+    bands = np.array(residuals.bands, dtype=np.float64)
+    rows, columns = band_of(h), band_of(w)
+    band = np.arange(bands.shape[1]).reshape(c, rows[-1] + 1, columns[-1] + 1)[:, rows[:, None], columns]
+    sizes = np.array([(*row, row[-1]) for row in residuals.sizes])
+    return sizes, bands, band.ravel()
 
 
 class Between:
@@ -84,24 +106,36 @@ class Between:
 
     def __init__(self, errors: Errors, x0: NDArray[np.float32], x: Array, level: int) -> None:
         self._shape = errors.shape
-        self._x0 = x0.reshape(x.shape).astype(np.float64)
+        self._x0 = x0.reshape(x.shape).astype(precision(errors.single))
         self._snr = _snr(level)
         self._eta = _eta(x, self._snr)
-        sizes, self._errors = errors.at(level)
-        whole = sizes.take(part_of(self._x0))
-        self._sizes = whole * SIZE
-        squares = np.square(whole).sum(1, keepdims=True).astype(np.float64)
-        self._shrunk = self._errors * (squares * (SIZE * SIZE) / x.shape[1])
+        squares, sizes, self._errors = errors.at(level)
+        # A value of 1 has a place of its own at the end.
+        part = ((self._x0 + 1.0) * (0.5 * PARTS)).astype(np.int32)
+        self._sizes = sizes.take(part)
+        square = squares.take(part).sum(1, keepdims=True).astype(np.float64) * (_SIZE * _SIZE) / x.shape[1]
+        self._shrunk = self._errors * square.astype(self._x0.dtype)
 
     def predict(self, x: Array, level: int) -> NDArray[np.float32]:
         """The prediction at a later level: (n, d) to (n, c, h, w), in [-1, 1]."""
         snr = _snr(level)
         delta = snr - self._snr
-        news = (_eta(x, snr) - self._eta) - delta * self._x0
-        seen = _transform(self._sizes * news, self._shape, back=False)
-        moved = _transform(self._errors / (1.0 + delta * self._shrunk) * seen, self._shape, back=True)
-        x0 = (self._x0 + self._sizes * moved).astype(np.float32)
-        return np.minimum(np.maximum(x0, -_ONE), _ONE).reshape(-1, *self._shape)
+        # In place as far as can be: what a step touches, the network's next call has to fetch again.
+        news = _eta(x, snr)
+        news -= self._eta
+        news -= delta * self._x0
+        news *= self._sizes
+        gain = delta * self._shrunk
+        gain += 1.0
+        np.divide(self._errors, gain, out=gain)
+        gain *= _transform(news, self._shape, back=False)
+        moved = _transform(gain, self._shape, back=True)
+        moved *= self._sizes
+        moved += self._x0
+        x0 = moved.astype(np.float32, copy=False)
+        np.maximum(x0, -_ONE, out=x0)
+        np.minimum(x0, _ONE, out=x0)
+        return x0.reshape(-1, *self._shape)
 
 
 def _snr(level: int) -> float:
@@ -113,21 +147,34 @@ def _eta(x: Array, snr: float) -> Array:
 
 
 @functools.lru_cache(8)
-def _matrices(shape: tuple[int, int, int], back: bool) -> tuple[Array, Array, Array]:
-    """Of colours and rows, for multiplication from the left, and of columns, from the right."""
-    colours, rows, columns = (np.ascontiguousarray(m.T if back else m) for m in transforms(shape))
-    return colours, rows, np.ascontiguousarray(columns.T)
+def _matrices(shape: tuple[int, int, int], back: bool, single: bool) -> tuple[Array, Array, Array, int, int]:
+    """Of colours and rows, for multiplication from the left, and of columns, from the right.
+
+    Also the bits of the values that they multiply, and by which power of two their product is too small: a matrix of
+    single precision is divided by one that no sum of magnitudes of its rows exceeds, so that values do not grow.
+    """
+    made, growth = [], [0, 0, 0]
+    for i, (matrix, side) in enumerate(zip(transforms(shape), shape, strict=True)):
+        if single:
+            growth[i] = (side - 1).bit_length() + 1 >> 1
+            matrix = np.rint(matrix * 2.0**_SINGLE_BITS) * 2.0 ** -(_SINGLE_BITS + growth[i])
+        made.append(np.ascontiguousarray(matrix.T if back else matrix, dtype=precision(single)))
+    bits = 23 - _SINGLE_BITS - max(growth) if single else _VALUE_BITS
+    return made[0], made[1], np.ascontiguousarray(made[2].T), bits, sum(growth)
 
 
 def _transform(x: Array, shape: tuple[int, int, int], *, back: bool) -> Array:
     """Cosine transform of rows and columns, colours rotated; or its transpose: (n, d) to (n, d)."""
     c, h, w = shape
-    colours, rows, columns = _matrices(shape, back)
+    colours, rows, columns, bits, growth = _matrices(shape, back, x.dtype == np.float32)
     # A power of two for each image, above all its values.
-    exponent = np.frexp(np.abs(x).max(1, keepdims=True))[1] - _VALUE_BITS
-    y = np.rint(x * np.ldexp(1.0, -exponent))
-    y = np.rint(y.reshape(-1, w) @ columns)
-    y = rows @ y.reshape(-1, h, w)
+    exponent = np.frexp(np.maximum.reduce(np.abs(x), axis=1, keepdims=True))[1] - bits
+    one = x.dtype.type(1.0)
+    y = x * np.ldexp(one, -exponent)
+    y = np.rint(y, out=y).reshape(-1, w) @ columns
+    y = rows @ np.rint(y, out=y).reshape(-1, h, w)
     if c == 3:
-        y = colours @ np.rint(y).reshape(-1, 3, h * w)
-    return y.reshape(x.shape) * np.ldexp(1.0, exponent)
+        y = colours @ np.rint(y, out=y).reshape(-1, 3, h * w)
+    y = y.reshape(x.shape)
+    y *= np.ldexp(one, exponent + growth)
+    return y

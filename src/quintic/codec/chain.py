@@ -9,7 +9,7 @@ goes on from it just as the decoder does: what one makes, the other makes too, b
 answers alike. For that it is called with one image at a time, whose answer cannot depend on its neighbours in a batch;
 exact arithmetic (:mod:`quintic.codec.exact`) has no such dependence and takes batches.
 
-x and z are float64 and change by elementwise operations only; the denoiser sees float32.
+x and z change by elementwise operations only, float64 or, in plans that say so, float32; the denoiser sees float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from quintic.codec.arithmetic import UNIT, step_coefficients
 from quintic.codec.between import Between, Errors
-from quintic.codec.codebook import Array, Codebook, start_noise
+from quintic.codec.codebook import Array, Codebook, precision, start_noise
 from quintic.codec.exact import ExactArithmetic
 from quintic.codec.schedule import Curve, Plan
 from quintic.codec.selection import Ids, Single
@@ -32,7 +32,10 @@ from quintic.core import ConfigError
 from quintic.core.counter_rng import Stream
 from quintic.diffusion.denoiser import Denoiser
 
-__all__ = ["Choose", "Direction", "aim", "replay", "run_chain"]
+__all__ = ["Choose", "Direction", "First", "aim", "replay", "run_chain"]
+
+First = tuple[int, int, bool]
+"""Seed, level and whether in exact arithmetic: what a first prediction depends on besides the denoiser."""
 
 Direction = Callable[[NDArray[np.float32], NDArray[np.float32], float], "NDArray[np.floating]"]
 """Predictions (n, c, h, w), the noisy images they were made from, and log_snr, to what the shift should point along, of
@@ -54,6 +57,7 @@ def run_chain(
     curve: Curve | None = None,
     exact: bool = False,
     batch: int = 1,
+    kept: dict[First, NDArray[np.float32]] | None = None,
 ) -> NDArray[np.float32]:
     """Run the chain for some images.
 
@@ -66,22 +70,30 @@ def run_chain(
         exact: Use exact arithmetic in the denoiser.
         batch: Images per call. More than 1 is quicker, but without exact arithmetic an image's last bits then depend
             on its neighbours.
+        kept: First predictions of this denoiser: the start noise is the same for all images, so that one call serves
+            every chain that is given the same dictionary.
 
     Returns:
         (count, c, h, w) in [-1, 1].
     """
     c, h, w = denoiser.shape
     d = c * h * w
-    x = np.repeat(start_noise(plan.seed, d)[None], count, axis=0)
-    kept: dict[int, Codebook] = {}
+    number = precision(plan.single)
+    x = np.repeat(start_noise(plan.seed, d)[None].astype(number), count, axis=0)
+    shared: dict[int, Codebook] = {}
     called = set(range(len(plan.levels)) if plan.called is None else plan.called)
     moving = len(called) < len(plan.levels)
     if moving and (curve is None or curve.residuals is None):
         raise ConfigError(
             "a plan with fewer calls than levels needs the model's residuals; see quintic.codec.calibrate"
         )
-    errors = Errors(curve, denoiser.shape) if moving and curve is not None else None
+    errors = (
+        Errors(curve, denoiser.shape, (plan.levels[step] for step in called), single=plan.single)
+        if moving and curve is not None
+        else None
+    )
     between: Between | None = None
+    firsts = {} if kept is None else kept
 
     def predict(step: int, *, last: bool = False) -> NDArray[np.float32]:
         nonlocal between
@@ -89,8 +101,14 @@ def run_chain(
         if step not in called and not last:
             assert between is not None
             return between.predict(x, level)
-        x0 = _predict(denoiser, x.reshape(count, c, h, w), level, exact, batch)
-        if errors is not None and step + 1 not in called and not last:
+        if step == 0:
+            key = plan.seed, level, exact
+            if key not in firsts:
+                firsts[key] = _predict(denoiser, x[:1].reshape(1, c, h, w), level, exact, batch)
+            x0 = np.repeat(firsts[key], count, axis=0)
+        else:
+            x0 = _predict(denoiser, x.reshape(count, c, h, w), level, exact, batch)
+        if errors is not None and step + 1 not in called and step + 1 < len(plan.levels) and not last:
             between = Between(errors, x0, x, level)
         return x0
 
@@ -98,15 +116,17 @@ def run_chain(
     for step, (level, following) in enumerate(itertools.pairwise(plan.levels)):
         rule = plan.step_rule(step)
         if rule is None:
-            z = Stream(plan.seed, "codec step without a code", step).normal(0, d)[None]
+            z = Stream(plan.seed, "codec step without a code", step).normal(0, d)[None].astype(number)
         else:
-            book = plan.step_book(step, d, kept)
+            book = plan.step_book(step, d, shared)
             ids = choose(step, x0, x, book)
             if ids is None:
                 return x0 if step in called else predict(step, last=True)
             z = rule.noise(ids, book)
         a, b, std = step_coefficients(level, following)
-        x = a * x + b * x0.reshape(count, d).astype(np.float64) + std * z
+        x = a * x
+        x += b * x0.reshape(count, d).astype(number, copy=False)
+        x += std * z
         x0 = predict(step + 1)
     return x0
 
@@ -128,8 +148,8 @@ def aim(plan: Plan, direction: Direction, record: list[Ids], *, draw: str = "arg
         while len(record) < step:
             record.append(np.zeros((len(x0), 0), dtype=np.int64))
         _, b, std = step_coefficients(plan.levels[step], plan.levels[step + 1])
-        towards = direction(x0, x.reshape(x0.shape).astype(np.float32), plan.levels[step] / UNIT)
-        wanted = (b / std) * np.asarray(towards, dtype=np.float64)
+        towards = direction(x0, x.reshape(x0.shape).astype(np.float32, copy=False), plan.levels[step] / UNIT)
+        wanted = (b / std) * np.asarray(towards, dtype=precision(plan.single))
         rule = Single(draw) if plan.rule == "single" else plan.step_rule(step)
         assert rule is not None
         draws = None if draw == "argmax" else Stream(seed, "selection", step)
@@ -157,6 +177,9 @@ def _predict(denoiser: Denoiser, x: Array, level: int, exact: bool, batch: int) 
                 full.enter_context(torch.autocast(device, enabled=False))
             return _predict(denoiser, x, level, exact, batch)
     with ExactArithmetic() if exact else contextlib.nullcontext():
-        whole = torch.from_numpy(x).float()
-        parts = [denoiser.predict_x0(part, level / UNIT) for part in whole.split(batch)]
-        return torch.cat(parts).float().clamp(-1.0, 1.0).numpy()
+        shown = torch.from_numpy(x.astype(np.float32, copy=False))
+        parts = [
+            denoiser.predict_x0(part, level / UNIT) for part in (shown.split(batch) if len(x) > batch else [shown])
+        ]
+        said = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return said.float().clamp(-1.0, 1.0).numpy()

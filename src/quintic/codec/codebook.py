@@ -10,7 +10,8 @@ which one is the code. Two kinds, both pure functions of (seed, step) with no fr
   has length sqrt(d), any two are at right angles (to 1e-7), entries are close to normal, all d inner products take
   O(d log d) operations, and what is stored is O(d). The sign of an atom is one bit more.
 
-Noise is made of elementwise operations and exact sums of doubles: the same bits everywhere.
+Noise is made of elementwise operations and exact sums: the same bits everywhere. In single precision, at half the cost,
+P_1 is left out and P_2 common to all steps.
 """
 
 from __future__ import annotations
@@ -30,9 +31,16 @@ from quintic.core.counter_rng import Stream
 __all__ = ["Codebook", "GaussianCodebook", "OrthogonalCodebook", "start_noise"]
 
 Array = NDArray[np.float64]
+"""Of doubles, or for plans in single precision of these."""
+Order = NDArray[np.int32]
 _ROUNDS = 2
 _DENSE = 256  # up to this size blocks of Hadamard matrices are multiplied by as one matrix
 _CHUNK = 1 << 18  # numbers of a Gaussian codebook that exist at one time
+
+
+def precision(single: bool) -> type[np.float64]:
+    """The type of numbers."""
+    return np.float32 if single else np.float64  # type: ignore[return-value]
 
 
 class Codebook(Protocol):
@@ -40,6 +48,8 @@ class Codebook(Protocol):
 
     size: int
     dimension: int
+    single: bool
+    """In single precision."""
 
     def inner(self, vectors: Array) -> Array:
         """Inner products (n, K) of (n, d) vectors with every atom."""
@@ -77,6 +87,8 @@ class GaussianCodebook:
         >>> bool(np.allclose(book.inner(atom)[0, 5], book.squared_norms()[5]))
         True
     """
+
+    single = False
 
     def __init__(self, dimension: int, size: int, seed: int, step: int | None) -> None:
         if dimension < 1 or not 2 <= size <= 1 << 24:
@@ -120,12 +132,12 @@ class GaussianCodebook:
 
 
 @functools.cache
-def _sylvester(size: int) -> Array:
+def _sylvester(size: int, single: bool) -> Array:
     """Hadamard matrix of a power of two."""
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix
+    return matrix.astype(precision(single))
 
 
 @functools.cache
@@ -135,11 +147,11 @@ def _blocks(size: int) -> list[int]:
 
 
 @functools.cache
-def _diagonal(size: int) -> Array:
+def _diagonal(size: int, single: bool) -> Array:
     """Hadamard matrices of the blocks of a size along a diagonal."""
-    matrix, first = np.zeros((size, size)), 0
+    matrix, first = np.zeros((size, size), dtype=precision(single)), 0
     for block in _blocks(size):
-        matrix[first : first + block, first : first + block] = _sylvester(block)
+        matrix[first : first + block, first : first + block] = _sylvester(block, single)
         first += block
     return matrix
 
@@ -156,17 +168,31 @@ def _factors(size: int) -> tuple[int, list[int]]:
 
 def _hadamard(x: Array, size: int) -> Array:
     """Blocks of Hadamard matrices, without the roots of their sizes, along the second axis of (n, size, after)."""
-    n, after, (first, factors) = len(x), x.shape[2], _factors(size)
+    n, after, (first, factors), single = len(x), x.shape[2], _factors(size), x.dtype == np.float32
     for factor in factors:
-        matrix = _sylvester(factor)
+        matrix = _sylvester(factor, single)
         x = matrix @ x.reshape(-1, factor, after) if after > 1 else x.reshape(-1, factor) @ matrix
         after *= factor
     x = x.reshape(n, first, after)
     if first <= _DENSE:
-        return _diagonal(first) @ x
+        return _diagonal(first, single) @ x
     starts = itertools.accumulate(_blocks(first), initial=0)
     parts = [_hadamard(x[:, a : a + block], block) for a, block in zip(starts, _blocks(first), strict=False)]
     return np.concatenate([part.reshape(n, -1, after) for part in parts], axis=1)
+
+
+def _order(words: NDArray[np.uint64]) -> tuple[Order, Order]:
+    """The permutation that sorts words, and its inverse."""
+    order = np.argsort(words, kind="stable").astype(np.int32)
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order), dtype=np.int32)
+    return order, back
+
+
+@functools.lru_cache(4)
+def _common_order(dimension: int, seed: int) -> tuple[Order, Order]:
+    """That between the rounds of all codebooks in single precision, so that it stays at hand."""
+    return _order(Stream(seed, "orthogonal codebook", "order").words(0, dimension))
 
 
 class OrthogonalCodebook:
@@ -176,6 +202,7 @@ class OrthogonalCodebook:
         dimension: d = K.
         seed: Of the stream.
         step: Its number; None is the book shared by all steps.
+        single: Compute in single precision; weights must then be 1 or -1.
 
     Example:
         >>> book = OrthogonalCodebook(dimension=12, seed=0, step=0)
@@ -184,23 +211,24 @@ class OrthogonalCodebook:
         True
     """
 
-    def __init__(self, dimension: int, seed: int, step: int | None) -> None:
+    def __init__(self, dimension: int, seed: int, step: int | None, *, single: bool = False) -> None:
         if dimension < 1:
             raise ConfigError(f"a codebook needs a dimension of at least 1, found {dimension}")
         self.size = self.dimension = dimension
+        self.single = single
         blocks = _blocks(dimension)
         scales = np.concatenate([np.full(block, math.sqrt(1.0 / block)) for block in blocks])
         stream = Stream(seed, "orthogonal codebook", "shared" if step is None else step)
-        self._rounds: list[tuple[Array, NDArray[np.int32] | None, NDArray[np.int32] | None]] = []
+        self._rounds: list[tuple[Array, Order | None, Order | None]] = []
         for i in range(_ROUNDS):
             words = stream.words(i * dimension, dimension)
             # The top bit is the sign, the others order the entries; a single block needs no shuffling.
-            signed = np.where(words >> np.uint64(63), -scales, scales)
+            signed = np.where(words >> np.uint64(63), -scales, scales).astype(precision(single))
             order = back = None
-            if len(blocks) > 1:
-                order = np.argsort(words << np.uint64(1), kind="stable").astype(np.int32)
-                back = np.empty_like(order)
-                back[order] = np.arange(dimension, dtype=np.int32)
+            if single:
+                order, back = _common_order(dimension, seed) if i else (None, None)
+            elif len(blocks) > 1:
+                order, back = _order(words << np.uint64(1))
             self._rounds.append((signed, order, back))
 
     def _multiply(self, x: Array) -> Array:
@@ -208,11 +236,12 @@ class OrthogonalCodebook:
 
     def inner(self, vectors: Array) -> Array:
         """(n, d) -> (n, d)."""
-        x: Array = np.asarray(vectors, dtype=np.float64)
+        x: Array = np.asarray(vectors, dtype=precision(self.single))
         for signed, order, _ in self._rounds:
             mixed: Array = x if order is None else x.take(order, 1)
             x = self._multiply(mixed * signed)
-        return x * math.sqrt(self.dimension)
+        x *= math.sqrt(self.dimension)
+        return x
 
     def squared_norms(self) -> Array:
         """(d,), all d."""
@@ -222,10 +251,18 @@ class OrthogonalCodebook:
         """(n, m) and (n, m) -> (n, d): the transform run backwards on a sparse vector."""
         n, d = len(ids), self.dimension
         places = ids + d * np.arange(n)[:, None]
-        x = np.bincount(places.ravel(), weights.ravel(), n * d).reshape(n, d) * 2.0**24
-        for signed, _, back in reversed(self._rounds):
-            # Whole multiples of 2^-24: their sums are exact, and so the same in whatever order they are taken.
-            x = self._multiply(np.rint(x)) * signed
+        # In whole multiples of a power of two, so that sums are exact and the same in whatever order they are taken.
+        bits = 24
+        if self.single:
+            # At most 2^24 for the root of block times atoms, which bounds the magnitudes of a block together.
+            bits = 23 - ((_blocks(d)[0] * ids.shape[1] - 1).bit_length() + 1) // 2
+        whole = np.rint(weights * 2.0**bits)
+        sums = np.bincount(places.ravel(), whole.ravel(), n * d)
+        x: Array = sums.reshape(n, d).astype(precision(self.single), copy=False)
+        for i, (signed, _, back) in enumerate(reversed(self._rounds)):
+            x = self._multiply(np.rint(x, out=x) if i else x)
+            x *= signed
             if back is not None:
                 x = x.take(back, 1)
-        return x * (math.sqrt(d) * 2.0**-24)
+        x *= math.sqrt(d) * 2.0**-bits
+        return x

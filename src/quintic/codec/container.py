@@ -197,8 +197,10 @@ def _plan_bytes(plan: Plan) -> bytes:
     """codebook (high four bits) and rule, K, C, seed, T, first level, gaps, then runs of equal counts of atoms."""
     if plan.seed < 0:
         raise ConfigError(f"the seed of a plan must not be negative to be stored, found {plan.seed}")
-    if plan.called is not None:
-        raise ConfigError("a plan with fewer calls than levels cannot be stored, only named as a preset")
+    if plan.called is not None or plan.single:
+        raise ConfigError(
+            "a plan with fewer calls than levels or in single precision cannot be stored, only named as a preset"
+        )
     out = bytes((BOOKS.index(plan.book) << 4 | RULES.index(plan.rule),))
     out += varint(plan.size) + varint(plan.coefficient_bits) + varint(plan.seed)
     out += varint(len(plan.levels)) + varint(plan.levels[0] + (1 << 15))

@@ -266,7 +266,9 @@ class Codec:
 
     def _run(self, model: Model, layout: Layout, plan: Plan, choose: Choose, exact: bool) -> NDArray[np.float32]:
         batch = self.batch if exact else 1
-        return run_chain(model.denoiser, plan, layout.count, choose, curve=model.curve, exact=exact, batch=batch)
+        return run_chain(
+            model.denoiser, plan, layout.count, choose, curve=model.curve, exact=exact, batch=batch, kept=model.kept
+        )
 
     def _open(self, parts: Parts, strict: bool) -> tuple[Model, Layout, list[Ids]]:
         header = parts.header

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from quintic.codec.arithmetic import UNIT
+from quintic.codec.chain import First
 from quintic.codec.schedule import PRESETS, Curve
 from quintic.core import CodecError, ConfigError, DataError
 from quintic.diffusion import GaussianDenoiser, shipped_denoiser, shipped_names
@@ -28,6 +29,8 @@ class Model:
 
     denoiser: Denoiser
     curve: Curve
+    kept: dict[First, NDArray[np.float32]] = field(default_factory=dict, compare=False, repr=False)
+    """First predictions, for :func:`quintic.codec.chain.run_chain`."""
 
     @property
     def dimension(self) -> int:

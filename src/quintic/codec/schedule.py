@@ -154,6 +154,8 @@ class Plan:
     called: tuple[int, ...] | None = None
     """Numbers of the levels at which the denoiser is called, rising from 0; None calls it at all. Between calls
     predictions move by :class:`quintic.codec.between.Between`."""
+    single: bool = False
+    """Compute in single precision, apart from the denoiser; for grouped atoms of orthogonal codebooks."""
 
     def __post_init__(self) -> None:
         if self.book not in BOOKS:
@@ -180,6 +182,8 @@ class Plan:
             raise ConfigError("coefficient bits are set for matching pursuit, and only there")
         if self.rule == "single" and any(m > 1 for m in self.atoms):
             raise ConfigError("rule single takes one atom a step; see signed and pursuit")
+        if self.single and (self.book, self.rule) != ("orthogonal", "grouped"):
+            raise ConfigError("single precision is for grouped atoms of orthogonal codebooks only")
         for step in range(len(self.atoms)):
             self.step_rule(step)
 
@@ -196,7 +200,7 @@ class Plan:
         """The codebook of a step. A shared one is made once and put into ``kept``."""
         if self.book == "orthogonal":
             make = _orthogonal if dimension <= _KEPT else OrthogonalCodebook
-            return make(dimension, self.seed, step)
+            return make(dimension, self.seed, step, single=self.single)
         if self.book == "gaussian":
             return GaussianCodebook(dimension, self.size, self.seed, step)
         kept = {} if kept is None else kept
@@ -224,6 +228,8 @@ class Preset:
     levels: int
     """At most; where there are more than calls, the model's residuals are needed."""
     name: str
+    single: bool = False
+    """In single precision."""
 
 
 PRESETS = {
@@ -234,6 +240,7 @@ PRESETS = {
     5: Preset(20, 80, "standard"),
     6: Preset(10, 40, "fast"),
     7: Preset(50, 100, "fine"),
+    8: Preset(20, 72, "standard", single=True),
 }
 
 
@@ -283,17 +290,22 @@ def preset_plan(preset: int, curve: Curve, dimension: int, atoms: int) -> Plan:
         ConfigError: No such preset.
     """
     calls, most = _preset(preset).calls, _preset(preset).levels
-    few = calls < most
+    few, single = calls < most, _preset(preset).single
     counts = _spread(atoms, most - 1)
     bits = [_joint_bits((m,), dimension) for m in counts]
     called = None
-    if len(counts) >= calls:
+    if len(counts) >= calls and single:
+        # Denser where there is more noise: there predictions keep less well.
+        parts = 5 * (calls - 1) ** 2
+        places = (i * (3 * (calls - 1) + 2 * i) * len(counts) for i in range(calls))
+        called = tuple(max(i, (place + parts // 2) // parts) for i, place in enumerate(places))
+    elif len(counts) >= calls:
         called = tuple((i * len(counts) + (calls - 1) // 2) // (calls - 1) for i in range(calls))
     # Between calls predictions are not quite as good as the network's: where files are large and steps long, pictures
     # harder than most would fall behind.
     long = few and 64 * max(bits, default=0) > dimension
     levels = matched_levels(curve, bits, (3, 5) if long else (2, 3))
-    return Plan(levels, counts, rule="grouped", called=called if few else None)
+    return Plan(levels, counts, rule="grouped", called=called if few else None, single=single)
 
 
 def matched_levels(curve: Curve, bits: Sequence[int], carried: tuple[int, int] = (2, 3)) -> tuple[int, ...]:
@@ -344,9 +356,9 @@ def paper_plan(calls: int, size: int, *, atoms: int = 1, coefficient_bits: int =
 
 
 @functools.lru_cache(128)
-def _orthogonal(dimension: int, seed: int, step: int) -> OrthogonalCodebook:
+def _orthogonal(dimension: int, seed: int, step: int, *, single: bool) -> OrthogonalCodebook:
     """Kept, since every picture with a preset has the same ones."""
-    return OrthogonalCodebook(dimension, seed, step)
+    return OrthogonalCodebook(dimension, seed, step, single=single)
 
 
 @functools.lru_cache(128)

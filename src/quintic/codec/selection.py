@@ -236,9 +236,9 @@ class Grouped:
 
     def noise(self, ids: Ids, book: Codebook) -> Array:
         """(n, M) -> (n, d), of unit mean square."""
-        return _unit(
-            book.combine((ids >> 1) + _groups(book.size, self.atoms)[:, 0], 1.0 - 2.0 * (ids & 1).astype(np.float64))
-        )
+        weights = 1.0 - 2.0 * (ids & 1).astype(np.float64)
+        noise = book.combine((ids >> 1) + _groups(book.size, self.atoms)[:, 0], weights)
+        return noise * math.sqrt(1.0 / self.atoms) if book.single else _unit(noise)
 
     def radices(self, size: int, *, joint: bool) -> list[int]:
         """Twice the size of each group."""
