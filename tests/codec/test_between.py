@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.codec.toys import picture, samples, smooth_model, toy_codec
 
-from quintic.codec import Codec, Curve
+from quintic.codec import Codec, Curve, Plan
 from quintic.codec.between import Between, Errors, _transform
 from quintic.codec.chain import aim, replay, run_chain
 from quintic.codec.container import read_parts
@@ -196,6 +196,9 @@ def test_the_first_prediction_is_made_once_for_all_tiles_and_pictures():
         assert codec.decode(made.data).tobytes() == made.image.tobytes()
     codec.code(picture(12, 12), target_bytes=90, exact=True)
     assert counted.asked.count(-10.0) == 2
+    for seed in range(40):
+        codec.code(picture(12, 12), plan=Plan((0,), (), rule="signed", seed=seed))
+    assert counted.asked.count(0.0) >= 40 and len(codec._own.kept) <= 16
 
 
 def test_models_without_residuals_keep_the_presets_of_before():

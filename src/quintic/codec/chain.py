@@ -45,6 +45,7 @@ Choose = Callable[[int, NDArray[np.float32], Array, Codebook], "Ids | None"]
 
 
 _DEVICES = ("cpu", "cuda")
+_FIRSTS = 16  # files of presets need two; plans in files may have any seed
 
 
 @torch.no_grad()
@@ -104,6 +105,8 @@ def run_chain(
         if step == 0:
             key = plan.seed, level, exact
             if key not in firsts:
+                if len(firsts) >= _FIRSTS:
+                    firsts.clear()
                 firsts[key] = _predict(denoiser, x[:1].reshape(1, c, h, w), level, exact, batch)
             x0 = np.repeat(firsts[key], count, axis=0)
         else:
