@@ -95,6 +95,18 @@ def test_no_permission_to_write_is_said_before_the_work(run, book, capsys, monke
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("verb", ["train", "race"])
+def test_names_that_no_record_could_hold(book, tmp_path, capsys, verb):
+    odd = str(tmp_path / "b\udcff")  # how a file name of other bytes comes in
+    assert "is not UTF-8 text, as records of a run are; rename it" in fails(
+        capsys, verb, odd, "--out", tmp_path / "run"
+    )
+    assert "is not UTF-8 text" in fails(capsys, verb, book, "--size", "tiny", "--out", odd)
+    assert "is not UTF-8 text" in fails(capsys, "report", odd)
+    assert "is not UTF-8 text" in fails(capsys, "resume", odd)
+    assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
+
+
 def test_a_file_in_the_place_of_a_folder(book, tmp_path, capsys):
     Image.new("L", (28, 28), 99).save(tmp_path / "p.png")
     for command in (

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from quintic.core import files
+from quintic.core import ConfigError, files
 
 
 def test_atomic_write_replaces_whole(tmp_path):
@@ -27,6 +27,13 @@ def test_atomic_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
         files.atomic_write(target, "new")
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_cache_that_cannot_be_made_names_the_way_out(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QUINTIC_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match="set QUINTIC_CACHE to one that can"):
+        files.cache_dir("tokens")
 
 
 def test_an_error_names_the_file_that_was_asked_for(tmp_path):

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from quintic.cli.printing import say
 from quintic.core import ConfigError
+from quintic.core.files import check_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +48,6 @@ def compress(
 
     The new run folder can be used with generate, evaluate and export; train --from trains it on.
 
-    Example: quintic matrix compress runs/book --keep 0.5 --out runs/book-half
-
     Parameters
     ----------
     run
@@ -69,6 +68,11 @@ def compress(
         auto, cpu, cuda or cuda:1.
     seed
         Of what is drawn at random: the calibration text, and what the rule draws.
+
+    Examples
+    --------
+    quintic matrix compress runs/book --keep 0.5 --out runs/book-half
+    quintic matrix compress runs/book other.txt --out runs/book-half
     """
     import torch
 
@@ -83,6 +87,8 @@ def compress(
     if tokens < 1:
         raise ConfigError(f"--tokens {tokens}: expected at least 1, better thousands")
     Run.refuse_existing(out)
+    for path in data:
+        check_name(path)
     loaded = load_run_model(run, checkpoint, device, None)
     model = loaded.model
     if not isinstance(model, LanguageModel):

@@ -13,7 +13,7 @@ from rich.table import Table
 from quintic.cli.printing import say
 from quintic.cli.wiring import build_settings, build_task, split_arguments
 from quintic.core import ConfigError
-from quintic.core.files import atomic_write, check_folder
+from quintic.core.files import atomic_write, check_folder, check_name
 
 if TYPE_CHECKING:
     from quintic.engine.race import Arm, Finish, Race
@@ -79,6 +79,7 @@ def race(
     if (out / "config.toml").exists():
         raise ConfigError(f"{out} holds a single run, not a race; choose another --out")
     check_folder(out)
+    check_name(out)
 
     result = run_race(
         lambda *run: _run_one(console, out, task, size, paths, overrides, *run),
@@ -88,7 +89,7 @@ def race(
         match=match,
         note=lambda text: say(text, console=console),
     )
-    atomic_write(out / "race.json", json.dumps(result.to_json(), indent=1))
+    atomic_write(out / "race.json", json.dumps({"task": task, **result.to_json()}, indent=1))
     _print_table(console, result)
     say(f"report: {write_race_report(out)}", console=console)
 

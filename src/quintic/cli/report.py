@@ -22,7 +22,9 @@ def report(run: Path, /) -> None:
     quintic report runs/book
     quintic report runs/race
     """
+    from quintic.core.files import check_name
     from quintic.report import write_report
     from quintic.report.race import write_race_report
 
+    check_name(run)
     say(f"report: {write_race_report(run) if (run / 'race.json').exists() else write_report(run)}")

@@ -20,6 +20,7 @@ from rich.console import Console
 from quintic.assets import preset_names, preset_text, weights_names
 from quintic.cli.printing import say
 from quintic.core import CheckpointError, ConfigError, suggest
+from quintic.core.files import check_name
 
 if TYPE_CHECKING:
     import torch
@@ -64,11 +65,12 @@ def split_arguments(arguments: Iterable[str | Path]) -> tuple[list[Path], list[s
     """Tell ``section.field=value`` overrides from paths.
 
     Raises:
-        ConfigError: A word with ``=`` that is neither an override nor an existing path.
+        ConfigError: A word with ``=`` that is neither an override nor an existing path, or one that is not UTF-8.
     """
     paths: list[Path] = []
     overrides: list[str] = []
     for argument in map(str, arguments):
+        check_name(argument)
         if _OVERRIDE.match(argument) and not Path(argument).exists():
             overrides.append(argument)
         elif "=" in argument and not Path(argument).exists():

@@ -21,6 +21,7 @@ __all__ = [
     "atomic_write",
     "cache_dir",
     "check_folder",
+    "check_name",
     "fsync_path",
     "make_readable",
     "sha256_bytes",
@@ -34,6 +35,9 @@ def cache_dir(*parts: str) -> Path:
     """Folder for things that can be made again (tokens, measured speeds); created if absent.
 
     ``$QUINTIC_CACHE`` if set, else the platform's cache folder. Deleting it is always safe.
+
+    Raises:
+        ConfigError: It cannot be made.
     """
     if root := os.environ.get(CACHE_VARIABLE):
         base = Path(root).expanduser()
@@ -42,7 +46,12 @@ def cache_dir(*parts: str) -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quintic"
     folder = base.joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the cache folder {folder} cannot be made ({error.strerror}); set {CACHE_VARIABLE} to one that can"
+        ) from error
     return folder
 
 
@@ -59,6 +68,19 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         raise ConfigError(f"{ancestor} is a file, expected a folder; choose another --out")
     if not os.access(ancestor, os.W_OK):
         raise ConfigError(f"no permission to write in {ancestor}; choose another --out")
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Make sure that a name can be written into the records of a run, which are UTF-8.
+
+    Raises:
+        ConfigError: It holds other bytes.
+    """
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the name {name!a} is not UTF-8 text, as records of a run are; rename it") from error
 
 
 def sha256_bytes(data: bytes) -> str:

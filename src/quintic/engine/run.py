@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quintic.core import CheckpointError
-from quintic.core.files import atomic_write, check_folder, make_readable
+from quintic.core.files import atomic_write, check_folder, check_name, make_readable
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.config import Settings
 from quintic.engine.metrics import iter_metrics
@@ -45,8 +45,9 @@ class Run:
 
         Raises:
             CheckpointError: It holds a run or anything else.
-            ConfigError: It cannot be written.
+            ConfigError: It cannot be written, or its name cannot be written down.
         """
+        check_name(folder)
         if (folder / "config.toml").exists():
             raise CheckpointError(
                 f"{folder} holds a run already; continue it with: quintic resume {folder} - or choose another --out"
@@ -86,7 +87,9 @@ class Run:
 
         Raises:
             CheckpointError: The folder holds no run.
+            ConfigError: Its name cannot be written down.
         """
+        check_name(folder)
         if not (folder / "config.toml").is_file():
             what = "does not exist" if not folder.exists() else "holds no run (no config.toml)"
             raise CheckpointError(f"{folder} {what}; give the folder that quintic train printed, e.g. runs/laptop")
