@@ -83,7 +83,10 @@ def test_exit_code_2_for_what_a_user_can_mend(capsys):
 def test_exit_code_130_after_ctrl_c(run):
     # More than a minute of text, which does not end by itself: the likeliest token goes round and round.
     endless = ["--max-tokens", 10**6, "--temperature", 0, "--prompt", "the the the"]
-    asked = process("generate", run, *endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    asked = process(
+        "generate", run, *endless, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     assert asked.stdout.read(1)
     time.sleep(0.2)
     asked.send_signal(signal.SIGINT)
