@@ -42,11 +42,17 @@ class Peer(nn.Module):
 
 
 def tarflow(
-    patch: int = 4, width: int = 64, blocks: int = 4, layers: int = 2, preprocess: str = "logit", spline_bins: int = 0
+    patch: int = 4,
+    width: int = 64,
+    blocks: int = 4,
+    layers: int = 2,
+    preprocess: str = "logit",
+    spline_bins: int = 0,
+    inner_width: int = 0,
 ) -> nn.Module:
     return TarFlow(
         SHAPE, patch=patch, width=width, blocks=blocks, layers=layers, noise="uniform", preprocess=preprocess,
-        spline_bins=spline_bins, seed=int(torch.randint(2**31, ())),
+        spline_bins=spline_bins, inner_width=inner_width, seed=int(torch.randint(2**31, ())),
     )  # fmt: skip
 
 

@@ -6,9 +6,10 @@ theirs in the same seconds, by the time of a step that is measured first, in tur
 lowered, and the weights are averaged. The peak rate of each is swept (seed 0, half of the steps, chosen on validation
 images) until the best has a worse one on either side; if a full run with it ends in something that is no number, or
 leaves out a hundredth of its steps because of that, the next best takes its place. TARFLOW and Glow, which come nearest
-to each other, are there a second time with sizes chosen before, among equally many for each and in the same way: half
-of the steps at the arm's usual rate, seed 0, on validation images. That TARFLOW has learned splines before and behind
-its blocks (:mod:`quintic.flow.spline`); the last arm tells what such a spline does for Glow. Models:
+to each other, are there again with sizes chosen before, among equally many for each and in the same way: half of the
+steps at the arm's usual rate, seed 0, on validation images. That TARFLOW has learned splines before and behind its
+blocks (:mod:`quintic.flow.spline`), a second one also predicts each number of a token from those before it
+(:mod:`quintic.flow.inner`); the last arm tells what such a spline does for Glow. Models:
 :mod:`benchmarks.density_models`. Needs the extra ``bench`` and
 ``python -m benchmarks.fetch_data fashion-mnist digits``.
 
@@ -101,13 +102,27 @@ TARFLOW_SIZES = {
         (4, 4, 32, 16), (4, 4, 64, 16), (4, 8, 32, 16), (2, 4, 32, 8), (2, 4, 32, 16), (2, 4, 64, 8),
     )
 }  # fmt: skip
-GLOW_SIZES = {
-    f"{steps} steps, hidden {hidden}, batch {batch}": Sizes(partial(glow, steps, hidden), batch)
-    for steps, hidden, batch in ((4, 32, 16), (4, 64, 8), (4, 64, 16), (4, 64, 32), (8, 32, 16), (8, 64, 16))
-}
+INNER_SIZES = {
+    f"patch {patch}, {blocks} blocks of {layers} layer{'s' * (layers > 1)}, width 32, batch {batch}": Sizes(
+        partial(tarflow, patch, 32, blocks, layers, spline_bins=BINS, inner_width=8 * patch * patch), batch
+    )
+    for patch, blocks, layers, batch in (
+        (4, 2, 1, 16), (4, 2, 2, 16), (4, 4, 1, 16), (2, 2, 1, 8), (2, 2, 2, 8), (2, 4, 1, 8),
+    )
+}  # fmt: skip
+
+
+def glow_sizes(bins: int) -> dict[str, Sizes]:
+    return {
+        f"{steps} steps, hidden {hidden}, batch {batch}": Sizes(partial(glow, steps, hidden, bins), batch)
+        for steps, hidden, batch in ((4, 32, 16), (4, 64, 8), (4, 64, 16), (4, 64, 32), (8, 32, 16), (8, 64, 16))
+    }
+
+
 ARMS = {
+    "TARFLOW with splines, number by number, Muon, sizes chosen": Arm(INNER_SIZES, _muon, 0.01),
     "TARFLOW with splines, Muon, sizes chosen": Arm(TARFLOW_SIZES, _muon, 0.01),
-    "Glow (normflows), sizes chosen": Arm(GLOW_SIZES, _adam, 0.015625),
+    "Glow (normflows), sizes chosen": Arm(glow_sizes(0), _adam, 0.015625),
     "TARFLOW, Muon": Arm(usual(tarflow), _muon, 0.01),
     "TARFLOW, AdamW": Arm(usual(tarflow), _adamw, 0.00625),
     "TARFLOW without logits, Muon": Arm(usual(lambda: tarflow(preprocess="scale")), _muon, 0.004),
@@ -115,9 +130,7 @@ ARMS = {
     "neural spline flow (zuko)": Arm(usual(spline), _adam, 0.003125),
     "RealNVP (normflows)": Arm(usual(realnvp), _adam, 0.00125),
     "Glow (normflows)": Arm(usual(glow), _adam, 0.015625),
-    "Glow (normflows) behind a spline": Arm(
-        {"4 steps, hidden 64, batch 16": Sizes(partial(glow, 4, spline_bins=BINS), 16)}, _adam, 0.015625
-    ),
+    "Glow (normflows) behind a spline, sizes chosen": Arm(glow_sizes(BINS), _adam, 0.015625),
 }
 CLAIMS = (
     ("a TARFLOW is trained to fewer bits per dimension by Muon than by AdamW, both tuned", "TARFLOW, Muon",
@@ -126,8 +139,10 @@ CLAIMS = (
     ("fewer bits per dimension than Glow, both of usual sizes", "TARFLOW, Muon", "Glow (normflows)"),
     ("with splines fewer than Glow, sizes of both chosen", "TARFLOW with splines, Muon, sizes chosen",
      "Glow (normflows), sizes chosen"),
-    ("with splines fewer than Glow behind a spline", "TARFLOW with splines, Muon, sizes chosen",
-     "Glow (normflows) behind a spline"),
+    ("number by number with splines fewer than Glow behind a spline, sizes of both chosen",
+     "TARFLOW with splines, number by number, Muon, sizes chosen", "Glow (normflows) behind a spline, sizes chosen"),
+    ("number by number fewer than by whole tokens, sizes of both chosen",
+     "TARFLOW with splines, number by number, Muon, sizes chosen", "TARFLOW with splines, Muon, sizes chosen"),
     *((f"fewer than {peer}", "TARFLOW, Muon", peer)
       for peer in ("MAF (zuko)", "neural spline flow (zuko)", "RealNVP (normflows)")),
 )  # fmt: skip
@@ -316,7 +331,8 @@ def section(result: dict[str, Any]) -> str:
         "were better there, but whose full runs were not finite); averaged weights; test images, mean of "
         f"{len(result['seeds'])} seeds with half of a 95 % interval. Sizes chosen: the best of those below, by runs "
         f"of half the steps at one rate, on validation images. Splines: a learned monotone map of {BINS} bins, one for "
-        "all pixels, before the blocks, and a TARFLOW has another one behind them. "
+        "all pixels, before the blocks, and a TARFLOW has another one behind them. Number by number: each number of a "
+        "token is also predicted from those before it, by 8 hidden numbers for each. "
         f"{m['cpu']}, torch {m['torch']}.",
     ]
     for name, arms in result["sets"].items():
