@@ -161,6 +161,7 @@ def test_doctor_says_what_there_is_and_how_to_clear_the_cache(capsys):
     [
         (["generate", "RUN", "--prompt", "a\udcff"], "--prompt is not UTF-8 text"),
         (["generate", "RUN", "--class", "3"], "--class has no meaning for a run of task lm"),
+        (["generate", "ddpm/fashion28", "--n", "100000000"], "--n must be 1 to 10,000"),
         (["plan", "--ranks", "0"], "--ranks must be at least 1, found 0"),
         (["plan", "--tokens", "-1"], "--tokens must be 0 or more, found -1"),
         (["race", "BOOK", "--out", "OUT", "--lr", "0"], "--lr must be above 0, found 0"),

@@ -32,6 +32,7 @@ UNIT = ""
 NEXT = "quintic generate {run} --n 36"
 """What one would do with a finished run."""
 
+_MOST_IMAGES = 10_000  # of one grid, and of one array
 _BATCH = 64
 _SHOWN = 40  # images with a line of their own in an evaluation
 
@@ -108,8 +109,10 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
         out = Path(f"{'-'.join(folder.parts)}-seed{seed}.png")
     elif out is None:
         out = folder / "samples" / f"generated-seed{seed}.png"
-    if n < 1:
-        raise ConfigError(f"--n must be at least 1, found {n}")
+    if not 1 <= n <= _MOST_IMAGES:
+        raise ConfigError(
+            f"--n must be 1 to {_MOST_IMAGES:,}, as all are one picture, found {n:,}; for more use other seeds"
+        )
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out must name a .png file, found {out}")
     check_folder(out.parent)
