@@ -44,7 +44,7 @@ def test_inner_products_are_those_with_the_atoms(book):
     np.testing.assert_allclose(book.combine(ids, weights), expected, atol=tolerance)
 
 
-@pytest.mark.parametrize("d,m", [(784, 1), (784, 196), (1024, 300), (785, 40), (3072, 768)])
+@pytest.mark.parametrize("d,m", [(784, 1), (784, 196), (1024, 300), (785, 3), (785, 40), (3072, 7), (3072, 768)])
 def test_in_single_precision_no_sum_is_rounded(d, m):
     """The same with sums of doubles."""
     book, generator = OrthogonalCodebook(d, 3, 4, single=True), np.random.default_rng(0)
@@ -71,6 +71,14 @@ def test_in_single_precision_no_sum_is_rounded(d, m):
     expected = sums.astype(np.float32) * signed[0] * np.float32(math.sqrt(d) / steps)
     found = book.combine(ids, weights)
     assert found.dtype == np.float32 and (found[0] == expected).all()
+
+
+@pytest.mark.parametrize("d", [12, 257, 784, 785, 3072])
+def test_many_atoms_of_which_few_have_weight_give_the_same_bits_as_those_few(d):
+    book, generator = OrthogonalCodebook(d, 3, 4), np.random.default_rng(0)
+    ids, weights = generator.integers(0, d, (3, 50)), np.zeros((3, 50))  # some more than once
+    weights[:, :10] = generator.normal(size=(3, 10))
+    assert (book.combine(ids, weights) == book.combine(ids[:, :10], weights[:, :10])).all()
 
 
 @pytest.mark.parametrize("single", [False, True])

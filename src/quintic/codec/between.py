@@ -75,6 +75,12 @@ class Errors:
         rows = zip(np.square(whole), (whole * _SIZE).astype(number), errors, strict=True)
         self._at = dict(zip(known, rows, strict=True))
 
+    @staticmethod
+    @functools.lru_cache(8)
+    def of(curve: Curve, shape: tuple[int, int, int], levels: tuple[int, ...], single: bool) -> Errors:
+        """Those that were made before, if they were."""
+        return Errors(curve, shape, levels, single=single)
+
     def at(self, level: int) -> tuple[NDArray[np.int64], Array, Array]:
         """By part of [-1, 1] the squares of relative sizes, in units of 1 / (ONE _GAP)^2, and these sizes themselves.
 
@@ -111,7 +117,7 @@ class Between:
         self._eta = _eta(x, self._snr)
         squares, sizes, self._errors = errors.at(level)
         # A value of 1 has a place of its own at the end.
-        part = ((self._x0 + 1.0) * (0.5 * PARTS)).astype(np.int32)
+        part = ((self._x0 + 1.0) * (0.5 * PARTS)).astype(np.intp)
         self._sizes = sizes.take(part)
         square = squares.take(part).sum(1, keepdims=True).astype(np.float64) * (_SIZE * _SIZE) / x.shape[1]
         self._shrunk = self._errors * square.astype(self._x0.dtype)
@@ -168,13 +174,12 @@ def _transform(x: Array, shape: tuple[int, int, int], *, back: bool) -> Array:
     c, h, w = shape
     colours, rows, columns, bits, growth = _matrices(shape, back, x.dtype == np.float32)
     # A power of two for each image, above all its values.
-    exponent = np.frexp(np.maximum.reduce(np.abs(x), axis=1, keepdims=True))[1] - bits
-    one = x.dtype.type(1.0)
-    y = x * np.ldexp(one, -exponent)
+    scale = np.ldexp(x.dtype.type(1.0), bits - np.frexp(np.maximum.reduce(np.abs(x), axis=1, keepdims=True))[1])
+    y = x * scale
     y = np.rint(y, out=y).reshape(-1, w) @ columns
     y = rows @ np.rint(y, out=y).reshape(-1, h, w)
     if c == 3:
         y = colours @ np.rint(y, out=y).reshape(-1, 3, h * w)
     y = y.reshape(x.shape)
-    y *= np.ldexp(one, exponent + growth)
+    y *= x.dtype.type(1 << growth) / scale
     return y

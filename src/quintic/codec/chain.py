@@ -89,7 +89,7 @@ def run_chain(
             "a plan with fewer calls than levels needs the model's residuals; see quintic.codec.calibrate"
         )
     errors = (
-        Errors(curve, denoiser.shape, (plan.levels[step] for step in called), single=plan.single)
+        Errors.of(curve, denoiser.shape, tuple(plan.levels[step] for step in sorted(called)), plan.single)
         if moving and curve is not None
         else None
     )

@@ -35,6 +35,7 @@ Array = NDArray[np.float64]
 Order = NDArray[np.int32]
 _ROUNDS = 2
 _DENSE = 256  # up to this size blocks of Hadamard matrices are multiplied by as one matrix
+_FEW = 32  # atoms whose rows are added up as they are
 _CHUNK = 1 << 18  # numbers of a Gaussian codebook that exist at one time
 
 
@@ -166,19 +167,42 @@ def _factors(size: int) -> tuple[int, list[int]]:
     return size, factors
 
 
-def _hadamard(x: Array, size: int) -> Array:
-    """Blocks of Hadamard matrices, without the roots of their sizes, along the second axis of (n, size, after)."""
-    n, after, (first, factors), single = len(x), x.shape[2], _factors(size), x.dtype == np.float32
-    for factor in factors:
-        matrix = _sylvester(factor, single)
-        x = matrix @ x.reshape(-1, factor, after) if after > 1 else x.reshape(-1, factor) @ matrix
+@functools.cache
+def _stages(size: int, single: bool) -> list[tuple[Array, tuple[int, ...]]]:
+    """Matrices whose products one after the other are blocks of Hadamard matrices, and the shapes they multiply."""
+    (first, factors), after, stages = _factors(size), 1, []
+    for factor in (*factors, first):
+        matrix = _diagonal(first, single) if len(stages) == len(factors) else _sylvester(factor, single)
+        stages.append((matrix, (-1, factor, after) if after > 1 else (-1, factor)))
         after *= factor
-    x = x.reshape(n, first, after)
-    if first <= _DENSE:
-        return _diagonal(first, single) @ x
-    starts = itertools.accumulate(_blocks(first), initial=0)
-    parts = [_hadamard(x[:, a : a + block], block) for a, block in zip(starts, _blocks(first), strict=False)]
-    return np.concatenate([part.reshape(n, -1, after) for part in parts], axis=1)
+    return stages
+
+
+def _hadamard(x: Array) -> Array:
+    """Blocks of Hadamard matrices, without the roots of their sizes, along the second axis of (n, size)."""
+    size, single = x.shape[1], x.dtype == np.float32
+    if _factors(size)[0] > _DENSE:
+        starts = itertools.accumulate(_blocks(size), initial=0)
+        return np.concatenate([_hadamard(x[:, a:b]) for a, b in itertools.pairwise(starts)], axis=1)
+    y = x
+    for matrix, shape in _stages(size, single):
+        y = matrix @ y.reshape(shape) if len(shape) == 3 else y.reshape(shape) @ matrix
+    return y.reshape(x.shape)
+
+
+def _hadamard_of(ids: NDArray[np.int64], weights: Array, size: int) -> Array:
+    """:func:`_hadamard` of vectors (n, size) with weights (n, m) at places (n, m): if they are few, a sum of rows."""
+    n, m = ids.shape
+    after = math.gcd(size, _DENSE)
+    before, single = size // after, weights.dtype == np.float32
+    if before > _DENSE or m > _FEW:
+        places = ids + np.arange(0, n * size, size)[:, None]
+        sums = np.bincount(places.ravel(), weights.ravel(), n * size)
+        return _hadamard(sums.astype(weights.dtype, copy=False).reshape(n, size))
+    row, column = np.divmod(ids, after)
+    rows = _diagonal(before, single).take(row, 0)
+    rows *= weights[:, :, None]
+    return (rows.transpose(0, 2, 1) @ _sylvester(after, single).take(column, 0)).reshape(n, size)
 
 
 def _order(words: NDArray[np.uint64]) -> tuple[Order, Order]:
@@ -231,15 +255,12 @@ class OrthogonalCodebook:
                 order, back = _order(words << np.uint64(1))
             self._rounds.append((signed, order, back))
 
-    def _multiply(self, x: Array) -> Array:
-        return _hadamard(x[:, :, None], self.dimension).reshape(x.shape)
-
     def inner(self, vectors: Array) -> Array:
         """(n, d) -> (n, d)."""
         x: Array = np.asarray(vectors, dtype=precision(self.single))
         for signed, order, _ in self._rounds:
             mixed: Array = x if order is None else x.take(order, 1)
-            x = self._multiply(mixed * signed)
+            x = _hadamard(mixed * signed)
         x *= math.sqrt(self.dimension)
         return x
 
@@ -249,18 +270,17 @@ class OrthogonalCodebook:
 
     def combine(self, ids: NDArray[np.int64], weights: Array) -> Array:
         """(n, m) and (n, m) -> (n, d): the transform run backwards on a sparse vector."""
-        n, d = len(ids), self.dimension
-        places = ids + d * np.arange(n)[:, None]
+        d = self.dimension
         # In whole multiples of a power of two, so that sums are exact and the same in whatever order they are taken.
         bits = 24
         if self.single:
             # At most 2^24 for the root of block times atoms, which bounds the magnitudes of a block together.
             bits = 23 - ((_blocks(d)[0] * ids.shape[1] - 1).bit_length() + 1) // 2
-        whole = np.rint(weights * 2.0**bits)
-        sums = np.bincount(places.ravel(), whole.ravel(), n * d)
-        x: Array = sums.reshape(n, d).astype(precision(self.single), copy=False)
+        whole = weights * 2.0**bits if self.single else np.rint(weights * 2.0**bits)
+        x = _hadamard_of(ids, whole.astype(precision(self.single), copy=False), d)
         for i, (signed, _, back) in enumerate(reversed(self._rounds)):
-            x = self._multiply(np.rint(x, out=x) if i else x)
+            if i:
+                x = _hadamard(np.rint(x, out=x))
             x *= signed
             if back is not None:
                 x = x.take(back, 1)

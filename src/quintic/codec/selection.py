@@ -38,6 +38,7 @@ from quintic.core.counter_rng import Stream
 __all__ = ["DRAWS", "Grouped", "Ids", "Pursuit", "Rule", "Signed", "Single"]
 
 Ids = NDArray[np.int64]
+_SIGNS = np.array([1.0, -1.0])
 DRAWS = ("argmax", "softmax", "literal")
 
 
@@ -191,7 +192,7 @@ class Signed:
 
     def noise(self, ids: Ids, book: Codebook) -> Array:
         """(n, M) -> (n, d), of unit mean square."""
-        weights = 1.0 - 2.0 * (ids & 1).astype(np.float64)
+        weights = _SIGNS.take(ids & 1)
         # Two flipped bits of a robust file may name one atom twice, with opposite signs: still a vector to divide by.
         return _unit(book.combine(ids >> 1, weights))
 
@@ -228,16 +229,17 @@ class Grouped:
 
     def choose(self, wanted: Array, book: Codebook, draws: Stream | None = None) -> Ids:
         """(n, d) -> (n, M)."""
-        members = _groups(book.size, self.atoms)
-        scores = book.inner(wanted).take(members, 1)
+        scores = book.inner(wanted)
+        if book.size % self.atoms:
+            scores = scores.take(_groups(book.size, self.atoms), 1)
+        else:
+            scores = scores.reshape(len(scores), self.atoms, -1)
         atoms = np.abs(scores).argmax(2)
-        first = np.arange(0, scores.size, scores.shape[2]).reshape(atoms.shape)
-        return 2 * atoms + (scores.take(first + atoms) < 0)
+        return 2 * atoms + (scores.take(_starts(*scores.shape) + atoms) < 0)
 
     def noise(self, ids: Ids, book: Codebook) -> Array:
         """(n, M) -> (n, d), of unit mean square."""
-        weights = 1.0 - 2.0 * (ids & 1).astype(np.float64)
-        noise = book.combine((ids >> 1) + _groups(book.size, self.atoms)[:, 0], weights)
+        noise = book.combine((ids >> 1) + _groups(book.size, self.atoms)[:, 0], _SIGNS.take(ids & 1))
         return noise * math.sqrt(1.0 / self.atoms) if book.single else _unit(noise)
 
     def radices(self, size: int, *, joint: bool) -> list[int]:
@@ -266,6 +268,12 @@ def _groups(size: int, groups: int) -> NDArray[np.int32]:
     bounds = np.array(_bounds(size, groups), dtype=np.int32)
     widest = np.arange(np.diff(bounds).max(), dtype=np.int32)
     return np.minimum(bounds[:-1, None] + widest, bounds[1:, None] - 1)
+
+
+@functools.lru_cache(8)
+def _starts(n: int, groups: int, widest: int) -> NDArray[np.int64]:
+    """Places of the first member of each group of each image: (n, groups)."""
+    return np.arange(0, n * groups * widest, widest).reshape(n, groups)
 
 
 def _unit(x: Array) -> Array:
