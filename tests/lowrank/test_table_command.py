@@ -48,6 +48,25 @@ def test_names_are_recognised(table, tmp_path):
     assert read_table(tmp_path / "semi.csv", []).columns == ["c"]
 
 
+@pytest.mark.parametrize(
+    ("text", "columns", "rows", "values"),
+    [
+        (",0,1\n0,5,6\n1,7,8\n", ["0", "1"], ["0", "1"], [[5, 6], [7, 8]]),  # a data frame of pandas
+        (",a,b\n0,5,6\n1,7,8\n", ["a", "b"], ["0", "1"], [[5, 6], [7, 8]]),
+        ('"","a"\n"1",5\n', ["a"], ["1"], [[5]]),  # R
+        ("id,2001,2002\n1,5,6\n2,7,8\n", ["id", "2001", "2002"], ["line 2", "line 3"], [[1, 5, 6], [2, 7, 8]]),
+        ("p,1,2\nq,3,4\n", ["column 2", "column 3"], ["p", "q"], [[1, 2], [3, 4]]),
+        ("code,a\n7,1\nA8,2\nB9,3\n", ["a"], ["7", "A8", "B9"], [[1], [2], [3]]),
+        ('\r\n \r\n"x, y, z";b;c\r\n1;2;3\r\n', ["x, y, z", "b", "c"], ["line 4"], [[1, 2, 3]]),
+        ('n,"two\nlines"\n"p\nq",1\nr\u2028s,2\n', ["two\nlines"], ["p\nq", "r\u2028s"], [[1], [2]]),
+    ],
+)
+def test_names_and_numbers_are_told_apart(tmp_path, text, columns, rows, values):
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    read = read_table(tmp_path / "t.csv", [])
+    assert (read.columns, read.rows, read.values.tolist()) == (columns, rows, values)
+
+
 def test_columns_are_left_out_by_name(table):
     read = read_table(table[0], ["rain"])
     assert read.columns == ["heat", "wind", "both [x]"]
@@ -64,7 +83,13 @@ def test_columns_are_left_out_by_name(table):
         ("a,b\n1,2\n3\n", "line 3 has 1 cells, expected 2"),
         ("a,b\n1,x\n", "line 2, column 'b': 'x' is not a number; fill it in, or leave the column out with --drop 'b'"),
         ("a,b\n1,\n", "a cell is empty"),
-        ("a,b\n1,nan\n", "'nan' is not a number"),
+        ("a,b\n1,nan\n", "'nan' is not a finite number"),
+        ("a,b\n1,1e400\n", "'1e400' is not a finite number"),
+        ("a,b\n1,1_000\n", "'1_000' is not a number"),
+        ("a,b\n1,2\n,4\n5,6\n", "line 3, column 'a': a cell is empty"),
+        ("a,b\n1,2\n10%,4\n5,6\n", "line 3, column 'a': '10%' is not a number"),
+        ('a,"b\nc"\n1,2\n"\n3",x\n', "line 4, column 'b\\\\nc': 'x'"),
+        ('a,b\n1,"' + 200_000 * "x", "line 2 cannot be read: field larger than field limit"),
         ("name\nx\n", "column 'name': 'x'"),
     ],
 )

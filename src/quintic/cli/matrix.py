@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,7 +54,7 @@ def cur(
     Parameters
     ----------
     table
-        CSV or TSV of numbers. A first line of names and a first column of names are recognised.
+        CSV or TSV of numbers. A first line of names and a first column of names (or without a name) are recognised.
     rank
         Columns and rows to choose; 8, or all of fewer, without --tol.
     tol
@@ -111,7 +113,7 @@ def interpolative(
     Parameters
     ----------
     table
-        CSV or TSV of numbers. A first line of names and a first column of names are recognised.
+        CSV or TSV of numbers. A first line of names and a first column of names (or without a name) are recognised.
     rank
         Columns or rows to choose; 8, or all of fewer, without --tol.
     tol
@@ -166,7 +168,11 @@ class NamedTable:
 
 
 def read_table(path: Path, drop: list[str]) -> NamedTable:
-    """Read numbers from a CSV or TSV file; names are the first line and the first column where those are no numbers.
+    """Read numbers from a CSV or TSV file, with the names of rows and columns if it has them.
+
+    The first line has names if a cell beyond its first is no number, if its first cell is empty, or if that is no
+    number while all below it are. The first column has names if it has none itself, as pandas and R write it, or if
+    more than half of it is text.
 
     Raises:
         DataError: The file cannot be read, is empty or ragged, or has a cell that is not a finite number.
@@ -178,21 +184,26 @@ def read_table(path: Path, drop: list[str]) -> NamedTable:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    first = text.split("\n", 1)[0]
-    delimiter = max("\t;,", key=first.count)
-    lines = [(i, row) for i, row in enumerate(csv.reader(text.splitlines(), delimiter=delimiter), 1) if any(row)]
+    lines = _lines(path, text)
     if not lines:
         raise DataError(f"{path} is empty; expected a table of numbers")
     width = len(lines[0][1])
     for number, row in lines:
         if len(row) != width:
             raise DataError(f"{path}, line {number} has {len(row)} cells, expected {width} as in the first line")
-    head = [cell.strip() for cell in lines[0][1]]
-    named = any(not _is_number(cell) for cell in head[1:] or head)
+    head = lines[0][1]
+    below = [row[0] for _, row in lines[1:]]
+    unnamed = width > 1 and not head[0]
+    named = (
+        unnamed
+        or any(_is_text(cell) for cell in head[1:] or head)
+        or (_is_text(head[0]) and bool(below) and not any(map(_is_text, below)))
+    )
     body = lines[1:] if named else lines
     if not body:
         raise DataError(f"{path} has names but no numbers")
-    labelled = width > 1 and any(not _is_number(row[0]) for _, row in body) and head[0] not in drop
+    texts = sum(_is_text(row[0]) for _, row in body)
+    labelled = width > 1 and (unnamed or 2 * texts > len(body)) and head[0] not in drop
     columns = head if named else [f"column {j + 1}" for j in range(width)]
     for name in drop:
         if name not in columns:
@@ -204,14 +215,33 @@ def read_table(path: Path, drop: list[str]) -> NamedTable:
     for i, (number, row) in enumerate(body):
         for j, at in enumerate(kept):
             if not _is_number(row[at]):
-                found = f"{row[at].strip()!r} is not a number" if row[at].strip() else "a cell is empty"
+                kind = "number" if _is_text(row[at]) else "finite number"
+                found = f"{row[at]!r} is not a {kind}" if row[at] else "a cell is empty"
                 raise DataError(
                     f"{path}, line {number}, column {columns[at]!r}: {found}; "
                     f"fill it in, or leave the column out with --drop {columns[at]!r}"
                 )
             values[i, j] = float(row[at])
-    rows = [row[0].strip() if labelled else f"line {number}" for number, row in body]
+    rows = [row[0] if labelled else f"line {number}" for number, row in body]
     return NamedTable(path, rows, [columns[j] for j in kept], values)
+
+
+def _lines(path: Path, text: str) -> list[tuple[int, list[str]]]:
+    """Number and cells of every line that is not blank; a quoted cell may span several."""
+    lines: list[tuple[int, list[str]]] = []
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    delimiter = max("\t;,", key=re.sub(r'"[^"]*"', "", first).count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    number = 1
+    try:
+        for row in reader:
+            cells = [cell.strip() for cell in row]
+            if any(cells):
+                lines.append((number, cells))
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {number} cannot be read: {error}; is a quotation mark missing?") from None
+    return lines
 
 
 def _read(
@@ -224,10 +254,16 @@ def _read(
 
 
 def _is_number(cell: str) -> bool:
+    return not _is_text(cell) and bool(cell) and math.isfinite(float(cell))
+
+
+def _is_text(cell: str) -> bool:
+    """Neither empty nor any number, be it infinite or NaN; 1_000, which Python reads as a number, is one of a name."""
     try:
-        return math.isfinite(float(cell))
+        float(cell or "0")
     except ValueError:
-        return False
+        return True
+    return "_" in cell
 
 
 def _scaled(A: NDArray[np.float64]) -> NDArray[np.float64]:
