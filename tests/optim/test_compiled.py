@@ -55,3 +55,24 @@ def test_a_tensor_rate_may_change_without_compiling_again():
     assert graphs[3:] == [graphs[2]] * 3  # the second and third compile for a state that exists by then
     for p, q in zip(plain, compiled, strict=True):  # each with its own state, also where shapes are equal
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+def test_a_step_of_matrices_is_one_graph_on_cpus_too():
+    """Where it fell apart, inductor was left with pieces of symbolic shape and named a size that it did not have."""
+    torch._dynamo.reset()
+    shapes = ((8, 6), (8, 24), (24, 8), (5, 1), (3, 8, 6))
+    plain, compiled = ([nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(shapes)] for _ in range(2))
+    backend = CountingBackend()
+    by_hand, optimizer = Muon(plain), Muon(compiled)
+    step = torch.compile(optimizer.step, backend=backend, fullgraph=True)
+    for t in range(4):
+        for i, (p, q) in enumerate(zip(plain, compiled, strict=True)):
+            p.grad = q.grad = randn(*p.shape, seed=100 * t + i)
+        if t == 2:
+            plain[1].grad = compiled[1].grad = torch.full(shapes[1], torch.inf)
+        by_hand.step()
+        step()
+    assert backend.graphs == 2  # without a state, and with it
+    assert optimizer.skipped_steps == by_hand.skipped_steps == 1
+    for p, q in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)

@@ -165,8 +165,6 @@ class Muon(torch.optim.Optimizer):
         self.distributed = distributed
         self.nonfinite = nonfinite
         self._space = Workspace()
-        self._skipped: Tensor | None = None
-        self._cap_factor: Tensor | None = None
         if isinstance(params, nn.Module):
             self.roles = roles(params, scale=scale, strict=strict, vectors=vectors, embeddings=embeddings)
             params = groups_of(params, self.roles)
@@ -193,6 +191,11 @@ class Muon(torch.optim.Optimizer):
             "orientation": "out_in",
         }
         super().__init__(params, defaults)
+        device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        # Written in place only: what compiled code assigns to an optimizer is lost.
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self._cap_factor = torch.ones((), dtype=wide, device=device)
         warn_about_small_lr(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -211,12 +214,12 @@ class Muon(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were left out because a gradient was not finite. Reading it waits for the device."""
-        return 0 if self._skipped is None else int(self._skipped)
+        return int(self._skipped)
 
     @property
     def cap_factor(self) -> Tensor:
         """By what the cap multiplied the last step, 0-d; 1 if it was short enough or there is no cap."""
-        return torch.ones(()) if self._cap_factor is None else self._cap_factor
+        return self._cap_factor.clone()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -246,16 +249,19 @@ class Muon(torch.optim.Optimizer):
         gradients = [p.grad for _, params in active for p in params if p.grad is not None]
         if gradients:
             bad = any_nonfinite(gradients)
-            if bad.device.type == "cpu" and bad and not self.skipped_steps:  # elsewhere looking would wait
-                warnings.warn("a gradient is not finite: this step, and any such step, is left out", stacklevel=2)
-            self._skipped = bad.long() if self._skipped is None else self._skipped + bad
+            if _may_look(bad) and bad and not self.skipped_steps:
+                warnings.warn("a gradient is not finite: this step, and any such step, is left out", stacklevel=4)
+            self._skipped = _placed(self._skipped, bad.device)
+            self._skipped.add_(bad)
             before = [] if self.cap is None else [p.clone() for _, params in active for p in params]
             self._muon([pair for pair in active if pair[0]["algorithm"] == "muon"], bad)
             for group, params in active:
                 if group["algorithm"] == "adamw" and params:
                     update_with_adamw(group, params, [self.state[p] for p in params], bad)
             if self.cap is not None:
-                self._cap_factor = cap_step_(active, before, self.cap)
+                factor = cap_step_(active, before, self.cap)
+                self._cap_factor = _placed(self._cap_factor, factor.device)
+                self._cap_factor.copy_(factor)
         return loss
 
     def _active(self, group: dict[str, Any]) -> list[Tensor]:
@@ -300,8 +306,7 @@ class Muon(torch.optim.Optimizer):
                 top = _top_space(settings, state, i, part)
                 pieces = buckets.setdefault((*shape, key), (settings, []))[1]
                 pieces.extend(pieces_of(part, gradient, average, top))
-        good = bad.device.type == "cpu" and not bad  # elsewhere looking would wait
-        keep = 1.0 if good else (~bad).to(torch.float32)
+        keep = 1.0 if _may_look(bad) and not bad else (~bad).to(torch.float32)
         for group, pieces in buckets.values():
             for chunk in chunks(pieces):
                 update_matrices(group, chunk, keep, self._space)
@@ -355,6 +360,18 @@ class Muon(torch.optim.Optimizer):
             "_space": Workspace(),
             **counts,
         }
+
+
+def _may_look(bad: Tensor) -> bool:
+    """Whether a value may be read: on accelerators that would wait, and compiled code would fall apart."""
+    return bad.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _placed(value: Tensor, device: torch.device) -> Tensor:
+    """A number that is kept, where the gradients are."""
+    if value.device == device:
+        return value
+    return torch.zeros_like(value, device=device) if value.is_meta else value.to(device)
 
 
 def _key(group: dict[str, Any]) -> tuple[Any, ...]:
