@@ -11,6 +11,7 @@ import torch
 
 import quintic
 from benchmarks.claims import claims_section, provenance_section
+from benchmarks.headlines import contents, summary_section
 from quintic.core.machine import describe
 
 HERE = Path(__file__).parent
@@ -34,9 +35,9 @@ def stamped(result: dict[str, Any], module: ModuleType) -> dict[str, Any]:
     return {"machine": machine, **result, "version": quintic.__version__, "seeds": list(seeds)}
 
 
-def collect() -> None:
-    """Rewrite RESULTS.md, its plots and its copies: the claims, then the section of each benchmark with a result."""
-    claims, sections, results = [], [], {}
+def written() -> tuple[str, dict[str, str]]:
+    """The text of RESULTS.md (the head, the claims, a section of each benchmark with a result), and plots by name."""
+    claims, sections, results, drawn = [], [], {}, {}
     for name in BENCHMARKS:
         path = RESULTS / f"{name}.json"
         if not path.exists():
@@ -47,16 +48,23 @@ def collect() -> None:
         if hasattr(module, "claims"):
             claims += module.claims(result)
         if hasattr(module, "plots"):
-            PLOTS.mkdir(exist_ok=True)
-            for plot, svg in module.plots(result).items():
-                (PLOTS / f"{plot}.svg").write_text(svg, encoding="utf-8")
+            drawn |= module.plots(result)
+    sections = [claims_section(claims), *sections, provenance_section(results)]
     head = (
         "# Results\n\nWritten by `python -m benchmarks` from `benchmarks/results/*.json`; do not edit by hand.\n"
-        "Versions, seeds and machines of all of them stand at the end."
+        "`python -m benchmarks NAME` measures one of them again. Versions, seeds and machines stand at the end."
     )
-    (HERE.parent / "RESULTS.md").write_text(
-        "\n\n".join([head, claims_section(claims), *sections, provenance_section(results)]) + "\n", encoding="utf-8"
-    )
+    parts = [head, summary_section(results, claims), contents(sections), *sections]
+    return "\n\n".join(parts) + "\n", drawn
+
+
+def collect() -> None:
+    """Rewrite RESULTS.md, its plots and its copies."""
+    text, drawn = written()
+    PLOTS.mkdir(exist_ok=True)
+    for name, svg in drawn.items():
+        (PLOTS / f"{name}.svg").write_text(svg, encoding="utf-8")
+    (HERE.parent / "RESULTS.md").write_text(text, encoding="utf-8")
     importlib.import_module("docs.figures.results").main()  # the pages of the documentation show the same tables
 
 

@@ -293,7 +293,7 @@ def section(result: dict) -> str:
             "dead experts", "specialisation", f"balanced (below {BALANCED}) from step")  # fmt: skip
     gaps = {name_of(arm): paired(arm["losses"], none["losses"]) for arm in result["finalists"][1:]}
     worse, better = (
-        ", ".join(name for name, gap in gaps.items() if sign * gap["mean"] > gap["half"]) or "not one"
+        ", ".join(name for name, gap in gaps.items() if sign * gap["mean"] > gap["half"]) or "none of them"
         for sign in (1.0, -1.0)
     )
     text_floor = statistics.fmean(default_of(result)["text_floor"])
@@ -309,8 +309,7 @@ def section(result: dict) -> str:
         f"character. A batch routed at random has a MaxVio of {result['floor']:.3f}, this text in balance on average\n"
         f"one of {text_floor:.3f}, a validation set routed at random one of {result['global_floor']:.3f}.",
         table(head, rows),
-        "Unbalanced training has, beyond the interval of the difference, a better loss than these: "
-        f"{worse}; and a worse loss than these: {better}.",
+        f"Beyond the noise, the loss is higher than without balancing for: {worse}. It is lower for: {better}.",
         image("balance-time", "MaxVio over the steps"),
         "Rates and weights, one seed:",
         table(("balance", "validation loss", "MaxVio of late batches", "in random floors", "balanced from"), swept),
@@ -354,15 +353,15 @@ def claims(result: dict) -> list[Claim]:
     source, command = "posts 10735 and 10757", "balance"
     yes = {True: "yes", False: "no"}
     return [
-        Claim(f"{name} ends within {NEAR} of the floor that random routing sets", "quintic",
+        Claim(f"{name} ends within {NEAR} of the floor that random routing sets", "ours",
               f"{plus_minus(ratio, 2)} of the random floor, {plus_minus(text_ratio, 2)} of the text's", n,
               yes[ratio["mean"] <= NEAR], command),
         Claim(f"{name} costs no loss against the best auxiliary loss of comparable balance ({name_of(aux)})", source,
               f"{plus_minus(loss)} nats", n, yes[loss["mean"] - loss["half"] <= 0], command),
-        Claim(f"{default['balance']} works over a 30-fold range of its rate", "quintic",
+        Claim(f"{default['balance']} works over a 30-fold range of its rate", "ours",
               f"within {NEAR} of the random floor from {low:g} to {high:g}", 1,
               yes[low > 0 and high / low >= 30], command),
-        Claim(f"{name} balances three times sooner than {name_of(sign)}", "quintic",
+        Claim(f"{name} balances three times sooner than {name_of(sign)}", "ours",
               f"{at_least}{times:.1f} times: step {soon:.0f} against {_steps(sign['balanced_from'], result['steps'])}",
               n,              yes[times >= 3], command),
         Claim("Balancing costs nothing at this size", source, f"{name} against none {plus_minus(none)} nats", n,

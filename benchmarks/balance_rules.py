@@ -204,7 +204,7 @@ def claims(result: dict) -> list[Claim]:
         ]
         least = min((high / low if low else 0.0) for low, high in ranges)
         found.append(Claim(
-            f"{name} works over a 30-fold range of its rate on a simulated router", "quintic",
+            f"{name} works over a 30-fold range of its rate on a simulated router", "ours",
             f"within {result['near']} floors over {least:.0f} times or more in {len(ranges)} sizes", 0,
             "yes" if least >= 29.0 else "no", "balance_rules",
         ))  # fmt: skip

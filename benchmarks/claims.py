@@ -1,9 +1,13 @@
-"""What others claim and what was measured here: the first table of RESULTS.md; and tables in Markdown."""
+"""What others claim and what was measured here: a table of RESULTS.md; and tables and anchors in Markdown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+CLAIMS = "Claims, and what was measured"
+"""Heading of their table, from which the pages of the posts take their rows."""
 
 
 class Claim(NamedTuple):
@@ -20,16 +24,27 @@ class Claim(NamedTuple):
     command: str
     """Name of the benchmark."""
 
+    @property
+    def verdict(self) -> str:
+        """yes, no or undecided.
+
+        Example:
+            >>> Claim("", "", "", 0, "no: not on 2 of 10 matrices", "").verdict
+            'no'
+        """
+        return re.split(r"\W", self.holds)[0]
+
 
 def claims_section(claims: Sequence[Claim]) -> str:
     """The claims as a section."""
-    head = ("claim", "source", "measured here", "seeds", "holds here", "command: `python -m benchmarks` and")
-    rows = [(c.claim, c.source, c.measured, str(c.seeds or ""), c.holds, f"`{c.command}`") for c in claims]
+    head = ("claim", "measured here", "holds here", "source", "seeds", "`python -m benchmarks`")
+    rows = [(c.claim, c.measured, c.holds, c.source, str(c.seeds or ""), f"`{c.command}`") for c in claims]
     return (
-        "## Claims, and what was measured\n\n"
-        "After \u00b1 stands half of a 95 % interval (Student's t) over seeds; differences are taken seed by seed. The "
-        "models are\nsmall and briefly trained: what is seen is a sign that things work as they should, not a law.\n\n"
-        + table(head, rows)
+        f"## {CLAIMS}\n\n"
+        "The number after \u00b1 is half of a 95 % interval (Student's t) over seeds; differences, of losses or of "
+        "bits, are taken\nseed by seed. The models are small and briefly trained: a result is a sign that things work "
+        "as they should,\nnot a law. The source is the post or paper that makes the claim, or *ours* for a bar that we "
+        "set ourselves.\n\n" + table(head, rows)
     )
 
 
@@ -45,8 +60,8 @@ def provenance_section(results: Mapping[str, Mapping[str, Any]]) -> str:
         for name, result in results.items()
     ]
     return (
-        "## Versions, seeds and machines\n\nWhere a result says nothing else, its numbers were taken so.\n\n"
-        + table(("command: `python -m benchmarks` and", "quintic", "seeds", "machine"), rows)
+        "## Versions, seeds and machines\n\nUnless its section says otherwise, each result was measured like this.\n\n"
+        + table(("`python -m benchmarks`", "quintic", "seeds", "machine"), rows)
     )
 
 
@@ -71,6 +86,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, *rows)).replace(
         " |\n", " |\n" + "|---" * len(head) + "|\n", 1
     )
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub and MyST give a heading.
+
+    Example:
+        >>> slug("Beside transformers' DeepSeek-V3")
+        'beside-transformers-deepseek-v3'
+    """
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def holds(low_is_good: float, half: float) -> str:

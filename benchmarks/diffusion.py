@@ -87,7 +87,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
         made.append(
             Claim(
                 f"{name}: the trained denoiser is 1.5 dB or more above the Gaussian one at equal information, 20-160 B",
-                "own bar",
+                "ours",
                 f"{min(gains):+.1f} to {max(gains):+.1f} dB",
                 0,
                 "yes" if min(gains) >= 1.5 else "no",

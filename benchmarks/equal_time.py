@@ -180,7 +180,7 @@ def claims(result: dict) -> list[Claim]:
     return [
         Claim(
             f"In equal time Muon's loss is at least 0.08 lower than AdamW's, batch and width tuned too; size {name}",
-            "quintic", f"{plus_minus(r['difference'])} nats a character",
+            "ours", f"{plus_minus(r['difference'])} nats a character",
             len(result["seeds"]), holds(r["difference"]["mean"] + 0.08, r["difference"]["half"]), "equal_time",
         )
         for name, r in result["sizes"].items()

@@ -143,8 +143,8 @@ def section(result: dict[str, Any]) -> str:
         ))  # fmt: skip
     return "\n\n".join([
         "## Memory",
-        "`python -m benchmarks memory`: MiB that a forward and a backward pass need for a time, beside weights and "
-        f"gradients, in a process of\nits own; the loss is that of {result['tokens']:,} tokens of width {WIDTH}. "
+        "`python -m benchmarks memory`: peak memory, in MiB, of a forward and a backward pass beyond weights and "
+        f"gradients, each in a process\nof its own; the loss is that of {result['tokens']:,} tokens of width {WIDTH}. "
         f"{m['cpu']}, torch {m['torch']}.",
         table(("what", "plain, MiB", "saving, MiB", "ratio"), rows),
     ])  # fmt: skip
@@ -154,7 +154,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
     mib = result["mib"]["loss"]
     logits = result["tokens"] * VOCABULARY * 4 / 2**20
     return [Claim(
-        f"The logits of a vocabulary of {VOCABULARY:,} are never whole in memory", "own bar",
-        f"{mib['True']:,.0f} MiB where the logits alone are {logits:,.0f}, and whole {mib['False']:,.0f}", 0,
+        f"The logits of a vocabulary of {VOCABULARY:,} are never whole in memory", "ours",
+        f"{mib['True']:,.0f} MiB; the logits alone would be {logits:,.0f}, the usual loss takes {mib['False']:,.0f}", 0,
         "yes" if mib["True"] < 0.5 * logits else "no", "memory",
     )]  # fmt: skip

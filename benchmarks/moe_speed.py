@@ -312,5 +312,5 @@ def claims(result: dict) -> list[Claim]:
         values = [row[key] for row in among]
         low, high = (f"{v:.0%}" if "share" in key else f"{v:.2f}" for v in (min(values), max(values)))
         measured = high if low == high else f"{low} to {high}"
-        found.append(Claim(text, "own bar", measured, 0, "yes" if max(values) <= bar else "no", "moe_speed"))
+        found.append(Claim(text, "ours", measured, 0, "yes" if max(values) <= bar else "no", "moe_speed"))
     return found

@@ -126,8 +126,8 @@ def section(result: dict) -> str:
         f"{len(result['seeds'])} seeds, nats a character at the end of the schedule on text kept out.\n"
         "The first seed tunes: a wide interval means that its best rate was at the edge of stability for others.\n"
         "The larger size is nanoGPT's recipe for a CPU (batch 12, context 64), where 768 characters a step make\n"
-        "Newton-Schulz dear: a step's cost does not depend on the batch. Step times are medians of steps in turns on\n"
-        f"{result['machine']['cpu']}, one thread.",
+        "Newton-Schulz expensive: a step's cost does not depend on the batch. Step times are medians of steps in turns "
+        f"on {result['machine']['cpu']}, one thread.",
     ]
     for name, r in result["sizes"].items():
         arms = [r["muon"], *r["adamw"]]

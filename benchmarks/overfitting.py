@@ -64,8 +64,8 @@ def section(result: dict) -> str:
         "## Weight decay, Frobenius and spectral, over a run that learns by heart",
         f"`python -m benchmarks overfitting`: {result['passes']:.0f} passes over {result['characters']:,} characters, "
         f"{result['steps']} steps under Muon, rate {result['lr']:g} and lambda {result['strength']:g},\nthe same "
-        f"for all arms, {len(result['seeds'])} seeds. The lowest loss is that of the validations, one every hundredth "
-        "step.",
+        f"for all arms, {len(result['seeds'])} seeds. The lowest loss is over validations, one every hundred "
+        "steps.",
         table(head, rows),
         image("overfitting-validation", "Validation loss over the run"),
         image("overfitting-sigma", "Largest singular value over the run"),
@@ -108,7 +108,7 @@ def claims(result: dict) -> list[Claim]:
             holds(sigma["mean"], sigma["half"]), "overfitting",
         ),
         Claim(
-            "One iteration a step on a vector that is kept does what ten from all ones do", "quintic",
+            "One iteration a step on a vector that is kept does what ten from all ones do", "ours",
             f"lowest validation loss {plus_minus(same)}, mean log sigma_1 "
             f"{plus_minus(paired(own['log_sigma'], post['log_sigma']))}", n,
             "yes" if abs(same["mean"]) <= max(0.01, same["half"]) else "no", "overfitting",

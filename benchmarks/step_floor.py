@@ -293,7 +293,7 @@ def section(result: dict[str, Any]) -> str:
         f"fused\nattention kernel, whose exponentials are not counted, reaches {reached:.0%} and "
         f"takes {kernel['ms']:.1f} ms of the attention.\n{_least(parts, peak)}",
         *in_half,
-        f"Changes of the preset. The best of them for the fraction is \"{best}\", {fraction(result, best):.0%}:",
+        f"Changes of the preset. The one that comes nearest to the peak is \"{best}\", {fraction(result, best):.0%}:",
         table(("preset", "active parameters", "GFLOP a step", "step, ms", "tokens a second", "optimizer's share",
                "of the peak"), variants),
     ])  # fmt: skip
@@ -310,7 +310,7 @@ def _least(parts: dict[str, dict[str, float]], peak: float) -> str:
     slow = p["products_ms"] - 1e3 * p["gflop"] / peak
     return (
         f"Most is lost in {most}: {lost(most):.1f} ms above the floor, {slow:.1f} of them in products slower than the "
-        f"peak and {p['ms'] - p['products_ms']:.1f} beside products."
+        f"peak and {p['ms'] - p['products_ms']:.1f} outside products."
     )
 
 
@@ -319,6 +319,6 @@ def claims(result: dict[str, Any]) -> list[Claim]:
     changed = fraction(result, best)
     reaches = "reaches" if changed >= BAR else "is the best change tried, at"
     return [Claim(
-        f"A step of the laptop preset reaches {BAR:.0%} of the peak of matrix products", "own bar",
+        f"A step of the laptop preset reaches {BAR:.0%} of the peak of matrix products", "ours",
         f"{found:.0%}; \"{best}\" {reaches} {changed:.0%}", 1, "yes" if found >= BAR else "no", "step_floor",
     )]  # fmt: skip

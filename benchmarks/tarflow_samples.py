@@ -148,7 +148,7 @@ def section(result: dict[str, Any]) -> str:
             f"**{SETS[name]}**",
             table(("images", "Frechet distance", "class as asked"), rows),
             f"![Samples of the flow of {SETS[name]}](benchmarks/plots/tarflow-samples-{name}.png)",
-            f"From above: {'; '.join(ARMS)}; {TRUE}. Not chosen. What one sees: {SEEN[name]}",
+            f"From above: {'; '.join(ARMS)}; {TRUE}. Not cherry-picked. What one sees: {SEEN[name]}",
         ]
     return "\n\n".join(parts)
 

@@ -76,7 +76,8 @@ def claims(result: dict) -> list[Claim]:
     free = min((arm for name, arm in arms.items() if "rows" in name), key=lambda arm: arm["mean"])
     against_adamw = paired(free["losses"], arms["AdamW"]["losses"])
     return [
-        Claim("msign is better than the normalised gradient (Schatten 2)", "post 10592", plus_minus(plain), n,
+        Claim("msign is better than the normalised gradient (Schatten 2)", "post 10592",
+              f"p = 2: {plus_minus(plain)} against Muon", n,
               holds(-plain["mean"], plain["half"]), "trust_regions"),
         Claim("A Schatten norm between 2 and infinity is better than Muon's", "post 10739, as a question",
               f"{best['name']}: {plus_minus(best['against_muon'])} against Muon", n,

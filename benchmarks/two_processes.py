@@ -107,11 +107,11 @@ def section(result: dict[str, Any]) -> str:
     return "\n\n".join([
         "## One process and two",
         f"`python -m benchmarks two_processes`: the {result['size']} preset, the same global batch and the same cores; "
-        f"the two talk by gloo. Medians\nof {result['rounds']} turns. {m['cpu']}, {m['cpu_count']} cores, torch "
-        f"{m['torch']}.",
+        f"the two communicate through gloo.\nMedians of {result['rounds']} turns. {m['cpu']}, {m['cpu_count']} cores, "
+        f"torch {m['torch']}.",
         table(("processes", "step, ms", "ratio"), rows),
-        f"With copied weights, talking and waiting are {communication(result):.0%} of a step: that much less two runs "
-        "side by side take that\nknow nothing of each other, each on half of the batch.",
+        f"With copied weights, communication and waiting take {communication(result):.0%} of a step: by so much the "
+        "step is longer than that of two\nindependent runs side by side, each with half of the batch.",
     ])  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
     default = next(iter(title for title in WAYS if title != ONE))
     best = min((title for title in WAYS if title != ONE), key=lambda title: ratio[title])
     return [Claim(
-        f"Two processes on the same cores take at most {BAR} times as long as one", "own bar",
+        f"Two processes on the same cores take at most {BAR} times as long as one", "ours",
         f"{ratio[default]:.2f} times with divided weights, which is the default; at best {ratio[best]:.2f} ({best})", 1,
         "yes" if ratio[default] <= BAR else "no", "two_processes",
     )]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tables of RESULTS.md in the pages of docs/posts: ``python -m docs.figures.results`` copies them again.
+"""Tables of RESULTS.md in README.md and in docs/posts: ``python -m docs.figures.results`` copies them again.
 
 What is to be copied stands in the page, between two comments:
 
@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = ROOT / "docs" / "posts"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "posts").glob("*.md")))
 _CLAIMS = "Claims, and what was measured"
 _BLOCK = re.compile(r"(<!-- results: (.*?) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 
@@ -28,7 +28,8 @@ def _wanted(what: str, results: str) -> str:
     if claims := re.fullmatch(r"claims of (.+)", what):
         asked = [name.partition(":") for name in claims[1].split()]
         head, line, *rows = _tables(_CLAIMS, results)[0].splitlines()
-        rows = [row for row in rows if any(_is_of(row, name, post) for name, _, post in asked)]
+        source = head.split(" | ").index("source")
+        rows = [row for row in rows if any(_is_of(row.split(" | "), source, name, post) for name, _, post in asked)]
         names = " ".join(name for name, _, _ in asked)
         nothing = f"RESULTS.md has no row of this yet: `python -m benchmarks {names}` makes them."
         return "\n".join([head, line, *rows]) if rows else nothing
@@ -36,9 +37,8 @@ def _wanted(what: str, results: str) -> str:
     return _tables(section, results)[int(number) - 1]
 
 
-def _is_of(row: str, benchmark: str, post: str) -> bool:
-    cells = row.split(" | ")
-    return cells[-1] == f"`{benchmark}` |" and post in cells[1]
+def _is_of(cells: list[str], source: int, benchmark: str, post: str) -> bool:
+    return cells[-1] == f"`{benchmark}` |" and post in cells[source]
 
 
 def _tables(section: str, results: str) -> list[str]:
@@ -50,7 +50,7 @@ def _tables(section: str, results: str) -> list[str]:
 def main() -> None:
     """Fill every page."""
     results = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-    for path in sorted(PAGES.glob("*.md")):
+    for path in PAGES:
         page = path.read_text(encoding="utf-8")
         if (new := filled(page, results)) != page:
             path.write_text(new, encoding="utf-8")

@@ -31,7 +31,7 @@ def test_the_book_remembers_and_the_study_reads_it(short, tmp_path, monkeypatch)
     for arm in result["finalists"]:
         arm["losses"] = losses.get(arm["balance"], [1.0, 1.1])
     words = balance.section(result)
-    assert "a better loss than these: aux 0.01; and a worse loss than these: sign 0.001." in words
+    assert "higher than without balancing for: aux 0.01. It is lower for: sign 0.001." in words
     for svg in balance.plots(result).values():
         ElementTree.fromstring(svg)
 

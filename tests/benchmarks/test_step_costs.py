@@ -61,7 +61,7 @@ def test_the_floor_is_written_up():
     # A fraction is the rate of the products times their share.
     assert "| attention | 1.00 | 10.0 | 40.0 | 25% | 40% | 62% | 40% |" in text
     assert "| rest |  |  | 48.0 |  |  |  | 48% |" in text and "| whole step | 3.00 | 30.0 | 100.0 | 30% |" in text
-    assert "30.0 ms above the floor, 15.0 of them" in text and "15.0 beside products" in text
+    assert "30.0 ms above the floor, 15.0 of them" in text and "15.0 outside products" in text
     assert "bfloat16" not in text
     half = {"step_ms": 50.0, "tokens_per_second": 1e5, "peak_gflops": 600.0}
     assert "10% of a peak of 600 GFLOP/s" in step_floor.section({**result, "bfloat16": half})
