@@ -310,3 +310,36 @@ def test_files_of_older_presets_decode_as_they_did(data, pixels):
     """Written, exact: two before presets had more levels than calls, two before one was in single precision."""
     decoded = Codec().decode(bytes.fromhex(data))
     assert hashlib.sha256(decoded.tobytes()).hexdigest() == pixels
+
+
+def cut_out(colour_beneath: int) -> Image.Image:
+    """A disc of smooth colours whose surroundings are wholly transparent, noise of some strength beneath."""
+    colours = np.asarray(picture(24, 24, "RGB"), dtype=float)
+    down, across = np.mgrid[:24, :24] - 11.5
+    alpha = np.clip(255.0 * (8.5 - np.hypot(down, across)), 0, 255)
+    beneath = np.asarray(Image.effect_noise((24, 24), 200), dtype=float)[:, :, None] * (colour_beneath > 0)
+    colours = np.where(alpha[:, :, None] > 0, colours, np.clip(beneath, 0, 255))
+    return Image.fromarray(np.dstack([colours, alpha]).round().astype(np.uint8), "RGBA")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_cannot_be_seen_costs_nothing(channels):
+    codec = toy_codec(12, channels)
+    plain, noisy = (codec.code(cut_out(beneath), target_bytes=400) for beneath in (0, 1))
+    assert plain.data == noisy.data and plain.psnr == noisy.psnr
+    assert same(codec.decode(plain.data), plain.image)
+    # The colours of the disc by themselves, with the alpha that was given.
+    original, opaque = np.asarray(cut_out(0), dtype=float), cut_out(0).convert("RGB")
+    inside = original[:, :, 3] == 255
+    whole = codec.code(opaque, target_bytes=200 if channels == 3 else 300)
+    error, before = (
+        np.square(np.asarray(made.image, dtype=float)[inside, :3] - original[inside, :3]).mean()
+        for made in (plain, whole)
+    )
+    assert error < 0.7 * before
+
+
+def test_a_target_psnr_of_a_transparent_picture_is_of_what_is_seen():
+    codec, original = toy_codec(12, 3), cut_out(1)
+    made = codec.code(original, target_psnr=19)
+    assert abs(made.psnr - 19) <= 0.2 and made.psnr == psnr(original, codec.decode(made.data))

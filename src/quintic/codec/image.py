@@ -27,6 +27,7 @@ from quintic.codec.schedule import Curve, Plan, atoms_that_fit, preset_number, p
 from quintic.codec.selection import Ids
 from quintic.codec.symbols import from_bytes, from_sequence, payload_size, to_bytes, to_sequence
 from quintic.codec.tiles import Layout, read_image, to_image, to_values
+from quintic.codec.transparency import continue_colours, seen
 from quintic.core import CodecError, ConfigError
 from quintic.core.counter_rng import Stream
 from quintic.diffusion import shipped_names
@@ -111,7 +112,8 @@ class Codec:
         Args:
             image: Any size; 8 bits per channel. EXIF orientation is applied.
             target_bytes: Largest size of the file, header and all.
-            target_psnr: Quality in dB, met within 0.2 dB, or exceeded where one atom more jumps over it.
+            target_psnr: Quality in dB, met within 0.2 dB, or exceeded where one atom more jumps over it; of transparent
+                pictures as :func:`quintic.codec.psnr` says.
             quality: 1 to 100; 50 if nothing is said.
             exact: Pixels that are the same on every processor; slower.
             robust: A longer form in which a flipped bit spoils one atom only.
@@ -139,8 +141,12 @@ class Codec:
         """:meth:`encode`, and what the decoder will see."""
         upright, mode = read_image(image)
         model, layout = self._model_for(upright, mode)
-        tiles = layout.split(to_values(upright))
+        values = to_values(upright)
         weights = np.float32(1.0) if roi is None else layout.split_map(_check_roi(roi, upright))
+        if layout.transparent:
+            weights = weights * layout.split_map(np.ones(values.shape[:2]), seen(values))
+            values = continue_colours(values)
+        tiles = layout.split(values)
 
         def direction(x0: NDArray[np.float32], x: NDArray[np.float32], log_snr: float) -> NDArray[np.float32]:
             return weights * (tiles - x0)

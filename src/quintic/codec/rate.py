@@ -12,6 +12,7 @@ from PIL import Image
 from quintic.codec.container import Header, checksum_size
 from quintic.codec.schedule import Curve, atoms_that_fit, most_atoms, preset_plan
 from quintic.codec.symbols import payload_size
+from quintic.codec.transparency import looks
 from quintic.core import ConfigError
 
 __all__ = ["Coded", "Sizes", "largest_payload", "meet_psnr", "psnr"]
@@ -26,13 +27,15 @@ class Coded:
     image: Image.Image
     """What :meth:`Codec.decode` will make of it."""
     psnr: float
-    """In dB, of ``image``; not a number if what was coded is not known itself."""
+    """In dB, of ``image`` (see :func:`psnr`); not a number if what was coded is not known itself."""
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal to noise ratio of two pictures of one size and mode, in dB; infinite if they are equal."""
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    error = float(np.square(difference).mean())
+    """Peak signal to noise ratio of two pictures of one size and mode, in dB; infinite if they look the same.
+
+    Of transparent ones (LA, RGBA) it is that of their looks on a black and on a white ground, both together.
+    """
+    error = float(np.square(looks(a) - looks(b)).mean())
     return 10.0 * math.log10(255.0**2 / error) if error else math.inf
 
 

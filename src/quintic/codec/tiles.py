@@ -80,13 +80,18 @@ class Layout:
             raise CodecError(f"pictures need a model of 1 or 3 channels, this one has {self.tile[0]}")
 
     @property
+    def transparent(self) -> bool:
+        """Whether the last plane is alpha."""
+        return self.mode in (2, 3)
+
+    @property
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) of each plane."""
         full, half = (self.height, self.width), ((self.height + 1) // 2, (self.width + 1) // 2)
         planes = [full]
         if MODES[self.mode].startswith("RGB") and self.tile[0] == 1:
             planes += [half, half]
-        return planes + ([full] if self.mode in (2, 3) else [])
+        return planes + ([full] if self.transparent else [])
 
     @property
     def count(self) -> int:
@@ -106,10 +111,15 @@ class Layout:
         planes = self._planes(values.astype(np.float64))
         return np.concatenate([self._cut(plane) for plane in planes]).astype(np.float32)
 
-    def split_map(self, weights: NDArray[np.float64]) -> Plane:
-        """A map (height, width) of weights to tiles, the same for every plane."""
+    def split_map(self, weights: NDArray[np.float64], colours: NDArray[np.float64] | float = 1.0) -> Plane:
+        """A map (height, width) of weights to tiles, the same for every plane, but for another factor of colours."""
         c = self.tile[0]
-        planes = [weights if size == (self.height, self.width) else _half(weights) for size in self.sizes]
+        maps = [weights * colours] * len(self.sizes)
+        if self.transparent:
+            maps[-1] = weights
+        planes = [
+            m if size == (self.height, self.width) else _half(m) for m, size in zip(maps, self.sizes, strict=True)
+        ]
         return np.concatenate([self._cut(np.repeat(p[None], c, axis=0)) for p in planes]).astype(np.float32)
 
     def merge(self, tiles: Plane) -> NDArray[np.float64]:
@@ -120,7 +130,7 @@ class Layout:
             planes.append(self._join(tiles[first : first + count].astype(np.float64), size))
             first += count
         colour, alpha = planes, []
-        if self.mode in (2, 3):
+        if self.transparent:
             colour, alpha = planes[:-1], [_equal(planes[-1])]
         elif self.mode in (4, 5):
             alpha = [np.ones((1, self.height, self.width))]
@@ -133,7 +143,7 @@ class Layout:
     def _planes(self, values: NDArray[np.float64]) -> list[NDArray[np.float64]]:
         c = self.tile[0]
         channels = values.transpose(2, 0, 1)
-        alpha = [np.repeat(channels[-1:], c, axis=0)] if self.mode in (2, 3) else []
+        alpha = [np.repeat(channels[-1:], c, axis=0)] if self.transparent else []
         if not MODES[self.mode].startswith("RGB"):
             return [np.repeat(channels[:1], c, axis=0), *alpha]
         if c == 3:
