@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 
 import pytest
 
@@ -30,6 +31,19 @@ def test_folders_are_searched_in_order(tmp_path):
     assert read(tmp_path / "code.py") == ["not this"]
 
 
+def test_links_are_followed_and_those_that_lead_nowhere_are_counted(tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "b.txt").write_text("b")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "a.txt").write_text("a")
+    (notes / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to(notes)  # a loop
+    (notes / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    source = find_sources([notes])
+    assert list(read_documents(source.files)) == ["a", "b"] and source.skipped == 1
+
+
 def test_a_file_reached_twice_is_read_once(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "loop").symlink_to(tmp_path)
@@ -54,6 +68,32 @@ def test_json_lines(tmp_path):
     assert read(path, field="body") == ["one\ntwo", "three"]
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_json_lines_are_read_one_by_one(tmp_path, suffix):
+    """Lines far larger together than what is held at a time: a corpus need not fit in the memory."""
+    path = tmp_path / f"a.jsonl{suffix}"
+    line = json.dumps({"text": "word " * 20_000}).encode() + b"\r\n"
+    with gzip.open(path, "wb", 1) if suffix else path.open("wb") as file:
+        for _ in range(200):
+            file.write(line)
+    list(read_documents([path]))  # what is imported on the way counts once
+    tracemalloc.start()
+    try:
+        assert sum(len(text) for text in read_documents([path])) == 200 * 100_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * len(line)  # the file is 200 of them
+
+
+def test_json_lines_in_other_encodings(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = "".join(json.dumps({"text": f"{TEXT}\u2028{i}"}, ensure_ascii=False) + "\r\n" for i in range(3))
+    for codec, given in (("utf-8-sig", "auto"), ("utf-16", "auto"), ("gb18030", "gb18030")):
+        path.write_bytes(lines.encode(codec))
+        assert read(path, encoding=given) == [f"{TEXT}\u2028{i}" for i in range(3)]
+
+
 MISTAKES = {
     "nothing.txt": (None, "no such file or folder"),
     "binary.txt": (b"GIF89a\0\0", "looks binary"),
@@ -68,6 +108,17 @@ MISTAKES = {
     ),
     "c.jsonl": (b"[1]", "expected a JSON object"),
     "d.jsonl": (b'{"text": 3}', "is not text but int"),
+    "e.jsonl": (
+        b'{"text": "\\ud83d\\udc33 whole"}\n{"text": "a\\ud83d"}',
+        r"e\.jsonl:2: field 'text' has half of a surrogate pair \(\\ud83d at character 1\)",
+    ),
+    "f.jsonl": (
+        b'{"text": "x"}\n' * 1000 + b'{"text": "\xff"}',
+        r"f\.jsonl is not utf-8 text: byte 0xff at offset 14010",
+    ),
+    "g.jsonl": (b'{"text": "\0"}', "looks binary"),
+    "torn.jsonl.gz": (gzip.compress(b'{"text": "x"}\n' * 1000)[:-9], "damaged gzip"),
+    "liar.jsonl.gz": (b'{"text": "x"}', "is not a gzip file"),
 }
 
 
@@ -85,8 +136,9 @@ def test_empty_folder_and_unknown_codec(tmp_path):
     with pytest.raises(DataError, match=r"holds no text; looked for \.txt.*found 1 other files"):
         find_sources([tmp_path])
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match="unknown encoding 'klingon'"):
-        read(tmp_path, encoding="klingon")
+    for name in ("klingon", "hex"):  # the second is a codec, but none of text
+        with pytest.raises(DataError, match=f"unknown encoding '{name}'"):
+            read(tmp_path, encoding=name)
 
 
 def test_no_permission(tmp_path, monkeypatch):

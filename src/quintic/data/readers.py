@@ -1,7 +1,7 @@
 """Text from files: plain text, markdown, JSON lines, each also gzipped; one document per file or JSON line.
 
 Nothing is guessed silently: bytes that do not decode, binary content and broken JSON are errors that name the file
-and the place.
+and the place. JSON lines are read one by one, so a file of them may be larger than the memory; a text is read whole.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import codecs
 import contextlib
 import gzip
+import io
 import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from quintic.core import DataError
 
@@ -31,6 +33,9 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _WIDE = ("utf-16", "utf-32", "utf16", "utf32")
+_GZIP = b"\x1f\x8b"
+_HEAD = 8192
+"""Bytes by which binary files are told from text."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,14 @@ class Source:
 
     files: list[Path]
     skipped: int
-    """Files in folders with another extension."""
+    """Files in folders with another extension, and links there that lead nowhere."""
 
 
 def find_sources(paths: Iterable[Path]) -> Source:
     """Files of the given files and folders, in order; folders are searched recursively in sorted order.
 
-    Hidden files and folders are passed over, and a file that is reached twice is taken once. A file named
-    directly is taken whatever its extension.
+    Hidden files and folders are passed over, links are followed, and a file that is reached twice is taken once. A
+    file named directly is taken whatever its extension.
 
     Raises:
         DataError: A path is missing or unreadable, or a folder holds no text.
@@ -61,7 +66,7 @@ def find_sources(paths: Iterable[Path]) -> Source:
             continue
         inside = 0
         for file in _walk(path):
-            if not _known(file):
+            if not _known(file) or not file.exists():
                 skipped += 1
                 continue
             inside += 1
@@ -78,11 +83,17 @@ def _walk(folder: Path) -> Iterator[Path]:
     def fail(error: OSError) -> None:
         raise DataError(f"cannot read folder {error.filename}: {error.strerror}")
 
-    for root, folders, names in os.walk(folder, onerror=fail):
+    searched: set[str] = set()
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(root)
+        if real in searched:  # by a link, perhaps to a folder above
+            folders.clear()
+            continue
+        searched.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             file = Path(root, name)
-            if not name.startswith(".") and file.is_file():
+            if not name.startswith(".") and (file.is_file() or file.is_symlink()):
                 yield file
 
 
@@ -104,17 +115,16 @@ def read_documents(files: Iterable[Path], *, encoding: str = "auto", field: str 
     """
     if encoding != "auto":
         try:
-            codecs.lookup(encoding)
+            "a".encode(encoding)  # codecs.lookup knows some that are none of text, such as hex
         except LookupError as error:
             raise DataError(
                 f"unknown encoding {encoding!r}; use auto or the name of a Python codec, such as utf-8, gb18030, utf-16"
             ) from error
     for path in files:
-        text = _decode(path, _read_bytes(path), encoding)
         if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
-            documents: Iterable[str] = _json_lines(path, text, field)
+            documents: Iterable[str] = _json_lines(path, _lines(path, encoding), field)
         else:
-            documents = (text,)
+            documents = (_decode(path, _read_bytes(path), encoding),)
         yield from (document for document in documents if document.strip())
 
 
@@ -123,23 +133,69 @@ def _read_bytes(path: Path) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if data[:2] == b"\x1f\x8b":
-        try:
-            return gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path} is a damaged gzip file: {error}") from error
+    if not _is_gzip(path, data[:2]):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is a damaged gzip file: {error}") from error
+
+
+def _is_gzip(path: Path, start: bytes) -> bool:
+    """Whether a file is compressed, by its first two bytes.
+
+    Raises:
+        DataError: Its name says so and they do not.
+    """
+    if start == _GZIP:
+        return True
     if path.name.lower().endswith(".gz"):
         raise DataError(f"{path} is named .gz but is not a gzip file")
-    return data
+    return False
 
 
-def _decode(path: Path, data: bytes, encoding: str) -> str:
+def _encoding(path: Path, head: bytes, encoding: str) -> str:
+    """The encoding of a file, by its mark where it is not given.
+
+    Raises:
+        DataError: The file is binary.
+    """
     if encoding == "auto":
-        encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
-    if b"\0" in data[:8192] and not encoding.lower().startswith(_WIDE):
+        encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+    if b"\0" in head and not encoding.lower().startswith(_WIDE):
         raise DataError(
             f"{path} looks binary (it has zero bytes); give text files, or data.encoding=utf-16 if that is what it is"
         )
+    return encoding
+
+
+def _lines(path: Path, encoding: str) -> Iterator[str]:
+    """The lines of a file, without the file in memory."""
+    try:
+        with _opened(path, encoding) as text:
+            yield from text
+    except UnicodeDecodeError:
+        _decode(path, _read_bytes(path), encoding)  # says where in the file; here only a part of it is known
+        raise
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is a damaged gzip file: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path, encoding: str) -> Iterator[TextIO]:
+    with path.open("rb") as file:
+        zipped = _is_gzip(path, file.read(2))
+        file.seek(0)
+        data = gzip.GzipFile(fileobj=file) if zipped else file
+        head = data.read(_HEAD)
+        data.seek(0)
+        yield io.TextIOWrapper(data, _encoding(path, head, encoding), newline="\n")
+
+
+def _decode(path: Path, data: bytes, encoding: str) -> str:
+    encoding = _encoding(path, data[:_HEAD], encoding)
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -159,8 +215,8 @@ def _fitting(data: bytes, tried: str) -> str:
     return "latin-1"
 
 
-def _json_lines(path: Path, text: str, field: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _json_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -168,7 +224,9 @@ def _json_lines(path: Path, text: str, field: str) -> Iterator[str]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number}: not JSON ({error.msg}); .jsonl needs one JSON object a line") from error
         if not isinstance(value, dict):
-            raise DataError(f"{path}:{number}: expected a JSON object with a field {field!r}, found {line[:40]!r}")
+            raise DataError(
+                f"{path}:{number}: expected a JSON object with a field {field!r}, found {line[:40].rstrip()!r}"
+            )
         if field not in value:
             strings = [key for key, entry in value.items() if isinstance(entry, str)]
             advice = f"; choose one with data.field={strings[0]}" if strings else ""
@@ -176,4 +234,13 @@ def _json_lines(path: Path, text: str, field: str) -> Iterator[str]:
             raise DataError(f"{path}:{number}: no field {field!r}; the fields are {fields}{advice}")
         if not isinstance(value[field], str):
             raise DataError(f"{path}:{number}: field {field!r} is not text but {type(value[field]).__name__}")
+        if "\\u" in line:  # an escape may be half of a character
+            try:
+                value[field].encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{path}:{number}: field {field!r} has half of a surrogate pair "
+                    f"(\\u{ord(value[field][error.start]):04x} at character {error.start}), which is no text; "
+                    "mend or delete the line"
+                ) from error
         yield value[field]

@@ -26,7 +26,7 @@ from quintic.assets import corpus_path
 from quintic.core import DataError
 from quintic.core.files import atomic_folder, cache_dir, sha256_bytes, sha256_file
 from quintic.data.config import DataConfig
-from quintic.data.readers import find_sources, read_documents
+from quintic.data.readers import EXTENSIONS, find_sources, read_documents
 from quintic.data.tokenizer import SMALLEST_BPE, Tokenizer, vocab_size_for
 
 __all__ = ["Split", "TokenData", "document_ids", "num_windows", "prepare", "windows"]
@@ -102,7 +102,10 @@ def prepare(
     source = find_sources([corpus_path()] if paths is None else paths)
     warnings = []
     if source.skipped:
-        warnings.append(f"passed over {source.skipped} files that are not text by their extension")
+        warnings.append(
+            f"passed over {source.skipped} files of other kinds than {', '.join(EXTENSIONS)} (also with .gz); "
+            "a file that is named itself is read as text whatever its name"
+        )
 
     def documents() -> Iterator[str]:
         return read_documents(source.files, encoding=config.encoding, field=config.field)
