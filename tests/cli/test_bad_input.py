@@ -53,6 +53,13 @@ def run(book, tmp_path, capsys):
         (["BOOK", "lm.vocab_size=100"], "lm.vocab_size = 100 is below the tokenizer's 257 tokens"),
         (["BOOK", "data.tokenizer=missing.json"], "no tokenizer at missing.json"),
         (["BOOK", "data.encoding=klingon"], "unknown encoding 'klingon'"),
+        (["BOOK", "lm.rope_theta=0"], "lm.rope_theta must be above 0 and finite, found 0.0"),
+        (["BOOK", "lm.norm_eps=-1"], "lm.norm_eps must be at least 0 and finite, found -1.0"),
+        (["BOOK", "lm.route_scale=nan"], "lm.route_scale must be at least 0 and finite, found nan"),
+        (
+            ["BOOK", "data.validation_fraction=0.6", "data.test_fraction=0.4"],
+            "no text is left to train on: data.validation_fraction = 0.6 and data.test_fraction = 0.4 take all of it",
+        ),
         (["EMPTY"], "every document is empty"),
         (["BINARY"], "looks binary"),
         (["SHORT"], "too short to train on: 5 characters"),

@@ -70,6 +70,12 @@ def prepare(
             if not (name == "vocab_size" and given):
                 settings = settings.derive(f"lm.{name}", value, why)
     made = LanguageModelTask(settings["lm"], data, cross_documents=settings["data"].cross_documents)
+    if not made.num_examples:
+        parts = settings["data"]
+        raise DataError(
+            f"no text is left to train on: data.validation_fraction = {parts.validation_fraction:g} and "
+            f"data.test_fraction = {parts.test_fraction:g} take all of it; make them smaller"
+        )
     return made, settings, data.warnings
 
 

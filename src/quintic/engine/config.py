@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import textwrap
 import tomllib
 import types
@@ -78,8 +79,8 @@ class EngineConfig:
             ("eval_every", 0), ("checkpoint_every", 0), ("sample_every", 0), ("keep_last", 1), ("load_every", 1),
             ("diagnose_every", 0), ("ema_decay", 0), ("max_skips", 0),
         ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ConfigError(f"engine.{name} must be at least {least}, found {getattr(self, name)}")
+            if not least <= getattr(self, name) < math.inf:
+                raise ConfigError(f"engine.{name} must be at least {least} and finite, found {getattr(self, name)}")
         if self.ema_decay >= 1:
             raise ConfigError(f"engine.ema_decay must be below 1, found {self.ema_decay}")
         if self.on_nonfinite not in ("stop", "skip"):
@@ -206,12 +207,15 @@ def _typed(key: str, value: Any, known: Mapping[str, Any], *, from_text: bool = 
     options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if float in options and type(value) is int:
         return float(value)
+    if float in options and from_text and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)  # .5 and 5. are numbers to people, though not to TOML
     if int in options and type(value) is float and value.is_integer():
         return int(value)  # 1e4 is how people write ten thousand
     if str in options and from_text and not isinstance(value, str):
         return str(value)
     if type(value) not in options:
-        names = " or ".join(o.__name__ for o in options)
+        names = " or ".join("bool (true or false)" if o is bool else o.__name__ for o in options)
         raise ConfigError(f"setting '{key}' must be of type {names}, found {value!r}")
     return value
 

@@ -6,6 +6,7 @@ every number, and any of them can be overridden by name.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass
 from typing import Any
@@ -118,10 +119,12 @@ class LMConfig:
                 raise ConfigError(f"lm.{name} must be at least 1, found {getattr(self, name)}")
         for name in (
             "num_shared", "q_rank", "num_dense_layers", "route_scale", "balance_rate", "balance_rest", "aux_weight",
-            "z_weight", "qk_clip",
+            "z_weight", "qk_clip", "norm_eps",
         ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ConfigError(f"lm.{name} must be at least 0, found {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"lm.{name} must be at least 0 and finite, found {getattr(self, name)}")
+        if not 0 < self.rope_theta < math.inf:
+            raise ConfigError(f"lm.rope_theta must be above 0 and finite, found {self.rope_theta}")
         for name in ("qk_nope_dim", "qk_rope_dim", "kv_rank"):
             if getattr(self, name) % 2:
                 raise ConfigError(f"lm.{name} must be even (positions turn pairs), found {getattr(self, name)}")
