@@ -69,3 +69,13 @@ def test_a_folder_that_holds_a_run_is_refused(book, tmp_path, capsys):
     assert quintic("race", book, "--size", "tiny", "--out", tmp_path) == 2
     assert "holds a single run" in " ".join(capsys.readouterr().err.split())
     assert {path.name for path in tmp_path.iterdir()} == {"book.txt", "config.toml"}
+
+
+def test_a_race_goes_on_over_an_arm_that_diverges(book, tmp_path, capsys):
+    arms = ["--arm", "good: lm.dense=true", "--arm", "wild: lm.route_scale=3e38"]
+    short = ["engine.steps=2", "lm.num_layers=2", "--lr", "0.01", "--seeds", "2"]
+    assert quintic("race", book, *short, *arms, "--out", tmp_path / "race") == 0
+    result = json.loads((tmp_path / "race" / "race.json").read_text())
+    assert result["winner"] == "good" and result["matches"] == []
+    assert result["arms"][1]["losses"] == [float("inf")] * 2
+    assert "diverged" in capsys.readouterr().out

@@ -63,3 +63,21 @@ def test_ratios_of_seeds_are_against_the_others_own_loss_with_that_seed(tilt, la
 def test_divergence_is_a_loss_and_not_an_end():
     race = run_race(surface, ARMS[:1], start_lrs=[0.02, 0.04, 4.0, 0.01], seeds=[0])
     assert race.arms[0].sweep[4.0] == math.inf and race.arms[0].best_lr == 0.02
+
+
+def test_an_arm_that_diverges_loses_and_the_others_are_compared_all_the_same():
+    def broken(arm, lr, seed, fraction):
+        if arm.name == "wild":
+            return Finish(math.inf, 0.0, 100)
+        if arm.name == "moody" and seed == 1:
+            return Finish(math.inf, 0.0, 100)
+        return surface(Arm("slow" if arm.name == "slow" else "fast", ()), lr, seed, fraction)
+
+    said = []
+    arms = [Arm("wild", ()), Arm("moody", ()), *ARMS]
+    race = run_race(broken, arms, start_lrs=[0.02, 0.08], seeds=[0, 1, 2], note=said.append)
+    assert race.winner.name == "fast" and [arm.diverged for arm in race.arms] == [True, True, False, False]
+    assert [match["against"] for match in race.matches] == ["slow"]
+    assert math.isnan(race.arms[0].spread) and math.isnan(race.arms[0].seconds_per_step)
+    assert race.arms[1].seconds_per_step == 0.03  # of the seeds that came to an end
+    assert any(words.startswith("wild: best lr") and words.endswith("diverged") for words in said)

@@ -35,7 +35,11 @@ def race_folder(folder, arms, matches=()):
     for each in arms:
         run = folder / f"{each['name']}-lr{each['best_lr']:g}-seed0-steps6"
         run.mkdir()
-        rows = [{"step": s, "loss": 9.0} | ({"val_loss": each["mean"] + 6 - s} if s % 3 == 0 else {}) for s in range(7)]
+        end = each["mean"]
+        rows = [
+            {"step": s, "loss": 9.0} | ({"val_loss": end + 6 - s if math.isfinite(end) else None} if s % 3 == 0 else {})
+            for s in range(7)
+        ]
         (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[1:]), encoding="utf-8")
         (run / "machine.json").write_text('{"cpu": "Abacus 9000"}', encoding="utf-8")
     return folder
@@ -77,6 +81,16 @@ def test_the_verb_makes_the_page_of_a_race_again(tmp_path, capsys):
 def test_one_seed_has_no_deviation_and_no_match_no_boast(tmp_path):
     text = words(write_race_report(race_folder(tmp_path / "r", [arm("a", {"0.1": 3.0}, [3.0])])).read_text())
     assert "one seed" in text and "reaches" not in text
+
+
+def test_an_arm_without_a_finite_loss_is_said_to_have_diverged(tmp_path):
+    wild = arm("wild", {"0.1": math.inf}, [math.inf, 5.0], spread=math.nan, seconds_per_step=math.nan)
+    good = arm("good", {"0.1": 4.0}, [4.0, 4.5])
+    text = words(write_race_report(race_folder(tmp_path / "race", [wild, good])).read_text(encoding="utf-8"))
+    assert "validation loss of wild diverged 1 of 2 seeds without a finite loss" in text
+    assert "good has the lowest loss" in text and " inf" not in text and "nan" not in text
+    text = words(write_race_report(race_folder(tmp_path / "both", [wild])).read_text(encoding="utf-8"))
+    assert "Every arm diverged" in text
 
 
 def test_a_race_that_is_not_finished_or_damaged(tmp_path):

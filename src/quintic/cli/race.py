@@ -146,9 +146,10 @@ def _run_one(
     if not outcome.finished:
         raise KeyboardInterrupt
     row = read_metrics(run.metrics_file)[-1]  # rounded there: a continued race sees the same numbers
-    if row.get("val_loss") is None:
+    if "val_loss" not in row:
         raise ConfigError("a race compares validation losses: keep data.validation_fraction above 0")
-    return Finish(row["val_loss"], row["seconds"], steps)
+    loss = row["val_loss"]  # null stands for one that is not finite
+    return Finish(float("inf") if loss is None else loss, row["seconds"], steps)
 
 
 def _header(task: str, size: str, paths: list[Path], fingerprint: str) -> dict[str, object]:
@@ -156,7 +157,7 @@ def _header(task: str, size: str, paths: list[Path], fingerprint: str) -> dict[s
 
 
 def _print_table(console: Console, result: Race) -> None:
-    from quintic.report.words import by_seed
+    from quintic.report.words import by_seed, finite
 
     table = Table("arm", "best lr", "interior", "validation loss", "ms a step", box=None, pad_edge=False)
     for arm in result.arms:
@@ -164,8 +165,8 @@ def _print_table(console: Console, result: Race) -> None:
             arm.name,
             f"{arm.best_lr:g}",
             "yes" if arm.interior else "no",
-            f"{arm.mean:.4f} +- {arm.spread:.4f}",
-            f"{1000 * arm.seconds_per_step:.1f}",
+            "diverged" if arm.diverged else f"{arm.mean:.4f} +- {arm.spread:.4f}",
+            finite(1000 * arm.seconds_per_step, 1),
         )
     console.print(table)
     for match in result.matches:

@@ -64,8 +64,15 @@ class ArmResult:
         return statistics.fmean(self.losses)
 
     @property
+    def diverged(self) -> bool:
+        """Whether a seed has no finite loss at the best rate; the arm has none then."""
+        return not all(map(math.isfinite, self.losses))
+
+    @property
     def spread(self) -> float:
-        """Sample standard deviation over the seeds; 0 for one seed."""
+        """Sample standard deviation over the seeds; 0 for one seed, nan if one has diverged."""
+        if self.diverged:
+            return math.nan
         return statistics.stdev(self.losses) if len(self.losses) > 1 else 0.0
 
 
@@ -76,8 +83,8 @@ class Race:
     arms: list[ArmResult]
     steps: int
     matches: list[dict[str, Any]] = field(default_factory=list)
-    """Per beaten arm: the share of the steps (also seed by seed), and of the time, that the winner needs for its mean
-    loss, and the losses of the shorter schedules."""
+    """Per beaten arm with a loss: the share of the steps (also seed by seed), and of the time, that the winner needs
+    for its mean loss, and the losses of the shorter schedules."""
 
     @property
     def winner(self) -> ArmResult:
@@ -120,16 +127,18 @@ def run_race(
         _sweep(run_one, arm, result, start_lrs, seeds[0], note)
         finishes = [run_one(arm, result.best_lr, seed, 1.0) for seed in seeds]
         result.losses = [finish.loss for finish in finishes]
-        result.seconds_per_step = statistics.median(finish.seconds / finish.steps for finish in finishes)
+        paces = [finish.seconds / finish.steps for finish in finishes if math.isfinite(finish.loss)]
+        result.seconds_per_step = statistics.median(paces) if paces else math.nan
         steps = finishes[0].steps
         edge = "" if result.interior else " (at the edge of the grid)"
-        note(f"{arm.name}: best lr {result.best_lr:g}{edge}, loss {result.mean:.4f} +- {result.spread:.4f}")
+        loss = "diverged" if result.diverged else f"loss {result.mean:.4f} +- {result.spread:.4f}"
+        note(f"{arm.name}: best lr {result.best_lr:g}{edge}, {loss}")
         results.append(result)
     race = Race(results, steps)
     if match:
         winner = next(arm for arm in arms if arm.name == race.winner.name)
         for other in race.arms:
-            if other.name != winner.name:
+            if other.name != winner.name and not other.diverged:  # there is no loss to reach else
                 race.matches.append(_match(run_one, winner, race.winner, other, seeds))
     return race
 

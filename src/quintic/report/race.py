@@ -17,7 +17,7 @@ from quintic.report.figure import Figure
 from quintic.report.html import document, header, number_table, section
 from quintic.report.machine import machine_table
 from quintic.report.records import json_object, loss_unit
-from quintic.report.words import by_seed
+from quintic.report.words import by_seed, finite
 
 __all__ = ["write_race_report"]
 
@@ -52,9 +52,12 @@ def _page(folder: Path, race: dict[str, Any]) -> str:
         for m in race["matches"]
     )
     lead = f"{matches} Every arm had the same data and steps, and learning rates of its own."
-    cards = [(f"{arm['mean']:.4f}", f"validation loss of {arm['name']}", _spread(arm, seeds)) for arm in arms]
+    cards = [
+        (finite(arm["mean"], 4, "diverged"), f"validation loss of {arm['name']}", _spread(arm, seeds)) for arm in arms
+    ]
+    result = f"{race['winner']} has the lowest loss" if math.isfinite(arms[0]["mean"]) else "Every arm diverged"
     main = [
-        header(f"Race over {race['steps']:,} steps", f"{race['winner']} has the lowest loss", lead.strip(), cards),
+        header(f"Race over {race['steps']:,} steps", result, lead.strip(), cards),
         section("Curves", [_curves(folder, race)]),
         f"<section><h2>Arms</h2>{_arms(arms)}</section>",
         f"<section><h2>Tuning</h2>{_sweeps(arms)}"
@@ -67,6 +70,8 @@ def _page(folder: Path, race: dict[str, Any]) -> str:
 
 
 def _spread(arm: dict[str, Any], seeds: int) -> str:
+    if not math.isfinite(arm["mean"]):
+        return f"{sum(not math.isfinite(loss) for loss in arm['losses'])} of {seeds} seeds without a finite loss"
     return f"deviation {arm['spread']:.4f} over {seeds} seeds" if seeds > 1 else "one seed"
 
 
@@ -75,10 +80,10 @@ def _arms(arms: list[dict[str, Any]]) -> str:
         (
             f"{escape(arm['name'])}<small>{escape(' '.join(arm['overrides']))}</small>",
             [
-                f"{arm['mean']:.4f}",
-                f"{arm['spread']:.4f}",
+                finite(arm["mean"], 4, "diverged"),
+                finite(arm["spread"], 4),
                 f"{arm['best_lr']:g}" + ("" if arm["interior"] else "<small>edge of the grid</small>"),
-                f"{1000 * arm['seconds_per_step']:.1f}",
+                finite(1000 * arm["seconds_per_step"], 1),
             ],
         )
         for arm in arms
@@ -94,7 +99,7 @@ def _sweeps(arms: list[dict[str, Any]]) -> str:
         losses = {float(lr): loss for lr, loss in arm["sweep"].items()}
         cells = []
         for lr in rates:
-            text = "" if lr not in losses else f"{losses[lr]:.4f}" if math.isfinite(losses[lr]) else "diverged"
+            text = "" if lr not in losses else finite(losses[lr], 4, "diverged")
             cells.append(f'<span class="best">{text}</span>' if lr == arm["best_lr"] else text)
         rows.append((escape(arm["name"]), cells))
     return number_table([f"{lr:g}" for lr in rates], rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["by_seed", "count", "duration", "plain", "significant"]
+__all__ = ["by_seed", "count", "duration", "finite", "plain", "significant"]
 
 
 def count(value: float) -> str:
@@ -50,6 +50,16 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size} {large} {whole % size // part} {small}"
     raise AssertionError("a minute or more matches a unit")
+
+
+def finite(value: float, digits: int, otherwise: str = "") -> str:
+    """A number to some decimals, or other words where there is none.
+
+    Example:
+        >>> finite(2.5, 4), finite(math.inf, 4, "diverged")
+        ('2.5000', 'diverged')
+    """
+    return f"{value:.{digits}f}" if math.isfinite(value) else otherwise
 
 
 def significant(value: float, digits: int = 3) -> str:
