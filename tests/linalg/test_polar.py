@@ -179,10 +179,11 @@ def test_an_extreme_matrix_does_not_touch_a_bit_of_its_neighbours(method, expone
 
 @pytest.mark.parametrize("method", ["auto", *METHODS])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_non_finite_element_spoils_its_own_matrix_only(method, bad):
-    M = randn(3, 6, 9)
+@pytest.mark.parametrize("shape", [(6, 9), (1, 5), (5, 1)])
+def test_a_non_finite_element_spoils_its_own_matrix_only(method, bad, shape):
+    M = randn(3, *shape)
     clean = msign(M, method=method)
-    M[1, 2, 3] = bad
+    M[1, shape[0] // 2, shape[1] // 2] = bad
     out = msign(M, method=method)
     assert out[1].isnan().all()
     torch.testing.assert_close(out[[0, 2]], clean[[0, 2]], atol=1e-6, rtol=0)
@@ -273,6 +274,15 @@ def test_bfloat16_products_are_available_and_coarse():
     assert 1e-4 < error < 0.1
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (96, 256), (256, 96)])
+def test_half_precision_rounds_the_iterates_and_nothing_larger(shape):
+    """With a on the diagonal of the polynomial, which is rounded too, the error is 0.011."""
+    M = randn(*shape)
+    exact = polynomial_of(M)
+    error = msign(M, method="newton-schulz", dtype=torch.bfloat16) - exact
+    assert torch.linalg.norm(error) < 0.0085 * torch.linalg.norm(exact)
+
+
 def test_gram_is_refused_in_half_precision():
     with pytest.raises(ConfigError, match="newton-schulz"):
         msign(randn(4, 16), method="gram", dtype=torch.bfloat16)
@@ -288,11 +298,26 @@ def test_choice_of_method():
     assert choose_method(1, 64, torch.float32) == "svd"
 
 
-@pytest.mark.parametrize("method", ["newton-schulz", "gram"])
-@pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3), (2, 3, 8)])
+@pytest.mark.parametrize("method", ["newton-schulz", "gram", "svd"])
+@pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3), (2, 3, 8), (1, 4)])
 def test_differentiable(method, shape):
     M = randn(*shape, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: msign(x, method=method), (M,))
+    assert torch.autograd.gradgradcheck(lambda x: msign(x, method=method), (M,))
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 7), (7, 3), (2, 3, 8)])
+def test_svd_is_differentiable_where_singular_values_are_equal(shape):
+    M = msign(randn(*shape, dtype=torch.float64), method="svd").requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: msign(x, method="svd"), (M,))
+
+
+def test_svd_has_the_derivative_at_constant_rank():
+    a, b = (randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((5, 2), (2, 6)))
+    assert torch.autograd.gradcheck(lambda a, b: msign(a @ b, method="svd"), (a, b))
+    zero = torch.zeros(2, 3, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(msign(zero, method="svd").sum(), zero)
+    assert not gradient.any()
 
 
 def test_gradient_tracking_does_not_change_the_result():

@@ -33,7 +33,7 @@ METHODS = ("auto", "newton-schulz", "gram", "svd")
 """Names accepted by :func:`msign`."""
 
 _GRAM_ASPECT = 2  # from here on Gram's saving exceeds the cost of its extra small products
-_GRAM_DTYPES = (torch.float32, torch.float64)
+_WIDE = (torch.float32, torch.float64)
 # On CPUs, of all buffers that a thread works in at a time: all steps run within a cache of 2 MiB.
 _CACHED_BYTES = 7 * 2**18
 _SAFE_NORMS = (1e-12, 1e18)  # the squares of elements that matter neither overflow nor vanish in float32
@@ -52,7 +52,7 @@ def choose_method(rows: int, columns: int, dtype: torch.dtype) -> str:
     short, long = sorted((rows, columns))
     if short == 1:
         return "svd"
-    return "gram" if long >= _GRAM_ASPECT * short and dtype in _GRAM_DTYPES else "newton-schulz"
+    return "gram" if long >= _GRAM_ASPECT * short and dtype in _WIDE else "newton-schulz"
 
 
 def msign(
@@ -66,7 +66,8 @@ def msign(
     """Matrix sign of the last two axes; M itself is never modified.
 
     Scale-invariant over the whole range of the dtype. A zero matrix gives exactly zero. A matrix with a
-    non-finite element gives NaN and leaves the rest of the batch alone. Differentiable.
+    non-finite element gives NaN and leaves the rest of the batch alone. Differentiable where M has full rank; elsewhere
+    msign jumps, ``svd`` gives the derivative at constant rank, and polynomials give their own, steep one.
 
     Args:
         M: (..., n, m), floating, any strides; empty axes are fine.
@@ -137,11 +138,11 @@ def _resolved(
         dtype = _accurate_dtype(M, method)
     if method == "auto":
         method = choose_method(M.shape[-2], M.shape[-1], dtype)
-    if method == "gram" and dtype not in _GRAM_DTYPES:
+    if method == "gram" and dtype not in _WIDE:
         raise ConfigError(
             f"method 'gram' loses all accuracy in {dtype}; use 'newton-schulz', or dtype=torch.float32 or float64"
         )
-    if method == "svd" and dtype not in _GRAM_DTYPES:
+    if method == "svd" and dtype not in _WIDE:
         dtype = torch.float32  # no half-precision decomposition exists
     return _FORMS[method], schedule, dtype
 
@@ -233,7 +234,7 @@ def _normalized(M: Tensor, out: Tensor | None = None) -> Tensor:
         # The least normal number has an inverse; beside it denormals are still visible.
         X = torch.mul(X, torch.where(safe, 1.0, peak.clamp(min=torch.finfo(X.dtype).tiny).reciprocal()), out=out)
         norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-        norm = torch.where(norm > 0, norm, 1.0)
+        norm = torch.where(norm == 0, 1.0, norm)  # NaN stays
     return torch.mul(X, norm.reciprocal(), out=out)  # twice as fast as a division
 
 
@@ -255,11 +256,17 @@ def _newton_schulz(X: Tensor, spare: Tensor | None, schedule: Schedule, space: W
     gram, polynomial = _squares(space, X, "gram", "polynomial")
     diagonal = None if polynomial is None else polynomial.diagonal(dim1=-2, dim2=-1)
     there = _other(X, spare, space)
+    # A pass over X less with a on the diagonal; in half precision rounding it there would double the error.
+    on_diagonal = X.dtype in _WIDE
     for a, b, c in schedule:
         A = torch.bmm(X, X.mT, out=gram)
         P = torch.baddbmm(A, A, A, beta=b, alpha=c, out=polynomial)
-        (P.diagonal(dim1=-2, dim2=-1) if diagonal is None else diagonal).add_(a)
-        X, there = torch.bmm(P, X, out=there), (None if there is None else X)
+        if on_diagonal:
+            (P.diagonal(dim1=-2, dim2=-1) if diagonal is None else diagonal).add_(a)
+            new = torch.bmm(P, X, out=there)
+        else:
+            new = torch.baddbmm(X, P, X, beta=a, out=there)
+        X, there = new, (None if there is None else X)
     return X
 
 
@@ -306,10 +313,45 @@ def _svd(X: Tensor, spare: Tensor | None, schedule: Schedule, space: Workspace |
         return X  # normalised already
     # LAPACK refuses a whole batch for one non-finite element.
     finite = X.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    U, S, Vh = torch.linalg.svd(X.masked_fill(~finite, 0.0), full_matrices=False)
-    floor = S[..., :1] * (max(X.shape[-2:]) * torch.finfo(X.dtype).eps)
-    kept = U * S.gt(floor).to(X.dtype).unsqueeze(-2)
-    return (kept @ Vh).masked_fill(~finite, torch.nan)
+    return _PolarFactor.apply(X.masked_fill(~finite, 0.0)).masked_fill(~finite, torch.nan)
+
+
+class _PolarFactor(torch.autograd.Function):
+    """P = U V^T of X = U S V^T with a derivative that has no s_i - s_j below the line, as that of the svd has.
+
+    dP = U ((A - A^T) / (s_i + s_j)) V^T + (I - U U^T) dX V S^-1 V^T + U S^-1 U^T dX (I - V V^T) with A = U^T dX V: it
+    exists for equal singular values too. Those that count as zero are left out: the derivative at constant rank.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(X: Tensor) -> Tensor:
+        U, _, Vh = _kept_svd(X)
+        return U @ Vh
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (G,) = gradients
+        U, S, Vh = _kept_svd(*ctx.saved_tensors)
+        pairs = S.unsqueeze(-1) + S.unsqueeze(-2)
+        K = U.mT @ G @ Vh.mT
+        within = (K - K.mT) / torch.where(pairs > 0, pairs, 1.0)
+        inverse = torch.where(S > 0, 1 / torch.where(S > 0, S, 1.0), 0.0)
+        right, left = G @ Vh.mT * inverse.unsqueeze(-2), inverse.unsqueeze(-1) * (U.mT @ G)
+        right, left = right - U @ (U.mT @ right), left - left @ Vh.mT @ Vh
+        return (U @ within + right) @ Vh + U @ left
+
+
+def _kept_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V^T, with zeros for what belongs to singular values below the rounding error."""
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    kept = S[..., :1] * (max(X.shape[-2:]) * torch.finfo(X.dtype).eps) < S
+    return U * kept.unsqueeze(-2), S * kept, Vh * kept.unsqueeze(-1)
 
 
 _FORMS = {
