@@ -42,6 +42,24 @@ def test_resume_is_bit_exact(through, dtype):
         assert all(torch.equal(v, resumed.state[q][k]) for k, v in optimizer.state[p].items())
 
 
+@pytest.mark.parametrize("decay", ["frobenius", "spectral"])
+@pytest.mark.parametrize("there", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("here", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_state_moves_to_a_model_of_another_dtype(here, there, decay):
+    straight, moved = Model(here), Model(there)
+    optimizer, resumed = Muon(straight, lr=0.05, decay=decay), Muon(moved, decay=decay)
+    run(list(straight.parameters()), optimizer, 3)
+    moved.load_state_dict(straight.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    run(list(straight.parameters()), optimizer, 3, start=3)
+    run(list(moved.parameters()), resumed, 3, start=3)
+    wide = torch.float64 if there == torch.float64 else torch.float32
+    coarse = torch.bfloat16 in (here, there)
+    for p, q in zip(straight.parameters(), moved.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q.double(), atol=1e-2 if coarse else 1e-5, rtol=1e-2 if coarse else 1e-5)
+        assert {v.dtype for k, v in resumed.state[q].items() if k != "step"} == {wide}
+
+
 def test_foreign_states_are_refused():
     (p,) = parameters((4, 6))
     optimizer = Muon([("w", p)])

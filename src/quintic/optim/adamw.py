@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from quintic.optim.sharded import local
 
-__all__ = ["new_state", "update_with_adamw"]
+__all__ = ["new_state", "state_dtype", "update_with_adamw"]
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -27,7 +27,7 @@ def update_with_adamw(group: dict[str, Any], params: list[Tensor], states: list[
     own, targets, gradients, first, second, steps = [], [], [], [], [], []
     for p, state in zip(params, states, strict=True):
         assert p.grad is not None
-        dtype = _wide(p.dtype)
+        dtype = state_dtype(p.dtype)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = new_state(p)
@@ -63,8 +63,9 @@ def update_with_adamw(group: dict[str, Any], params: list[Tensor], states: list[
 
 def new_state(p: Tensor) -> Tensor:
     """Zeros for a parameter: contiguous, which fused AdamW relies on, and at least float32."""
-    return torch.zeros_like(p, dtype=_wide(p.dtype), memory_format=torch.contiguous_format)
+    return torch.zeros_like(p, dtype=state_dtype(p.dtype), memory_format=torch.contiguous_format)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a parameter's state is kept in: at least float32."""
     return dtype if dtype in _WIDE else torch.float32

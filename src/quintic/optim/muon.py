@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from quintic.core import CheckpointError, ConfigError, suggest
 from quintic.linalg.coefficients import Coefficients
 from quintic.linalg.workspace import Workspace
-from quintic.optim.adamw import new_state, update_with_adamw
+from quintic.optim.adamw import new_state, state_dtype, update_with_adamw
 from quintic.optim.cap import cap_step_
 from quintic.optim.decay import start_top_space, top_space_shape
 from quintic.optim.groups import check_group, check_still_matrices, groups_of, matrices_in, name_of, warn_about_small_lr
@@ -313,7 +313,7 @@ class Muon(torch.optim.Optimizer):
         scatter_(divided, [each and each.weights for each in gathered], bad, self.distributed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a state dict; tensors are copied, in the dtype in which they were saved.
+        """Continue from a state dict, of a model in any dtype; tensors are copied.
 
         torch casts state to the parameter's dtype, which would cost half-precision parameters their float32 moments.
 
@@ -347,7 +347,8 @@ class Muon(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
         for _, p, name, value in tensors:
-            self.state[p][name] = value.detach().to(p.device, copy=True).contiguous()
+            dtype = value.dtype if name == "step" else state_dtype(p.dtype)
+            self.state[p][name] = value.detach().to(p.device, dtype, copy=True).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         counts = {"_skipped": self._skipped, "_cap_factor": self._cap_factor}
