@@ -28,6 +28,11 @@ from quintic.optim import Muon, convert_lr
         ({"adjust_lr_fn": "match_rms"}, "did you mean 'match_rms_adamw'"),
         ({"adamw_betas": (0.9, 1.0)}, r"adamw_betas\[1\]"),
         ({"adamw_eps": -1.0}, "adamw_eps"),
+        ({"lr": "1e-3"}, "lr = '1e-3'; expected a number, found str"),  # what YAML makes of 1e-3
+        ({"weight_decay": None}, "weight_decay = None; expected a number"),
+        ({"adamw_betas": 0.9}, "adamw_betas = 0.9; expected two numbers"),
+        ({"adamw_betas": (0.9,)}, "expected two numbers"),
+        ({"cap": "10"}, "cap = '10'; expected a positive number"),
     ],
 )
 def test_wrong_settings_are_refused_at_construction(keywords, message):

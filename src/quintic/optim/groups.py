@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -84,17 +85,23 @@ def check_still_matrices(group: dict[str, Any]) -> None:
 
 def check_group(group: dict[str, Any]) -> None:
     """Raise ConfigError for the first setting or parameter that cannot work."""
-    lr = group["lr"]
+    lr, betas = group["lr"], group["adamw_betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ConfigError(f"adamw_betas = {betas!r}; expected two numbers, such as (0.9, 0.95)")
+    of_memory = {"momentum": group["momentum"], "adamw_betas[0]": betas[0], "adamw_betas[1]": betas[1]}
+    of_size = {"weight_decay": group["weight_decay"], "adamw_eps": group["adamw_eps"]}
+    for name, value in {"lr": lr, **of_size, **of_memory}.items():
+        if not isinstance(value, Real | Tensor):
+            raise ConfigError(f"{name} = {value!r}; expected a number, found {type(value).__name__}")
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ConfigError(f"lr is a tensor of shape {tuple(lr.shape)}; expected a number or a 0-d tensor")
     elif not 0.0 <= lr < math.inf:
         raise ConfigError(f"lr = {lr}; expected a finite number, 0 or more")
-    for name in ("weight_decay", "adamw_eps"):
-        if not 0.0 <= group[name] < math.inf:
-            raise ConfigError(f"{name} = {group[name]}; expected a finite number, 0 or more")
-    beta1, beta2 = group["adamw_betas"]
-    for name, value in (("momentum", group["momentum"]), ("adamw_betas[0]", beta1), ("adamw_betas[1]", beta2)):
+    for name, value in of_size.items():
+        if not 0.0 <= value < math.inf:
+            raise ConfigError(f"{name} = {value}; expected a finite number, 0 or more")
+    for name, value in of_memory.items():
         if not 0.0 <= value < 1.0:
             raise ConfigError(f"{name} = {value}; expected a number in [0, 1)")
     choices = {

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, overload
 
 import torch
@@ -154,8 +155,8 @@ class Muon(torch.optim.Optimizer):
             if adjust_lr_fn not in _ADJUST:
                 raise ConfigError(f"unknown adjust_lr_fn {adjust_lr_fn!r}{suggest(adjust_lr_fn, _ADJUST)}")
             scale = _ADJUST[adjust_lr_fn]
-        if cap is not None and not cap > 0:
-            raise ConfigError(f"cap = {cap}; expected a positive number, or None for no cap")
+        if cap is not None and not (isinstance(cap, Real) and cap > 0):
+            raise ConfigError(f"cap = {cap!r}; expected a positive number, or None for no cap")
         if nonfinite not in NONFINITE:
             raise ConfigError(f"unknown nonfinite {nonfinite!r}{suggest(nonfinite, NONFINITE)}")
         if distributed not in DISTRIBUTED:
