@@ -131,6 +131,7 @@ def test_labels_and_repr():
         ({"columns": [0]}, "expected both"),
         ({"rank": (2, 9)}, "rows = 9; expected 1 to 5"),
         ({"rank": (0, 2)}, "columns = 0"),
+        ({"rank": 0}, "rank = 0"),
         ({"rank": 2, "core": "crosss"}, "did you mean 'cross'"),
         ({"tol": 0.1, "core": "cross"}, "projection"),
     ],

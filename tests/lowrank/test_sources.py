@@ -138,6 +138,15 @@ def test_blocks_that_do_not_fit_or_change_are_refused():
         interpolative(RowBlocks([np.eye(4), np.full((1, 4), np.nan)]), rank=1)
 
 
+def test_one_pass_is_described_in_a_line():
+    A = np.random.default_rng(0).normal(size=(9, 7))
+    once = read_once([A], rank=3)
+    assert repr(once) == (
+        f"OnePass(9 x 7, rank 3, relative error about {once.error:.3g}, of its columns {once.column_error:.3g}, "
+        f"of its rows {once.row_error:.3g}, method 'quality')"
+    )
+
+
 @pytest.mark.parametrize("decompose", [cur, interpolative, svd])
 def test_rows_that_come_once_need_read_once(decompose):
     with pytest.raises(ConfigError, match="read_once"):

@@ -138,8 +138,10 @@ def cur(
         S1 = positions(columns, source.shape[-1], source, "columns")
         S2 = positions(rows, source.shape[-2], source, "rows")
         return _skeleton(source, project, core, S1, S2, "fixed", labels)
-    c, r = rank if isinstance(rank, tuple | list) and len(rank) == 2 else (rank, rank)
-    return attempt(check_rank(c, source, "columns"), check_rank(r, source, "rows"))
+    if isinstance(rank, tuple | list) and len(rank) == 2:
+        return attempt(check_rank(rank[0], source, "columns"), check_rank(rank[1], source, "rows"))
+    k = check_rank(rank, source)
+    return attempt(k, k)
 
 
 def _skeleton(source: Source, project: Any, core: str, S1: Tensor, S2: Tensor, method: str, labels: Any) -> Skeleton:

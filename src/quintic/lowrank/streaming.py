@@ -37,7 +37,7 @@ __all__ = ["OnePass", "read_once"]
 _PROBES = 10
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class OnePass:
     """What one pass tells about a matrix; numpy arrays, errors relative in the Frobenius norm and estimated."""
 
@@ -61,6 +61,11 @@ class OnePass:
     """(k, k) T_1^-1 (Q_1' Omega A Psi Q_2), with C before after R the CUR decomposition."""
     after: Any
     """(k, k) T_2'^-1."""
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        errors = f"{self.error:.3g}, of its columns {self.column_error:.3g}, of its rows {self.row_error:.3g}"
+        return f"OnePass({m} x {n}, rank {len(self.cols)}, relative error about {errors}, method '{self.method}')"
 
     @property
     def U(self) -> Any:
