@@ -7,6 +7,7 @@ here stands behind ``<!-- not run: why -->``. (The examples of docs/posts are ru
 have the same blocks as the English ones, see test_chinese.py.)
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from tests.cli.command import quintic
 
 from quintic.assets import corpus_path
 from quintic.cli.app import app
+from quintic.cli.wiring import KINDS, section_types
 from quintic.data.drawings import draw
 
 ROOT = Path(__file__).parent.parent.parent
@@ -180,6 +182,28 @@ def test_make_targets_exist():
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
     targets = {target for text in texts for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)}
     assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_options_and_settings_in_the_words_exist():
+    """Of blocks it is their running that shows it."""
+    helped = app.generate_docs(output_format="markdown")
+    settings = {
+        f"{section}.{field.name}"
+        for task in KINDS
+        for section, kind in section_types(task).items()
+        for field in dataclasses.fields(kind)
+    }
+    found = set()
+    for page in PAGES:
+        words = re.sub(r"\{py:\w+\}`[^`]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
+        for code in re.findall(r"`([^`\n]+)`", words):
+            found |= {(page.name, name) for name in re.findall(r"(?<![\w-])--[a-z][\w-]+", code)}
+            if re.match(r"[a-z. ]+=?", code):
+                found |= {
+                    (page.name, name) for name in re.findall(r"\b(?:lm|optim|engine|data|tarflow|ddpm)\.[a-z_]+", code)
+                }
+    unknown = {(page, name) for page, name in found if name not in settings and name not in helped}
+    assert len(found) > 60 and unknown <= {(page, name) for page, name in found if name in ("--help", "--signal")}
 
 
 def test_every_verb_is_shown_at_work():
