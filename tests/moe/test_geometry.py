@@ -91,6 +91,17 @@ def test_all_experts_are_the_dense_network(make, n):
     torch.testing.assert_close(layer(x), ffn(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.bfloat16, 0.05), (torch.float16, 0.005)])
+def test_networks_of_any_dtype_keep_it_and_are_measured_alike(dtype, atol):
+    x = torch.randn(500, 32, generator=torch.Generator().manual_seed(1))
+    expected, split = split_dense(gated(), 8, x), split_dense(gated().to(dtype), 8, x)
+    layer, some = split.to_moe(8), x[:30].to(dtype)
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    torch.testing.assert_close(layer(some), gated().to(dtype)(some), atol=atol, rtol=0)
+    assert split.r2 == pytest.approx(expected.r2, abs=0.01)
+    assert split.errors["router"] == pytest.approx(expected.errors["router"], abs=0.01)
+
+
 def test_errors_are_those_of_the_layer_it_makes():
     """The reported error of the router's choice is what the built layer shows on the same held-out tokens."""
     ffn, x = plain(), torch.randn(500, 32, generator=torch.Generator().manual_seed(1))
@@ -147,6 +158,7 @@ def test_normalised_layer_trains_its_router_and_the_exact_one_does_not():
         (plain(), 5, torch.randn(50, 32), ConfigError, "divide the hidden width of 128"),
         (plain(), 4, torch.randn(50, 31), DataError, "width 31"),
         (plain(), 4, torch.randn(9, 32), DataError, "9 tokens"),
+        (plain(), 4, torch.randn(50, 32).fill_diagonal_(torch.inf), DataError, "not finite"),
         (nn.Linear(4, 4), 4, torch.randn(50, 4), ConfigError, "form of Linear"),
         (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), 4, torch.randn(50, 4), ConfigError, "biases"),
         (nn.Sequential(nn.Linear(4, 8, False), nn.Tanh(), nn.Linear(8, 4, False)), 4, torch.randn(50, 4), ConfigError,

@@ -137,7 +137,7 @@ def split_dense(ffn: nn.Module, num_experts: int, calibration: Tensor) -> DenseS
 
     Raises:
         ConfigError: The network is of another form, has biases, or does not divide.
-        DataError: The calibration data has another width or too few tokens.
+        DataError: The calibration data has another width, too few tokens or numbers that are not finite.
 
     Example:
         On random weights the norm recovers more than half of what the best choice gains over chance.
@@ -161,18 +161,22 @@ def split_dense(ffn: nn.Module, num_experts: int, calibration: Tensor) -> DenseS
         raise ConfigError(f"num_experts must divide the hidden width of {hidden}, found {num_experts}")
     if calibration.shape[-1] != width:
         raise DataError(f"calibration has width {calibration.shape[-1]}, the network has {width}")
-    x_td = calibration.reshape(-1, width).to(w_in_hd)
+    wide = torch.promote_types(w_in_hd.dtype, torch.float32)  # half precision would blur what is measured
+    x_td = calibration.reshape(-1, width).to(w_in_hd.device, wide)
     held = torch.arange(len(x_td), device=x_td.device) % _HELD_OUT == 0
     if len(x_td) < 2 * _HELD_OUT:
         raise DataError(f"calibration has {len(x_td)} tokens; at least {2 * _HELD_OUT} are needed, better hundreds")
+    if not x_td.isfinite().all():
+        raise DataError("calibration has numbers that are not finite; leave such tokens out")
 
     f = hidden // num_experts
     w_in_ehd = torch.cat([part.unflatten(0, (num_experts, f)) for part in w_in_hd.split(hidden)], dim=1)
     w_out_edf = w_out_df.unflatten(1, (num_experts, f)).transpose(0, 1).contiguous()
 
-    chunks = [_vectors(chunk, w_in_ehd, w_out_edf, activation) for chunk in x_td[~held].split(_CHUNK)]
+    weights = w_in_ehd.to(wide), w_out_edf.to(wide)
+    chunks = [_vectors(chunk, *weights, activation) for chunk in x_td[~held].split(_CHUNK)]
     weight_ed, offset_e = _fit(x_td[~held], torch.cat([v.norm(dim=-1) for v in chunks]))
-    chunks = [_vectors(chunk, w_in_ehd, w_out_edf, activation) for chunk in x_td[held].split(_CHUNK)]
+    chunks = [_vectors(chunk, *weights, activation) for chunk in x_td[held].split(_CHUNK)]
     true_te = torch.cat([v.norm(dim=-1) for v in chunks])
     predicted_te = torch.relu(x_td[held] @ weight_ed.t() + offset_e)
     gram_tee = torch.cat([gram_matrices(v) for v in chunks]).cpu()
@@ -211,7 +215,7 @@ def _fit(x_td: Tensor, norms_te: Tensor) -> tuple[Tensor, Tensor]:
     The ridge is the one of least generalised cross-validation error (Golub, Heath and Wahba, 1979), since few tokens
     for the width would else fit their noise.
     """
-    x_td, norms_te = x_td.double(), norms_te.double()
+    dtype, x_td, norms_te = x_td.dtype, x_td.double(), norms_te.double()
     mean_d, mean_e = x_td.mean(0), norms_te.mean(0)
     centred_td = x_td - mean_d
     value_d, vector_dd = torch.linalg.eigh(centred_td.t() @ centred_td)
@@ -227,7 +231,7 @@ def _fit(x_td: Tensor, norms_te: Tensor) -> tuple[Tensor, Tensor]:
     unit = len(x_td) * float(centred_td.square().mean().clamp(min=1e-30))
     ridge = min((unit * each for each in _RIDGES), key=validation)
     weight_ed = (vector_dd @ (along_de / (value_d + ridge).unsqueeze(1))).t()
-    return weight_ed.to(torch.float32), (mean_e - weight_ed @ mean_d).to(torch.float32)
+    return weight_ed.to(dtype), (mean_e - weight_ed @ mean_d).to(dtype)
 
 
 def _weights(ffn: nn.Module) -> tuple[Tensor, Tensor, str]:
