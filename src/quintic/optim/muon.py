@@ -97,7 +97,9 @@ class Muon(torch.optim.Optimizer):
             ``raise`` or ``propagate``, see :mod:`quintic.optim.nonfinite`.
         strict: Given a module, refuse parameters whose role is ambiguous instead of warning.
         ns_coefficients: torch's name for one triple of coefficients.
-        eps: torch's guard against a zero norm; accepted and not needed: msign here has none, being scale-invariant.
+        eps: torch's guard against a zero norm; accepted and not used: msign here has none, being scale-invariant. So
+            torch's steps fade some hundred steps after the last gradient that is not zero, while here they keep their
+            size whatever is left of the momentum. What takes no part should have no gradient (None), and is left alone.
         adjust_lr_fn: torch's name for the scale: ``original`` is ``keller``, ``match_rms_adamw`` is ``moonlight``.
 
     Raises:
