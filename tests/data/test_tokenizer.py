@@ -61,7 +61,7 @@ def test_a_foreign_tokenizer_loses_its_truncation_and_padding(tmp_path):
     backend.save(str(tmp_path / "t.json"))
     tokenizer = Tokenizer.load(tmp_path / "t.json")
     assert tokenizer.encode("aba") == [1, 5, 1]
-    assert (tokenizer.separator_id, tokenizer.vocab_size) == (0, 6)
+    assert (tokenizer.separator, tokenizer.separator_id, tokenizer.vocab_size) == ("</s>", 0, 6)
 
 
 def test_unusable_files(tmp_path):

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import tokenizers
 import torch
 
 from quintic.core import CheckpointError, ConfigError
@@ -42,6 +43,15 @@ def test_transformers_loads_our_folder(tmp_path, q_rank, shard_bytes):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer("Whale é")["input_ids"] == Tokenizer.bytes().encode("Whale é")
     assert tokenizer.eos_token_id == Tokenizer.bytes().separator_id == theirs.generation_config.eos_token_id
+
+
+def test_a_foreign_tokenizer_keeps_its_own_end_of_a_document(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "</s>": 1, "b": 2}, merges=[]))
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(tmp_path / "t.json"))
+    save_deepseek(lively(TINY), tmp_path / "hf", Tokenizer.load(tmp_path / "t.json"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (len(tokenizer), tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id) == (3, "</s>", "</s>", 1)
 
 
 def test_we_load_what_transformers_saved(tmp_path):

@@ -52,13 +52,15 @@ class Tokenizer:
         backend.no_padding()
         # Text that spells a special token is text.
         backend.encode_special_tokens = True
-        ids = (backend.token_to_id(token) for token in _FOREIGN_SEPARATORS)
-        separator_id = next((number for number in ids if number is not None), None)
-        if separator_id is None:
+        ids = {token: backend.token_to_id(token) for token in _FOREIGN_SEPARATORS}
+        known = [(token, number) for token, number in ids.items() if number is not None]
+        if not known:
             raise DataError(
                 f"{origin} has no token to separate documents with; expected one of {', '.join(_FOREIGN_SEPARATORS)}"
             )
-        self.separator_id = separator_id
+        self.separator: str
+        self.separator_id: int
+        self.separator, self.separator_id = known[0]
         # Ids may have holes; the model needs a row for the largest.
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from quintic.core import CheckpointError, ConfigError
 from quintic.core.files import atomic_folder
-from quintic.data.tokenizer import SEPARATOR, Tokenizer
+from quintic.data.tokenizer import Tokenizer
 from quintic.lm.config import LMConfig
 from quintic.lm.model import LanguageModel
 
@@ -112,8 +112,8 @@ def save_deepseek(
                 out / "tokenizer_config.json",
                 {
                     "tokenizer_class": "PreTrainedTokenizerFast",
-                    "bos_token": SEPARATOR,
-                    "eos_token": SEPARATOR,
+                    "bos_token": tokenizer.separator,
+                    "eos_token": tokenizer.separator,
                     "model_max_length": model.config.context,
                 },
             )
