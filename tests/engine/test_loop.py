@@ -335,8 +335,8 @@ def test_no_room_is_found_before_anything_is_written(tmp_path, monkeypatch):
 
     settings, run = toy.toy_run(tmp_path / "full")
     usage = module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"0 MiB free.*make room and resume"):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    with pytest.raises(CheckpointError, match=r"1 MiB free and a checkpoint needs 2 MiB; make room and resume"):
         go(toy.ToyTask(), settings, run)
     assert list(run.checkpoints.iterdir()) == []
 

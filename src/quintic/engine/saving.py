@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -173,10 +174,11 @@ class Saver:
 
 def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
-    if free < 1.01 * needed + 2**20:
+    least = 1.01 * needed + 2**20  # for headers, names and the records beside it
+    if free < least:
         raise CheckpointError(
-            f"the disk of {folder} has {free / 2**20:,.0f} MiB free and the checkpoint needs "
-            f"{needed / 2**20:,.0f} MiB; make room and resume: the checkpoints before this one are intact"
+            f"the disk of {folder} has {free // 2**20:,} MiB free and a checkpoint needs "
+            f"{math.ceil(least / 2**20):,} MiB; make room and resume: the checkpoints before this one are intact"
         )
 
 
