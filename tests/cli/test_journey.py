@@ -272,3 +272,16 @@ def test_roles_doctor_and_settings(capsys):
     out = capsys.readouterr().out
     for name in ("lm.num_experts", "data.encoding", "optim.lr", "engine.checkpoint_every"):
         assert name in out
+
+
+def test_a_text_of_fewer_windows_than_a_step_takes_is_told(tmp_path, capsys):
+    path = tmp_path / "note.txt"
+    path.write_text("The whale swam under the ship. " * 20)
+    short = ["engine.steps=1", "lm.num_layers=1"]
+    assert quintic("train", path, "--size", "tiny", *short, "--out", tmp_path / "a") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "the text to train on is 9 windows of lm.context = 64 tokens, and a step takes engine.batch_size = 16" in shown
+    )
+    assert quintic("train", path, "--size", "tiny", *short, "engine.batch_size=9", "--out", tmp_path / "b") == 0
+    assert "warning" not in capsys.readouterr().out

@@ -76,6 +76,12 @@ def prepare(
             f"no text is left to train on: data.validation_fraction = {parts.validation_fraction:g} and "
             f"data.test_fraction = {parts.test_fraction:g} take all of it; make them smaller"
         )
+    size, context = settings["engine"].batch_size, settings["lm"].context
+    if made.num_examples < size:
+        data.warnings.append(
+            f"the text to train on is {made.num_examples} windows of lm.context = {context} tokens, and a step takes "
+            f"engine.batch_size = {size}: they repeat within a step; make either smaller"
+        )
     return made, settings, data.warnings
 
 
