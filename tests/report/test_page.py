@@ -203,6 +203,7 @@ def test_the_bits_of_a_flow_are_told_before_its_loss(tmp_path):
     text = Document(page).text
     assert "On images it never saw it needs 5.250 bits per dimension ; raw pixels take 8." in text
     assert "validation bits per dimension 5.250 the best of the run" in text
+    assert f"validation loss {rows[-1]['val_loss']:.3f} nats per pixel value" in text
     assert page.index("<h3>Bits per dimension</h3>") < page.index("Optimization") < page.index("<h3>Loss</h3>")
 
 

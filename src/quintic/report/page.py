@@ -119,7 +119,7 @@ def _cards(records: Records) -> list[Card]:
     if found is not None and (bits := records.last(f"val_{found.key}")) is not None:
         cards.append((f"{bits:.3f}", f"validation {found.unit}", best(f"val_{found.key}", 3)))
     if (loss := records.last("val_loss")) is not None:
-        cards.append((f"{loss:.3f}", "validation loss", "" if cards else best("val_loss", 3)))
+        cards.append((f"{loss:.3f}", "validation loss", records.loss_unit if cards else best("val_loss", 3)))
     planned = records.config.get("engine", {}).get("steps")
     ahead = f"of {planned:,}" if isinstance(planned, int) and planned > records.step else ""
     cards.append((f"{records.step:,}", "optimizer steps", ahead))
