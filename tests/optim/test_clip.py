@@ -121,10 +121,19 @@ def test_no_value_is_read_from_the_device():
     clip_grad_norm_(params)
 
 
-@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan"), None, "1"])
 def test_wrong_threshold(max_norm):
     with pytest.raises(ConfigError, match="positive"):
         clip_grad_norm_([], max_norm)
+
+
+def test_what_is_no_tensor_and_complex_gradients_are_refused():
+    with pytest.raises(ConfigError, match=r"cannot clip tuple.*parameters\(\)"):
+        clip_grad_norm_(nn.Linear(2, 2).named_parameters())
+    p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ConfigError, match="parameter 0 is of .*complex64"):
+        clip_grad_norm_(p)
 
 
 def test_sparse_gradients_are_refused():

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ def clip_grad_norm_(parameters: Parameters, max_norm: float | Tensor = 1.0, *, n
         The norm and what was done.
 
     Raises:
-        ConfigError: ``max_norm`` is not positive, a gradient is sparse, or the policy is unknown.
+        ConfigError: ``max_norm`` is not positive, a gradient is sparse or complex, or the policy is unknown.
         NonFiniteGradientError: With ``nonfinite="raise"``.
 
     Example:
@@ -312,8 +313,8 @@ def _together(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 
 def _check(max_norm: float | Tensor, nonfinite: str) -> None:
-    if not isinstance(max_norm, Tensor) and not max_norm > 0:
-        raise ConfigError(f"max_norm = {max_norm}; expected a positive number (inf only measures)")
+    if not isinstance(max_norm, Tensor) and not (isinstance(max_norm, Real) and max_norm > 0):
+        raise ConfigError(f"max_norm = {max_norm!r}; expected a positive number (inf only measures)")
     if nonfinite not in _NONFINITE:
         raise ConfigError(f"unknown nonfinite {nonfinite!r}{suggest(str(nonfinite), _NONFINITE)}")
 
@@ -327,8 +328,12 @@ def _named_gradients(parameters: Parameters) -> list[tuple[str, Tensor]]:
         named = ((f"parameter {i}", p) for i, p in enumerate(listed))
     found: dict[int, tuple[str, Tensor]] = {}
     for name, p in named:
+        if not isinstance(p, Tensor):
+            raise ConfigError(f"cannot clip {type(p).__name__}; expected tensors: pass the module or its parameters()")
         if p.grad is None:
             continue
+        if p.grad.is_complex():
+            raise ConfigError(f"the gradient of {name} is of {p.grad.dtype}; leave its parameter out of clipping")
         if p.grad.layout != torch.strided:
             raise ConfigError(
                 f"the gradient of {name} is sparse; use Embedding(sparse=False), or leave its parameter out of clipping"
