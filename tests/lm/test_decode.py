@@ -112,6 +112,7 @@ def test_a_batch_of_prompts_of_any_lengths_says_what_each_would_say_alone(model)
     for prompt, seed, row in zip(prompts, seeds, made, strict=True):
         assert row == list(generate(double, prompt, seed=seed, max_tokens=40, temperature=1.0, stop_ids=[stop]))
     assert len(made[1]) <= 7 and made[1] != made[3]
+    assert generate_batch(double, [], max_tokens=3) == []
     # Past the context it goes on, from the newer half of every row.
     assert [len(row) for row in generate_batch(double, prompts, max_tokens=90, temperature=1.0)] == [90] * 4
 

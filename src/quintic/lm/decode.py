@@ -140,6 +140,8 @@ def _decode(
     for prompt in prompts:
         if not prompt or min(prompt) < 0 or max(prompt) >= size:
             raise DataError(f"a prompt must be one or more token ids below {size}")
+    if not prompts:
+        return
     noises = [Stream(seed, "generate") for seed in seeds]
     texts = [list(prompt) for prompt in prompts]
     ended = [False] * len(texts)
