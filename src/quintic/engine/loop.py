@@ -109,7 +109,13 @@ def train(
     check_batch(settings["engine"].batch_size, ranks.world)
     with contextlib.ExitStack() as stack:
         ranks.together(lambda: stack.enter_context(run.locked()) if ranks.is_main else None)
-        return _train(task, settings, run, console, quiet_peak, stop_at, ranks, log)
+        try:
+            return _train(task, settings, run, console, quiet_peak, stop_at, ranks, log)
+        except Exception:
+            if ranks.is_main:  # the disk may be what failed
+                with contextlib.suppress(OSError, QuinticError):
+                    run.record(status="failed")
+            raise
 
 
 def _train(

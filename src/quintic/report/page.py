@@ -78,8 +78,8 @@ def _header(records: Records, title: str) -> str:
     kind = _KINDS.get(str(run.get("task")), str(run.get("task", "Training run")))
     size = f", size {run['size']}" if run.get("size") else ""
     state = str(run.get("status", ""))
-    if state == "stopped":
-        state = f"stopped at step {records.step:,}"
+    if state in ("stopped", "failed"):
+        state = f"{state} at step {records.step:,}"
     return header(kind + size, title, _summary(records), _cards(records), state=state)
 
 
