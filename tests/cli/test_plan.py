@@ -65,6 +65,19 @@ def test_a_training_that_does_not_fit_in_memory_says_so_before_its_first_step(tm
     assert "do not fit" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("task", ["ddpm", "tarflow"])
+def test_so_does_one_of_images(tmp_path, monkeypatch, capsys, task):
+    short = ["train", "--task", task, "--size", "tiny", "data.drawn=100", "engine.steps=1"]
+    short += ["engine.batch_size=96", f"{task}.sample_images=1"]
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda device: 6 * 2**20)
+    assert quintic(*short, "--out", tmp_path / "a") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    size = int(re.search(r"do not fit in 0\.0 GiB per rank: set engine\.micro_batch_size=(\d+) or less", told)[1])
+    assert 1 <= size < 96 and "lm." not in told
+    assert quintic(*short, "--out", tmp_path / "b", f"engine.micro_batch_size={size}") == 0
+    assert "do not fit" not in capsys.readouterr().out
+
+
 def test_what_is_left_of_memory_is_less_than_the_machine_has():
     free = machine.free_memory_bytes(torch.device("cpu"))
     assert free is None or 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -17,7 +17,8 @@ from quintic.cli.wiring import build_settings, kind_of, split_arguments
 from quintic.core import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from quintic.engine import Settings
+    from quintic.data.image_task import ImageTask
+    from quintic.engine import Settings, Task
     from quintic.engine.plan import Plan
 
 __all__ = ["memory_advice", "plan"]
@@ -179,11 +180,40 @@ def _plan_of(settings: Settings, ranks: int, shards: int, compute_bytes: int, de
     )
 
 
-def memory_advice(settings: Settings, ranks: int) -> list[str]:
+def _plan_of_images(task: ImageTask, settings: Settings, ranks: int, compute_bytes: int) -> Plan:
+    """What a model of images needs in memory; an example is one token here."""
+    import torch
+
+    from quintic.engine.plan import make_plan
+
+    engine = settings["engine"]
+    with torch.device("meta"):
+        model = task.build(None)
+    return make_plan(
+        model,
+        ranks=ranks,
+        shards=engine.shards or ranks,
+        examples_per_step=engine.batch_size,
+        micro_batch=engine.micro_batch_size,
+        tokens_per_example=1,
+        flops_per_token=0.0,
+        active=sum(p.numel() for p in model.parameters()),
+        activation_numbers_per_token=task.saved_numbers_per_image(),
+        logits=0,
+        compute_bytes=compute_bytes,
+        optimizer=settings["optim"].name,
+        reshard=engine.reshard,
+        checkpoint=task.name == "tarflow" and settings["tarflow"].checkpoint,
+        task=task.name,
+    )
+
+
+def memory_advice(task: Task, settings: Settings, ranks: int) -> list[str]:
     """What to change if a step needs more memory than is left here; empty if it fits, or if nobody knows."""
     import torch
 
     from quintic.core.machine import free_memory_bytes, pick_device, pick_dtype
+    from quintic.data.image_task import ImageTask
 
     device = pick_device(settings["engine"].device)
     free = free_memory_bytes(device)
@@ -192,6 +222,8 @@ def memory_advice(settings: Settings, ranks: int) -> list[str]:
     if device.type == "cpu":
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks on one machine
     compute_bytes = 2 if pick_dtype(settings["engine"].dtype, device) == torch.bfloat16 else 4
+    if isinstance(task, ImageTask):
+        return _plan_of_images(task, settings, ranks, compute_bytes).advice(free)
     return _plan_of(settings, ranks, settings["engine"].shards, compute_bytes, device.type).advice(free)
 
 

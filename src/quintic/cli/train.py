@@ -155,7 +155,7 @@ def run_training(
     from quintic.report import write_report
 
     kind = kind_of(task.name)
-    if task.name == "lm" and (advice := memory_advice(settings, ranks.world)):
+    if advice := memory_advice(task, settings, ranks.world):
         say(f"warning: {advice[0]} {'; '.join(advice[1:])}", console=console, style="yellow")
     outcome = train_loop(task, settings, run, console, ranks=ranks, log=log or "")
     report = write_report(run.folder) if outcome.recorded and ranks.is_main else None

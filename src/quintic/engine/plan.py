@@ -51,6 +51,8 @@ class Plan:
     flops_per_token: float
     checkpoint: bool
     """Whether blocks are computed again in the backward pass."""
+    task: str = "lm"
+    """Whose settings the advice names."""
 
     @property
     def total_bytes(self) -> int:
@@ -83,13 +85,16 @@ class Plan:
         if passing and self.micro_batch > 1:
             fits = int(self.micro_batch * (1 - (self.total_bytes - memory_bytes) / b["activations"]))
             found.append(f"set engine.micro_batch_size={max(1, fits)} or less: fewer activations, the same step")
-        if b["weights in bfloat16"] > 0.2 * memory_bytes and not self.checkpoint:
+        if self.task == "lm" and b["weights in bfloat16"] > 0.2 * memory_bytes and not self.checkpoint:
             found.append("set lm.checkpoint=true: weights in bfloat16 and activations are then those of a block")
         if fixed > 0.5 * memory_bytes:
             need = -(-fixed * self.shards // int(0.5 * memory_bytes))
             found.append(f"shard over {need} ranks: weights, gradients and optimizer state then take half of a rank")
         if passing and self.micro_batch == 1:
-            found.append("use a shorter lm.context: the activations of one example are most of it")
+            smaller = "a shorter lm.context" if self.task == "lm" else "smaller images, data.size"
+            found.append(f"use {smaller}: the activations of one example are most of it")
+        if passing and self.task == "tarflow" and not self.checkpoint:
+            found.append("set tarflow.checkpoint=true: activations are then those of a block")
         if len(found) == 1:
             found.append("use fewer layers or a smaller width")
         return found
@@ -120,6 +125,7 @@ def make_plan(
     optimizer: str = "muon",
     reshard: bool = True,
     checkpoint: bool = False,
+    task: str = "lm",
 ) -> Plan:
     """Work out the needs of a run.
 
@@ -138,6 +144,7 @@ def make_plan(
         optimizer: muon or adamw.
         reshard: Whether gathered weights are put away between forward and backward pass, ``engine.reshard``.
         checkpoint: Whether blocks are computed again in the backward pass, ``lm.checkpoint``.
+        task: Whose settings the advice names.
 
     Raises:
         ConfigError: The ranks do not form such a mesh, or the batch does not divide among them.
@@ -186,6 +193,7 @@ def make_plan(
         micro_batch,
         flops_per_token,
         checkpoint,
+        task,
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,14 @@ class TarFlowTask(ImageTask):
         labels = torch.arange(n) % c.classes if c.classes else None
         guidance = Guidance(c.guidance) if c.guidance and c.classes else None
         return model.sample(n, labels, seed=seed, guidance=guidance, method="sequential", check=check).images
+
+    def saved_numbers_per_image(self) -> float:
+        """With checkpoint also those of a block, while it is computed again."""
+        kept = super().saved_numbers_per_image()
+        if not self.config.checkpoint:
+            return kept
+        whole = TarFlowTask(replace(self.config, checkpoint=False), self.data)
+        return kept + whole.saved_numbers_per_image() / self.config.blocks
 
     def flops_per_example(self, model: nn.Module) -> float:
         """Forward and backward FLOPs of one image: 6 per matrix element and token, and causal attention."""
