@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from quintic.core import ConfigError
 from quintic.core.initial import initialize_
-from quintic.moe import AuxLoss, LossFree, MoE, ZLoss, aux_loss, balance_step
+from quintic.moe import AuxLoss, LossFree, MoE, NoBalance, ZLoss, aux_loss, balance_step, meter
 from quintic.moe.replay import KeptRouting
 
 CHECKPOINTS = {"none": None, "reentrant": True, "other": False}
@@ -26,6 +26,18 @@ def run(layer, x, kind):
     return layer(x) if kind == "none" else checkpoint(layer, x, use_reentrant=CHECKPOINTS[kind])
 
 
+@pytest.mark.parametrize("over", ["batch", "sequence", "global"])
+def test_a_loss_keeps_its_gradient_when_more_is_counted_before_the_recomputation(over):
+    found = []
+    for kind in ("none", "other"):
+        layer, x = make(AuxLoss(1.0, over=over))
+        for part in x.detach().view(2, 5, 16) + torch.eye(2, 16).unsqueeze(1):
+            run(layer, part.unsqueeze(0).requires_grad_(), kind)
+        aux_loss(layer).backward()
+        found.append(layer.router.weight.grad)
+    assert torch.equal(*found) and found[0].any()
+
+
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_load_is_counted_once_under_activation_checkpointing(kind):
     layer, x = make(LossFree("quantile"))
@@ -33,6 +45,39 @@ def test_load_is_counted_once_under_activation_checkpointing(kind):
     assert layer.counts.sum() == 20
     assert layer.meter.histogram.sum() == 40  # every token has a margin to every expert
     assert layer.meter.sums[1] == 10
+
+
+class Two(nn.Module):
+    """Two layers in one checkpoint, so that an operator of the second has those of the first before it."""
+
+    def __init__(self):
+        super().__init__()
+        balance = LossFree("quantile") + AuxLoss(0.1) + AuxLoss(0.1, over="global")
+        self.layers = nn.ModuleList(make(balance)[0] for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("saved", ["none", "products", "choices"])
+def test_selective_checkpoints_count_once_and_have_the_same_gradient(saved):
+    operators = {"products": torch.ops.aten.mm.default, "choices": torch.ops.aten.topk.default}
+
+    def policy(context, operator, *args, **kwargs):
+        keep = operator == operators.get(saved)
+        return CheckpointPolicy.PREFER_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    found, x = [], torch.randn(30, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    for chosen in (None, partial(create_selective_checkpoint_contexts, policy)):
+        model = Two()
+        y = model(x) if chosen is None else checkpoint(model, x, use_reentrant=False, context_fn=chosen)
+        (y.square().sum() + aux_loss(model)).backward()
+        assert [layer.counts.sum() for layer in model.layers] == [60, 60]
+        found.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_nested_checkpoints_count_once():
@@ -111,6 +156,63 @@ def test_counters_survive_a_cast_of_the_model():
     layer(x)
     layer.bfloat16()
     assert layer.counts.dtype == torch.int64 and layer.counts.sum() == 20
+
+
+def test_a_layer_made_without_memory_starts_from_zero(monkeypatch):
+    """As for a model that is divided before it has weights: to_empty hands out memory with anything in it."""
+    monkeypatch.setattr(torch, "empty_like", partial(torch.full_like, fill_value=7))
+    with torch.device("meta"):
+        layer = MoE(16, 8, num_experts=4, top_k=2, balance=LossFree("quantile"))
+    layer.to_empty(device="cpu")
+    assert not layer.router.bias.any() and layer.router.weight.eq(7).all()
+    assert not any(counter.any() for counter in layer.meter.counters)
+    layer, x = make(LossFree("sign", 1.0))
+    layer(x)
+    balance_step(layer)
+    layer(x)
+    layer.reset_parameters()
+    assert not layer.router.bias.any() and not layer.counts.any()
+
+
+def test_a_loaded_bias_is_float32_whatever_was_saved():
+    layer, x = make(LossFree("sign", 0.001))
+    saved = {name: value.bfloat16() for name, value in layer.state_dict().items()}
+    saved["router.bias"] += 5
+    layer.load_state_dict(saved, assign=True)
+    layer(x.detach().bfloat16())
+    balance_step(layer)
+    assert layer.router.bias.dtype == torch.float32
+    assert (layer.router.bias != 5).any()  # in bfloat16 a step of 0.001 would vanish
+
+
+def test_a_copy_leaves_the_losses_of_the_original_behind():
+    layer, x = make(AuxLoss(0.1))
+    layer(x)
+    other = copy.deepcopy(layer)
+    assert aux_loss(other) == 0 and aux_loss(layer) > 0
+
+
+def test_a_loop_that_forgets_to_balance_is_told(recwarn, monkeypatch):
+    monkeypatch.setattr(meter, "_MANY", 30)
+    monkeypatch.setattr(meter, "_MANY_LOSSES", 20)
+    layer, x = make(AuxLoss(0.1))
+    for _ in range(21):
+        layer(x)
+    assert "20 auxiliary losses" in str(recwarn.pop(UserWarning).message)
+    for balance, warnings in ((LossFree(), 1), (NoBalance(), 0)):
+        layer, x = make(balance)
+        recwarn.clear()
+        for _ in range(29):
+            layer(x[:1])
+        assert not recwarn.list
+        for _ in range(3):
+            layer(x[:1])
+        assert ["balance_step(model)" in str(each.message) for each in recwarn] == [True] * warnings
+        balance_step(layer)
+        recwarn.clear()
+        for _ in range(29):
+            layer(x[:1])
+        assert not recwarn.list
 
 
 def test_a_layer_checks_that_its_balancer_fits():

@@ -1,6 +1,7 @@
 """The layer as its user meets it: any shape and dtype, own training loops, checkpointing, copies, compiled."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from quintic.core import ConfigError
 from quintic.core.initial import initialize_
 from quintic.core.roles import Role, declared_roles
-from quintic.moe import LossFree, MoE, balance_step
+from quintic.moe import AuxLoss, LossFree, MoE, balance_step
 from quintic.optim import Muon
 
 OPTIONS = [
@@ -229,6 +230,42 @@ def test_the_default_path_compiles_as_one_graph():
     assert torch.equal(layer.counts, counts) and counts.sum() == 48
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("balance", [LossFree(), LossFree("quantile") + AuxLoss(0.1)])
+def test_plain_compilation_has_no_graph_break(balance):
+    """Without ``fullgraph``, which also lets operators pass whose result has a size that depends on the data."""
+    layer, x = make(balance=balance), tokens(3, 8, 16)
+    for mask in (None, tokens(3, 8) > 0):
+        torch._dynamo.reset()
+        assert torch._dynamo.explain(layer)(x, mask).graph_break_count == 0
+    torch._dynamo.reset()
+    assert torch._dynamo.explain(layer.eval())(x).graph_break_count == 0
+
+
+def test_autocast_leaves_float64_alone():
+    layer, x = make().double(), tokens(40, 16).double()
+    y = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("grad", [True, False])
+def test_tokens_of_another_dtype_are_refused(dtype, grad):
+    with torch.set_grad_enabled(grad), pytest.raises(ConfigError, match=f"x is {dtype}, the experts are torch.float32"):
+        make()(tokens(3, 16).to(dtype))
+
+
+def test_a_bias_step_too_large_for_softmax_scores_is_said():
+    many = {"num_experts": 32, "score": "softmax"}
+    with pytest.warns(UserWarning, match='select="sigmoid"'):
+        make(**many)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"select": "sigmoid"}, {"balance": LossFree(rate=1e-4)}, {"balance": AuxLoss()}):
+            make(**many, **options)
+        make(score="softmax")
 
 
 @pytest.mark.parametrize(

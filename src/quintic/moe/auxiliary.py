@@ -38,9 +38,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from quintic.core import ConfigError, suggest
 from quintic.moe.balance import Balance, check_target
+from quintic.moe.replay import in_backward, unseen
 
 if TYPE_CHECKING:
     from quintic.moe.router import Routing
@@ -121,7 +123,17 @@ class AuxLoss(Balance):
             raise ConfigError(f"{num_experts} experts do not divide into {self.groups} equal groups")
 
     def loss(self, routing: Routing, mask_n: Tensor | None, rows: Sequence[int], counts_e: Tensor) -> Tensor | None:
-        """weight * loss(P + sg[F - P]); 0 without tokens."""
+        """weight * loss(P + sg[F - P]); 0 without tokens. None in a recomputation of a global one, which has no use."""
+        if self.over != "global" or torch.compiler.is_compiling():
+            return self._loss(routing, mask_n, rows, counts_e)
+        # By the time of a recomputation more may have been counted, and its gradient would be that of another F. So
+        # activation checkpointing keeps of this loss what autograd wants, and has nothing to compute again.
+        if in_backward():
+            return None
+        with unseen(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return self._loss(routing, mask_n, rows, counts_e)
+
+    def _loss(self, routing: Routing, mask_n: Tensor | None, rows: Sequence[int], counts_e: Tensor) -> Tensor:
         scores_ne = routing.scores_ne
         experts = scores_ne.shape[1]
         # s sequences of t tokens; the batch is one long sequence.

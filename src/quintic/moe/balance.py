@@ -66,6 +66,11 @@ class Balance:
         """Whether :meth:`step` reads the histogram of margins."""
         return False
 
+    @property
+    def rate_is_for_sigmoid(self) -> bool:
+        """Whether the bias moves at a rate that nobody chose, which supposes scores like those of a sigmoid."""
+        return False
+
     def check(self, num_experts: int, top_k: int) -> None:
         """Raise ConfigError if the balancer does not fit a layer of this shape."""
 
@@ -166,6 +171,11 @@ class LossFree(Balance):
         """True for the quantile rule."""
         return self.rule == "quantile"
 
+    @property
+    def rate_is_for_sigmoid(self) -> bool:
+        """True without a rate, except for the quantile rule, which has no unit of score."""
+        return self.rate is None and self.rule != "quantile"
+
     def check(self, num_experts: int, top_k: int) -> None:
         """Raise ConfigError if the target does not fit the layer."""
         check_target(self.target, num_experts)
@@ -242,6 +252,11 @@ class Combination(Balance):
     def wants_histogram(self) -> bool:
         """Whether a part does."""
         return any(part.wants_histogram for part in self.parts)
+
+    @property
+    def rate_is_for_sigmoid(self) -> bool:
+        """Whether that of a part is."""
+        return any(part.rate_is_for_sigmoid for part in self.parts)
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Check every part."""

@@ -10,6 +10,7 @@ Posts: https://kexue.fm/archives/10699 (why top-k by norm; e_i may be an expert'
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,8 @@ __all__ = ["NORMS", "MoE", "aux_loss", "balance_step"]
 
 NORMS = ("l2", "rms")
 
+_FEW_EXPERTS = 16  # up to here softmax scores bear the step of a bias that was made for a sigmoid
+
 
 class MoE(nn.Module):
     """A mixture-of-experts feed-forward layer; the defaults are those of DeepSeek-V3 and Moonlight.
@@ -44,7 +47,8 @@ class MoE(nn.Module):
         num_shared: Shared experts, fused in one feed-forward of width ``num_shared * d_expert``; 0 for none.
         score: h of rho = h(x W): ``softmax``, ``sigmoid``, ``relu``, ``smooth_topk``, or any function from logits
             (tokens, experts) to non-negative scores.
-        select: Another h for the selection only; None takes ``score``.
+        select: Another h for the selection only; None takes ``score``. With ``score="softmax"`` and a balance by bias
+            take ``"sigmoid"``: rates of :class:`~quintic.moe.LossFree` are in units of this score.
         normalize_gates: Whether the chosen gates are divided by their sum.
         normalize_experts: ``None``: e_i is the expert's output v_i. ``"rms"``: v_i / RMS(v_i), RMSNorm with unit
             gain. ``"l2"``: v_i / ||v_i||, sqrt(d_model) times smaller. Shared experts are treated alike.
@@ -150,6 +154,14 @@ class MoE(nn.Module):
             self.shared = FeedForward(d_model, width, activation=activation, gated=gated, out_scale=out_scale)
         self.balance = LossFree() if balance is None else balance
         self.balance.check(num_experts, top_k)
+        many = num_experts > _FEW_EXPERTS
+        if many and self.router.select == "softmax" and self.balance.rate_is_for_sigmoid:
+            warnings.warn(
+                f"the default rate of {self.balance} is for scores like those of a sigmoid; softmax scores of "
+                f'{num_experts} experts are far smaller, and the bias would overshoot: give select="sigmoid", which '
+                "chooses the same experts where the bias is 0, or a rate",
+                stacklevel=2,
+            )
         self.meter = Meter(num_experts, top_k, self.balance)
         self.kept = KeptRouting()
         self.stats: ExpertStats | None = None
@@ -163,7 +175,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights again, from torch's default generator."""
+        """Draw all weights again, from torch's default generator; the bias and the counters start from 0."""
         roles = declared_roles(self)
         for name, parameter in self.named_parameters():
             init = roles[name].init
@@ -171,6 +183,9 @@ class MoE(nn.Module):
                 parameter.normal_(0.0, init.std)
             else:
                 parameter.fill_(init.value)
+        self.router.bias.zero_()
+        self.meter.reset()
+        self.kept.clear()
 
     def extra_repr(self) -> str:
         """Options that no submodule shows."""

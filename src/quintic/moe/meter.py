@@ -13,15 +13,16 @@ they are all zero. Until then they differ between ranks. So they are plain tenso
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from quintic.moe.balance import Balance
+from quintic.moe.balance import Balance, NoBalance
 from quintic.moe.quantile import BINS, margin_histogram
-from quintic.moe.replay import if_first, in_backward
+from quintic.moe.replay import if_first, in_backward, unseen
 
 if TYPE_CHECKING:
     from quintic.moe.router import Routing
@@ -30,6 +31,7 @@ __all__ = ["UNIT", "Meter"]
 
 UNIT = 1e-9
 _COUNTERS = ("counts", "histogram", "sums")
+_MANY, _MANY_LOSSES = 1000, 100  # forward passes: more than anyone accumulates
 _ENTROPY_TOKENS = 256  # of a forward pass: an estimate, since all of them would cost as much as the router
 
 
@@ -57,12 +59,19 @@ class Meter(nn.Module):
             setattr(self, name, torch.zeros(shape, dtype=torch.int64))
         self.losses: list[Tensor] = []
         """Auxiliary losses with their graphs, until ``aux_loss`` collects them."""
+        self.passes = 0
+        """Forward passes since the last optimizer step, those of a compiled layer aside."""
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         for name in _COUNTERS:
-            setattr(self, name, fn(getattr(self, name)))
+            counter = getattr(self, name)
+            device = fn(counter).device  # but not its values: to_empty has none
+            setattr(self, name, torch.zeros_like(counter, device=device) if counter.is_meta else counter.to(device))
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"losses": []}  # their graph belongs to this layer, not to its copy
 
     @property
     def counters(self) -> list[Tensor]:
@@ -77,7 +86,8 @@ class Meter(nn.Module):
                 setattr(self, name, torch.zeros_like(getattr(self, name), device=device))
         again = in_backward()
         if not again:
-            with torch.no_grad():
+            self._remind(balance)
+            with torch.no_grad(), unseen():
                 self.counts += if_first(routing.counts_e)
                 if len(self.histogram):
                     self.histogram += if_first(margin_histogram(routing.biased_ne, self.top_k, mask_n))
@@ -86,13 +96,33 @@ class Meter(nn.Module):
         loss = balance.loss(routing, mask_n, rows, self.counts)
         if loss is not None and not again:
             self.losses.append(loss)
-            self._add(2, loss.detach(), 1)
+            with unseen():
+                self._add(2, loss.detach(), 1)
 
     def reset(self) -> None:
         """Start the next step."""
         for counter in self.counters:
             counter.zero_()
         self.losses.clear()
+        self.passes = 0
+
+    def _remind(self, balance: Balance) -> None:
+        """A loop that forgets to balance trains on without any other sign of it."""
+        if torch.compiler.is_compiling():
+            return
+        self.passes += 1
+        if self.passes == _MANY and not isinstance(balance, NoBalance):
+            warnings.warn(
+                f"{_MANY} forward passes in training mode without balance_step(model), which moves the bias and "
+                "reports the load: call it after every optimizer.step(), or give the layer balance=NoBalance()",
+                stacklevel=3,
+            )
+        if len(self.losses) == _MANY_LOSSES:
+            warnings.warn(
+                f"{_MANY_LOSSES} auxiliary losses of one layer wait to be used and hold memory: "
+                "loss = loss + aux_loss(model) after every forward pass",
+                stacklevel=3,
+            )
 
     def _add_entropy(self, scores_ne: Tensor, mask_n: Tensor | None) -> None:
         stride = max(1, scores_ne.shape[0] // _ENTROPY_TOKENS)

@@ -7,12 +7,15 @@ would notice changed shapes and stop. So the first decision is kept and used aga
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 
 import torch
 from torch import Tensor
+from torch.utils import _python_dispatch as dispatch
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-__all__ = ["KeptRouting", "if_first", "in_backward"]
+__all__ = ["KeptRouting", "if_first", "in_backward", "unseen"]
 
 _MICRO_BATCHES = 64  # kept at most, for a loop that never calls balance_step
 _SAME = 0.5
@@ -36,6 +39,19 @@ def _if_first(count: Tensor) -> Tensor:
 _if_first.register_fake(torch.empty_like)
 
 
+def unseen() -> contextlib.AbstractContextManager[object]:
+    """For what one of the two passes does alone.
+
+    Selective checkpointing finds the result of an operator by how many of its kind went before, so it must not see any
+    that the other pass does not have.
+    """
+    if not torch.compiler.is_compiling():
+        modes = dispatch._get_current_dispatch_mode_stack()
+        if any(isinstance(mode, (_CachedTorchDispatchMode, _CachingTorchDispatchMode)) for mode in modes):
+            return dispatch._disable_current_modes()
+    return contextlib.nullcontext()
+
+
 class KeptRouting:
     """Decisions of one layer since the last optimizer step.
 
@@ -56,8 +72,9 @@ class KeptRouting:
         like = [kept for kept in self._kept if kept.shape == ids_nk.shape and kept.device == ids_nk.device]
         if not like or not ids_nk.numel():
             return ids_nk
-        agreement = torch.stack([(kept == ids_nk).double().mean() for kept in like])
-        best = int(agreement.argmax())
+        with unseen():
+            agreement = [float((kept == ids_nk).double().mean()) for kept in like]
+        best = max(range(len(like)), key=agreement.__getitem__)
         return like[best] if agreement[best] >= _SAME else ids_nk
 
     def clear(self) -> None:

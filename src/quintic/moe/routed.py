@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from quintic.core import ConfigError
 from quintic.moe.activation import activate_, activate_for_backward_, activation_backward_, halves
 from quintic.moe.dispatch import Block, Run, blocks_of, grouped_is_legal, kept_rows, lay_out, plan_runs
 from quintic.moe.products import outer_by_expert_, rows_by_expert_
@@ -65,10 +66,18 @@ def routed_experts(
 
     Returns:
         (tokens, width), in the dtype of ``x_nd`` or of the active autocast. Double backward is not supported.
+
+    Raises:
+        ConfigError: Tokens and experts differ in dtype.
     """
-    if torch.is_autocast_enabled(x_nd.device.type):
+    if torch.is_autocast_enabled(x_nd.device.type) and x_nd.dtype != torch.float64:  # as autocast's own rule
         dtype = torch.get_autocast_dtype(x_nd.device.type)
         x_nd, w_in_ehd, w_out_edf = x_nd.to(dtype), w_in_ehd.to(dtype), w_out_edf.to(dtype)
+    if not x_nd.dtype == w_in_ehd.dtype == w_out_edf.dtype:
+        raise ConfigError(
+            f"x is {x_nd.dtype}, the experts are {w_in_ehd.dtype}; convert one of them by .to(dtype), "
+            "or use torch.autocast"
+        )
     few = 0 < ids_nk.numel() <= _FEW and x_nd.device.type == "cpu"
     if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _few(x_nd, ids_nk, gates_nk, w_in_ehd, w_out_edf, activation, normalize)

@@ -115,7 +115,13 @@ class Router(nn.Module):
         if self.bias.dtype != torch.float32:
             # A cast may have rounded it: move the original values instead.
             self.bias = bias.to(self.bias.device)
+        if bias.is_meta and not self.bias.is_meta:
+            self.bias = torch.zeros_like(self.bias)  # to_empty: whatever the memory held would choose the experts
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.bias = self.bias.float()  # assign=True takes the dtype of what is loaded
 
     def extra_repr(self) -> str:
         """Sizes and options."""
@@ -144,8 +150,9 @@ class Router(nn.Module):
             if self.offset is not None:
                 logits_ne = logits_ne + self.offset.to(dtype)
             ids_nk, gates_nk, scores_ne, biased_ne = self.choose(logits_ne, shift=shift, keep=keep)
-        counted = ids_nk if mask_n is None else ids_nk[mask_n]
-        counts_e = torch.bincount(counted.flatten(), minlength=self.weight.shape[0])
+        # Not bincount, nor ids[mask]: their sizes depend on the data, which breaks the graph of torch.compile.
+        one_m = torch.ones_like(ids_nk) if mask_n is None else mask_n.long().unsqueeze(1).expand_as(ids_nk)
+        counts_e = ids_nk.new_zeros(self.weight.shape[0]).scatter_add_(0, ids_nk.flatten(), one_m.flatten())
         return Routing(ids_nk, gates_nk, counts_e, logits_ne, scores_ne, biased_ne)
 
     def choose(
