@@ -1,5 +1,6 @@
 """torch.compile of the step: the same numbers, and nothing is compiled again when the rate changes."""
 
+import pytest
 import torch
 import torch._dynamo
 from tests.optim.toy import randn
@@ -70,7 +71,11 @@ def test_a_step_of_matrices_is_one_graph_on_cpus_too():
             p.grad = q.grad = randn(*p.shape, seed=100 * t + i)
         if t == 2:
             plain[1].grad = compiled[1].grad = torch.full(shapes[1], torch.inf)
-        by_hand.step()
+            with pytest.warns(UserWarning, match="not finite") as warned:
+                by_hand.step()
+            assert warned[0].filename == __file__  # the user's line
+        else:
+            by_hand.step()
         step()
     assert backend.graphs == 2  # without a state, and with it
     assert optimizer.skipped_steps == by_hand.skipped_steps == 1
