@@ -138,6 +138,15 @@ def test_a_sample_is_a_picture(drawn, tmp_path):
     assert not (tmp_path / "step-2.png").exists()
 
 
+def test_weights_that_give_no_images_yet_do_not_end_a_training(drawn, tmp_path):
+    task = make_task(drawn)
+    model = task.build(0)
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(float("nan"))
+    assert task.sample(model, tmp_path / "step-1", 0, never).startswith("no sample: images were not finite in 4 draws")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_follows_from_the_data(drawn):
     found = derived_fields(TarFlowConfig(classes=-1), drawn)
     assert {name: value for name, (value, _) in found.items()} == {

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quintic.core import ConfigError, QuinticError
+from quintic.core import ConfigError, QuinticError, SamplingError
 from quintic.flow import Guidance, plan_sampling
 from quintic.flow.invert import Tolerance, Workspace, invert_block, invert_flow
 from quintic.flow.patches import to_tokens
@@ -160,7 +160,7 @@ def test_images_that_are_not_finite_are_drawn_again_a_bounded_number_of_times(ma
     assert torch.allclose(flow.denoise(again), found.images, atol=1e-9)
 
     monkeypatch.setattr(flow, "_draw", lambda n, seed, attempt, first: draw(n, seed, attempt, first) * float("nan"))
-    with pytest.raises(QuinticError, match="not finite"):
+    with pytest.raises(SamplingError, match="not finite"):
         flow.sample(3)
 
 

@@ -10,6 +10,7 @@ from quintic.core.errors import (
     DataError,
     MissingExtraError,
     QuinticError,
+    SamplingError,
     UserError,
     suggest,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "DataError",
     "MissingExtraError",
     "QuinticError",
+    "SamplingError",
     "UserError",
     "suggest",
 ]

@@ -18,6 +18,7 @@ __all__ = [
     "DataError",
     "MissingExtraError",
     "QuinticError",
+    "SamplingError",
     "UserError",
     "suggest",
 ]
@@ -25,6 +26,10 @@ __all__ = [
 
 class QuinticError(Exception):
     """Root of every error that Quintic raises on purpose."""
+
+
+class SamplingError(QuinticError):
+    """A model's weights give no usable sample, as in the first steps of a training."""
 
 
 class UserError(QuinticError, ValueError):

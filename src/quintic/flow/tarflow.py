@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from quintic.core import ConfigError, DataError, QuinticError, suggest
+from quintic.core import ConfigError, DataError, SamplingError, suggest
 from quintic.core.counter_rng import Stream
 from quintic.core.initial import initialize_
 from quintic.core.roles import Constant, Role, declare
@@ -309,7 +309,7 @@ class TarFlow(nn.Module):
             check: See :meth:`decode`.
 
         Raises:
-            QuinticError: An image was not finite in four draws.
+            SamplingError: An image was not finite in four draws.
         """
         if denoise is None:
             denoise = self.noise == "gaussian"
@@ -331,7 +331,7 @@ class TarFlow(nn.Module):
                 z[bad] = again
                 x[bad] = self.decode(again, part_again, method="sequential", guidance=guidance)[0]
             if not x.isfinite().all():
-                raise QuinticError(f"images were not finite in {_TRIES} draws; the weights of this flow are unusable")
+                raise SamplingError(f"images were not finite in {_TRIES} draws; the weights of this flow are unusable")
             images.append(self.denoise(x, part) if denoise else x)
             latents.append(z)
             if progress:
