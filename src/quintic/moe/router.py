@@ -151,8 +151,9 @@ class Router(nn.Module):
                 logits_ne = logits_ne + self.offset.to(dtype)
             ids_nk, gates_nk, scores_ne, biased_ne = self.choose(logits_ne, shift=shift, keep=keep)
         # Not bincount, nor ids[mask]: their sizes depend on the data, which breaks the graph of torch.compile.
-        one_m = torch.ones_like(ids_nk) if mask_n is None else mask_n.long().unsqueeze(1).expand_as(ids_nk)
-        counts_e = ids_nk.new_zeros(self.weight.shape[0]).scatter_add_(0, ids_nk.flatten(), one_m.flatten())
+        one = ids_nk.new_ones(1, 1) if mask_n is None else mask_n.long().unsqueeze(1)
+        chosen_m = ids_nk.flatten()
+        counts_e = ids_nk.new_zeros(self.weight.shape[0]).index_add_(0, chosen_m, one.expand_as(ids_nk).reshape(-1))
         return Routing(ids_nk, gates_nk, counts_e, logits_ne, scores_ne, biased_ne)
 
     def choose(
