@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models
 
 from quintic.core import DataError
-from quintic.data.tokenizer import SEPARATOR, StreamDecoder, Tokenizer, vocab_size_for
+from quintic.data.tokenizer import SEPARATOR, StreamDecoder, Tokenizer, _cut_long_words, vocab_size_for
 
 SAMPLE = "The whale, the whale! Call me Ishmael.\n" * 50 + "床前明月光，疑是地上霜。\n" * 20
 BPE = Tokenizer.train([SAMPLE], 400)
@@ -46,6 +47,22 @@ def test_training_is_repeatable_and_learns_chinese():
     assert again.hash == BPE.hash and BPE.vocab_size <= 400
     line = "床前明月光"
     assert len(BPE.encode(line)) < len(BYTES.encode(line)) / 3
+
+
+def test_a_text_without_spaces_trains_and_comes_back():
+    """As one word it would take hours."""
+    bases = np.array(list("acgt"))
+    text = "".join(bases[np.random.default_rng(0).integers(0, 4, 1_000_000)])
+    tokenizer = Tokenizer.train([f"some words before {text} and after"], 400)
+    ids = tokenizer.encode(text[:5000])
+    assert len(ids) < 2500 and tokenizer.decode(ids) == text[:5000]
+
+
+def test_only_long_words_are_cut_for_training():
+    texts = [f"some words {'x' * 2500} more  words\n", "b" * 1000, "", "c " * 2000]
+    parts = list(_cut_long_words(texts[0]))
+    assert "".join(parts) == texts[0] and len(parts) == 3 and max(len(w) for p in parts for w in p.split()) <= 1000
+    assert [list(_cut_long_words(text)) for text in texts[1:]] == [[text] for text in texts[1:]]
 
 
 def test_saved_tokenizers_load_here_and_in_the_library(tmp_path):

@@ -6,7 +6,8 @@ and back exactly. One separator token stands before every document; text that sp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as HFTokenizer
@@ -19,6 +20,7 @@ __all__ = ["SEPARATOR", "SMALLEST_BPE", "StreamDecoder", "Tokenizer", "vocab_siz
 
 SEPARATOR = "<|endoftext|>"
 _FOREIGN_SEPARATORS = (SEPARATOR, "</s>", "<|im_end|>", "<eos>", "[EOS]", "<|end_of_text|>", "[SEP]")
+_LONGEST_WORD = 1000
 SMALLEST_BPE = 64_000  # bytes of text below which a trained vocabulary would only memorise
 
 
@@ -83,7 +85,7 @@ class Tokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator((part for text in texts for part in _cut_long_words(text)), trainer)
         return cls(backend)
 
     @classmethod
@@ -146,6 +148,16 @@ class StreamDecoder:
         self._ids = self._ids[-1:]
         self._shown = self._tokenizer.decode(self._ids)
         return new
+
+
+def _cut_long_words(text: str) -> Iterator[str]:
+    """A text in parts, cut within words of more than 1,000 characters: the time of training is quadratic in them."""
+    start = 0
+    if max(map(len, text.split()), default=0) > _LONGEST_WORD:
+        for long in re.finditer(rf"\S{{{_LONGEST_WORD}}}", text):
+            yield text[start : long.end()]
+            start = long.end()
+    yield text[start:]
 
 
 def _byte_level(model: models.BPE) -> HFTokenizer:
