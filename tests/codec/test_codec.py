@@ -15,6 +15,7 @@ from tests.codec.capability_probe import network
 from tests.codec.toys import picture, smooth_model, toy_codec
 
 from quintic.codec import Codec, Curve, Plan, paper_plan, psnr, read_parts
+from quintic.codec.tiles import Layout
 from quintic.core import CodecError, ConfigError, DataError
 from quintic.diffusion import NetworkDenoiser, UNet
 
@@ -57,6 +58,24 @@ def test_more_bytes_give_a_better_picture_and_most_of_a_target_is_used():
     quality = [m.psnr for m in made]
     assert all(b > a + 1.0 for a, b in itertools.pairwise(quality))
     assert all(n - len(m.data) <= 2 for n, m in zip((16, 25, 40, 70, 120), made, strict=True))
+
+
+@pytest.mark.parametrize("size", [(7, 9), (17, 8), (1, 5)])
+def test_what_tiles_have_beyond_a_picture_takes_no_bits(size):
+    """The same picture, continued to whole tiles by the one who codes it."""
+    codec, original = toy_codec(), picture(*size)
+    tiles = [12 if side <= 12 else 23 for side in size]
+    beyond = [(0, whole - side) for whole, side in zip(reversed(tiles), reversed(size), strict=True)]
+    continued = codec.code(Image.fromarray(np.pad(np.asarray(original), beyond, mode="symmetric")), target_bytes=60)
+    assert codec.code(original, target_bytes=60).psnr > psnr(original, continued.image.crop((0, 0, *size))) + 1.0
+
+
+def test_where_tiles_overlap_they_share_the_bits(monkeypatch):
+    codec, originals = toy_codec(), [picture(56, 45, seed=seed) for seed in range(3)]
+    sharing = [codec.code(original, target_bytes=400).psnr for original in originals]
+    monkeypatch.setattr(Layout, "_shares", lambda self, size: np.ones(1))
+    alone = [codec.code(original, target_bytes=400).psnr for original in originals]
+    assert sum(sharing) / 3 > sum(alone) / 3 + 0.1
 
 
 def test_a_target_psnr_is_met_or_the_range_is_named():

@@ -142,14 +142,13 @@ class Codec:
         upright, mode = read_image(image)
         model, layout = self._model_for(upright, mode)
         values = to_values(upright)
-        weights = np.float32(1.0) if roi is None else layout.split_map(_check_roi(roi, upright))
-        if layout.transparent:
-            weights = weights * layout.split_map(np.ones(values.shape[:2]), seen(values))
-            values = continue_colours(values)
-        tiles = layout.split(values)
+        everywhere = np.ones(values.shape[:2]) if roi is None else _check_roi(roi, upright)
+        weights = layout.split_map(everywhere, seen(values) if layout.transparent else 1.0)
+        tiles = layout.split(continue_colours(values) if layout.transparent else values)
 
         def direction(x0: NDArray[np.float32], x: NDArray[np.float32], log_snr: float) -> NDArray[np.float32]:
-            return weights * (tiles - x0)
+            missing: NDArray[np.float32] = tiles - x0
+            return weights * missing
 
         return self._targets(upright, model, layout, direction, target_bytes, target_psnr, quality, exact, robust, plan)
 
@@ -175,7 +174,7 @@ class Codec:
         model, layout = self._model_for(blank, MODES.index(mode))
 
         def direction(x0: NDArray[np.float32], x: NDArray[np.float32], log_snr: float) -> NDArray[np.float32]:
-            return layout.split(observed.residual(layout.merge(x0)))
+            return layout.split(observed.residual(layout.merge(x0)), "constant")
 
         return self._targets(None, model, layout, direction, target_bytes, None, quality, exact, False, None)
 

@@ -4,14 +4,15 @@ A picture becomes *planes*, a plane becomes tiles. With a grey model: grey is on
 half the resolution, two of chroma (full-range BT.601); transparency is one more. With a colour model: colour is one
 plane of three channels; grey and transparency are planes whose channels are equal.
 
-Planes that are smaller than a tile, or do not end with one, are continued by reflection; larger ones have tiles that
-overlap by an eighth, where they are faded into each other.
+Planes that are smaller than a tile, or do not end with one, are continued, which has no weight for the encoder; larger
+ones have tiles that overlap by an eighth, where they are faded into each other.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from quintic.core import CodecError, DataError
 __all__ = ["Layout", "read_image", "to_image", "to_values"]
 
 Plane = NDArray[np.float32]
+Beyond = Literal["symmetric", "constant"]
 _CONVERTED = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "HSV": "RGB", "LAB": "RGB", "RGBX": "RGB", "La": "LA"}
 
 
@@ -106,13 +108,20 @@ class Layout:
         )
         return rows, columns
 
-    def split(self, values: NDArray[np.floating]) -> Plane:
-        """(height, width, channels of the mode) in [-1, 1] to tiles (count, c, h, w): a linear map."""
+    def split(self, values: NDArray[np.floating], beyond: Beyond = "symmetric") -> Plane:
+        """(height, width, channels of the mode) in [-1, 1] to tiles (count, c, h, w): a linear map.
+
+        Beyond the picture they are its reflection, or with ``constant`` 0.
+        """
         planes = self._planes(values.astype(np.float64))
-        return np.concatenate([self._cut(plane) for plane in planes]).astype(np.float32)
+        return np.concatenate([self._cut(plane, beyond) for plane in planes]).astype(np.float32)
 
     def split_map(self, weights: NDArray[np.float64], colours: NDArray[np.float64] | float = 1.0) -> Plane:
-        """A map (height, width) of weights to tiles, the same for every plane, but for another factor of colours."""
+        """A map (height, width) of weights to tiles, the same for every plane, but for another factor of colours.
+
+        What tiles have beyond the picture weighs nothing: a model may put there what it likes. Where tiles overlap each
+        has the square root of its share in the picture, between caring for all of it and for its share alone.
+        """
         c = self.tile[0]
         maps = [weights * colours] * len(self.sizes)
         if self.transparent:
@@ -120,7 +129,8 @@ class Layout:
         planes = [
             m if size == (self.height, self.width) else _half(m) for m, size in zip(maps, self.sizes, strict=True)
         ]
-        return np.concatenate([self._cut(np.repeat(p[None], c, axis=0)) for p in planes]).astype(np.float32)
+        tiles = [self._cut(np.repeat(p[None], c, axis=0), "constant") * np.sqrt(self._shares(p.shape)) for p in planes]
+        return np.concatenate(tiles).astype(np.float32)
 
     def merge(self, tiles: Plane) -> NDArray[np.float64]:
         """Tiles to values (height, width, channels of the mode), about in [-1, 1]."""
@@ -153,13 +163,12 @@ class Layout:
         chroma = [_half((other - luma) * scale)[None] for other, scale in ((b, 0.5 / 0.886), (r, 0.5 / 0.701))]
         return [luma[None], *chroma, *alpha]
 
-    def _cut(self, plane: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _cut(self, plane: NDArray[np.float64], beyond: Beyond) -> NDArray[np.float64]:
         _, h, w = self.tile
         rows, columns = self._grid(*plane.shape[1:])
-        down, across = h - h // 8, w - w // 8
-        missing = [h + (rows - 1) * down - plane.shape[1], w + (columns - 1) * across - plane.shape[2]]
-        padded = np.pad(plane, ((0, 0), (0, missing[0]), (0, missing[1])), mode="symmetric")
-        corners = [(i * down, j * across) for i in range(rows) for j in range(columns)]
+        corners = self._corners(rows, columns)
+        missing = [h + corners[-1][0] - plane.shape[1], w + corners[-1][1] - plane.shape[2]]
+        padded = np.pad(plane, ((0, 0), (0, missing[0]), (0, missing[1])), mode=beyond)
         return np.stack([padded[:, y : y + h, x : x + w] for y, x in corners])
 
     def _join(self, tiles: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.float64]:
@@ -167,15 +176,32 @@ class Layout:
         rows, columns = self._grid(*size)
         if rows == columns == 1:
             return tiles[0][:, : size[0], : size[1]]
-        down, across = h - h // 8, w - w // 8
-        weight = _ramp(h)[:, None] * _ramp(w)
-        total = np.zeros((c, h + (rows - 1) * down, w + (columns - 1) * across))
-        weights = np.zeros(total.shape[1:])
-        for number, tile in enumerate(tiles):
-            y, x = number // columns * down, number % columns * across
+        weight, weights = self._weights(rows, columns)
+        total = np.zeros((c, *weights.shape))
+        for tile, (y, x) in zip(tiles, self._corners(rows, columns), strict=True):
             total[:, y : y + h, x : x + w] += weight * tile
-            weights[y : y + h, x : x + w] += weight
         return (total / weights)[:, : size[0], : size[1]]
+
+    def _shares(self, size: tuple[int, ...]) -> NDArray[np.float64]:
+        """What tiles contribute to each value of a plane (height, width): (tiles, 1, h, w)."""
+        _, h, w = self.tile
+        grid = self._grid(*size)
+        weight, weights = self._weights(*grid)
+        return np.stack([weight / weights[None, y : y + h, x : x + w] for y, x in self._corners(*grid)])
+
+    def _weights(self, rows: int, columns: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of a tile (h, w), and their sums where tiles overlap."""
+        _, h, w = self.tile
+        weight = _ramp(h)[:, None] * _ramp(w)
+        weights = np.zeros((h + (rows - 1) * (h - h // 8), w + (columns - 1) * (w - w // 8)))
+        for y, x in self._corners(rows, columns):
+            weights[y : y + h, x : x + w] += weight
+        return weight, weights
+
+    def _corners(self, rows: int, columns: int) -> list[tuple[int, int]]:
+        """Where tiles begin."""
+        _, h, w = self.tile
+        return [(i * (h - h // 8), j * (w - w // 8)) for i in range(rows) for j in range(columns)]
 
 
 def _ramp(side: int) -> NDArray[np.float64]:
