@@ -212,6 +212,12 @@ def test_generate_and_evaluate_refuse_nonsense(run, capsys):
     assert "top_p must be in (0, 1]" in fails(capsys, "generate", run, "--top-p", "0")
     assert "unknown split 'tests'; did you mean 'test'?" in fails(capsys, "evaluate", run, "--split", "tests")
     assert "no such file" in fails(capsys, "evaluate", run, "missing.txt")
+    assert "data.field is for other text, and none is named" in fails(capsys, "evaluate", run, "data.field=body")
+    said = fails(capsys, "evaluate", run, run / "config.toml", "data.validation_fraction=0.5")
+    assert "data.validation_fraction is a setting of training; evaluations take data.encoding or data.field" in said
+    assert "did you mean 'data.field'" in fails(capsys, "evaluate", run, run / "config.toml", "data.feild=body")
+    said = fails(capsys, "evaluate", "tarflow/fashion28", run / "config.toml", "data.size=8")
+    assert "data.size is a setting of training; evaluations take none for images" in said
 
 
 def test_a_run_killed_before_its_first_step(run, capsys):

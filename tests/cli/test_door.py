@@ -252,6 +252,7 @@ def test_names_of_settings_are_whole_in_a_narrow_window(capsys, monkeypatch):
         ("codec encode bo", {"book.txt"}),
         ("race bo", {"book.txt"}),
         ("generate bo", {"book.txt"}),
+        ("evaluate bo", {"book.txt"}),
     ],
 )
 def test_what_bash_offers(line, words, tmp_path):

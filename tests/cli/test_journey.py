@@ -113,7 +113,14 @@ def test_evaluate_on_its_splits_and_on_other_text(run, book, tmp_path, capsys):
     assert losses[2] == pytest.approx(losses[0], abs=0.05)
     (tmp_path / "other.md").write_text("the captain looked at the whale")
     assert quintic("evaluate", run, tmp_path) == 0
-    assert "bits per byte" in capsys.readouterr().out
+    plain = capsys.readouterr().out
+    assert "bits per byte" in plain
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"body": "the captain looked at the whale"}), encoding="utf-16")
+    assert quintic("evaluate", run, other) == 2
+    assert "choose one with data.field=body" in capsys.readouterr().err
+    assert quintic("evaluate", run, other, "data.field=body", "data.encoding=utf-16") == 0
+    assert capsys.readouterr().out.split(": loss")[1] == plain.split(": loss")[1]
 
 
 def test_report_can_be_made_again(copy, capsys):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 import tracemalloc
 
 import pytest
@@ -13,7 +14,11 @@ TEXT = "héllo wörld, 你好 🐳\n"
 
 
 def read(path, **kwargs):
-    return list(read_documents(find_sources([path]).files, **kwargs))
+    return texts(find_sources([path]).files, **kwargs)
+
+
+def texts(files, **kwargs):
+    return ["".join(parts) for parts in read_documents(files, **kwargs)]
 
 
 def test_folders_are_searched_in_order(tmp_path):
@@ -26,7 +31,7 @@ def test_folders_are_searched_in_order(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("not this")
     source = find_sources([tmp_path])
-    assert list(read_documents(source.files)) == ["a.md", "b.txt", "z.markdown.gz", "sub/c.TXT", "sub/d.jsonl"]
+    assert texts(source.files) == ["a.md", "b.txt", "z.markdown.gz", "sub/c.TXT", "sub/d.jsonl"]
     assert source.skipped == 2
     assert read(tmp_path / "code.py") == ["not this"]
 
@@ -41,7 +46,7 @@ def test_links_are_followed_and_those_that_lead_nowhere_are_counted(tmp_path):
     (tmp_path / "elsewhere" / "up").symlink_to(notes)  # a loop
     (notes / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
     source = find_sources([notes])
-    assert list(read_documents(source.files)) == ["a", "b"] and source.skipped == 1
+    assert texts(source.files) == ["a", "b"] and source.skipped == 1
 
 
 def test_a_file_reached_twice_is_read_once(tmp_path):
@@ -76,14 +81,47 @@ def test_json_lines_are_read_one_by_one(tmp_path, suffix):
     with gzip.open(path, "wb", 1) if suffix else path.open("wb") as file:
         for _ in range(200):
             file.write(line)
+    assert _most_memory(path, 200 * 100_000) < 20 * len(line)  # the file is 200 of them
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("codec", ["utf-8", "utf-16"])
+def test_a_text_is_read_in_parts(tmp_path, suffix, codec):
+    path = tmp_path / f"a.txt{suffix}"
+    part = "wörd " * 200_000
+    with gzip.open(path, "wt", 1, codec) if suffix else path.open("w", encoding=codec) as file:
+        for _ in range(20):
+            file.write(part)
+    assert _most_memory(path, 20 * len(part)) < 10 * len(part)  # the file is 20 of them, each of more bytes
+
+
+def _most_memory(path, characters):
+    """Bytes at most while a file of so many characters is read."""
     list(read_documents([path]))  # what is imported on the way counts once
     tracemalloc.start()
     try:
-        assert sum(len(text) for text in read_documents([path])) == 200 * 100_000
-        peak = tracemalloc.get_traced_memory()[1]
+        assert sum(len(text) for parts in read_documents([path]) for text in parts) == characters
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 20 * len(line)  # the file is 200 of them
+
+
+def test_a_document_can_be_gone_through_again(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": TEXT}))
+    for parts in read_documents(find_sources([tmp_path]).files):
+        assert "".join(parts) == "".join(parts) == TEXT
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_wide_encodings_without_a_mark_are_read_when_named(tmp_path, codec, suffix):
+    path = tmp_path / f"a.{suffix}"
+    written = TEXT if suffix == "txt" else json.dumps({"text": TEXT})
+    path.write_bytes(written.encode(f"{codec}-{sys.byteorder[0]}e"))
+    assert read(path, encoding=codec) == [TEXT]
+    path.write_bytes(written.encode(codec))  # and with one
+    assert read(path, encoding=codec) == read(path) == [TEXT]
 
 
 def test_json_lines_in_other_encodings(tmp_path):
@@ -99,6 +137,10 @@ MISTAKES = {
     "binary.txt": (b"GIF89a\0\0", "looks binary"),
     "latin.txt": ("für".encode("latin-1"), r"not utf-8 text: byte 0xfc at offset 1.*data\.encoding=gb18030|cp1252"),
     "chinese.txt": ("你好世界".encode("gb18030"), r"data\.encoding=gb18030"),
+    "late.txt": (b"x" * 3_000_000 + b"\xe4\xbd!", r"byte 0xe4 at offset 3000000.*data\.encoding="),
+    "late.txt.gz": (gzip.compress("é".encode() * 600_000 + b"\xff"), r"byte 0xff at offset 1200000"),
+    "cut.txt": (b"x" * 3_000_000 + "你".encode()[:2], r"byte 0xe4 at offset 3000000"),
+    "marked.txt": (b"\xef\xbb\xbfab\xff", r"byte 0xff at offset 5"),
     "torn.txt.gz": (gzip.compress(b"hello" * 100)[:-9], "damaged gzip"),
     "liar.txt.gz": (b"plain", "is not a gzip file"),
     "a.jsonl": (b'{"text": "x"}\n{"text"', r"a\.jsonl:2: not JSON"),
@@ -142,10 +184,10 @@ def test_empty_folder_and_unknown_codec(tmp_path):
 
 
 def test_no_permission(tmp_path, monkeypatch):
-    def refuse(path):
+    def refuse(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "a.txt").write_text("x")
-    monkeypatch.setattr("quintic.data.readers.Path.read_bytes", refuse)  # chmod does not stop an administrator
+    monkeypatch.setattr("quintic.data.readers.Path.open", refuse)  # chmod does not stop an administrator
     with pytest.raises(DataError, match=r"cannot read .*a\.txt: Permission denied"):
         read(tmp_path)

@@ -14,7 +14,6 @@ from quintic.assets import corpus_path
 from quintic.core import ConfigError, DataError
 from quintic.core.files import cache_dir
 from quintic.data import DataConfig, Split, Tokenizer, document_ids, num_windows, prepare, windows
-from quintic.data.tokens import _pieces
 
 BYTE = DataConfig(tokenizer="byte")
 
@@ -172,13 +171,3 @@ def test_a_wholly_held_out_text_may_be_short(tmp_path):
     (tmp_path / "line.txt").write_text("a line")
     data = prepare([tmp_path / "line.txt"], DataConfig(tokenizer="byte", validation_fraction=0.0, test_fraction=1.0))
     assert text_of(data, "test") == "a line" and data.train.num_tokens == data.validation.num_tokens == 0
-
-
-@pytest.mark.parametrize("mark", ["\n", " ", "x"])
-def test_long_texts_are_cut_without_loss(monkeypatch, mark):
-    monkeypatch.setattr("quintic.data.tokens._PIECE", 10)
-    text = f"abcdefg{mark}" * 13 + "tail"
-    pieces = list(_pieces(text))
-    assert "".join(pieces) == text and all(0 < len(piece) <= 10 for piece in pieces)
-    if mark == "\n":
-        assert all(piece.endswith("\n") for piece in pieces[:-1])

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from quintic.cli.printing import say
+from quintic.core import ConfigError
 
 __all__ = ["evaluate"]
 
@@ -16,7 +17,7 @@ __all__ = ["evaluate"]
 def evaluate(
     run: Path,
     /,
-    *data: Path,
+    *arguments: str | Path,
     split: str = "test",
     checkpoint: str = "best",
     device: str = "auto",
@@ -30,8 +31,9 @@ def evaluate(
     run
         The run folder; or a model that comes with the package, by its name: ddpm/fashion28, ddpm/emoji32,
         tarflow/fashion28.
-    data
-        Files and folders to evaluate on, whole; without any, a split of the run's own data.
+    arguments
+        Files and folders to evaluate on, whole; without any, a split of the run's own data. Of other text also how it
+        is read: data.field=..., data.encoding=...; what is not given is as in the run.
     split
         test or validation, of the run's own data.
     checkpoint
@@ -47,12 +49,22 @@ def evaluate(
     --------
     quintic evaluate runs/book
     quintic evaluate runs/book other.txt --json
+    quintic evaluate runs/book other.jsonl data.field=body
     quintic evaluate runs/flow pictures/
     """
-    from quintic.cli.wiring import kind_of, load_run_model
+    from quintic.cli.wiring import kind_of, load_run_model, split_arguments
 
+    paths, overrides = split_arguments(arguments)
     loaded = load_run_model(run, checkpoint, device, dtype)
-    lines, facts = kind_of(loaded.header["task"]).evaluate(loaded, run, list(data), split)
+    kind = kind_of(loaded.header["task"])
+    settings = loaded.settings.override(overrides)
+    for key in (override.partition("=")[0] for override in overrides):
+        if key not in kind.OF_FILES:
+            known = f"take {' or '.join(kind.OF_FILES)}" if kind.OF_FILES else "take none for images"
+            raise ConfigError(f"{key} is a setting of training; evaluations {known}")
+        if not paths:
+            raise ConfigError(f"{key} is for other text, and none is named; the run's own data is read as in training")
+    lines, facts = kind.evaluate(loaded._replace(settings=settings), run, paths, split)
     if as_json:
         say(json.dumps({"run": str(run), **facts}))
         return

@@ -22,11 +22,25 @@ if TYPE_CHECKING:
     from quintic.engine import Settings, Task
     from quintic.flow import TarFlow
 
-__all__ = ["EMBEDDED", "NEXT", "READING", "UNIT", "build", "evaluate", "generate", "prepare", "sections", "shipped"]
+__all__ = [
+    "EMBEDDED",
+    "NEXT",
+    "OF_FILES",
+    "READING",
+    "UNIT",
+    "build",
+    "evaluate",
+    "generate",
+    "prepare",
+    "sections",
+    "shipped",
+]
 
 EMBEDDED = "Drawn shapes"
 """Title of the data that comes with the package."""
 READING = "reading images"
+OF_FILES = ()
+"""Settings that say how files are read: pictures tell themselves."""
 UNIT = ""
 """Of the loss."""
 NEXT = "quintic generate {run} --n 36"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EMBEDDED",
     "NEXT",
+    "OF_FILES",
     "READING",
     "UNIT",
     "build",
@@ -33,6 +34,8 @@ __all__ = [
 EMBEDDED = "Moby Dick"
 """Title of the data that comes with the package."""
 READING = "reading text"
+OF_FILES = ("data.encoding", "data.field")
+"""Settings that say how files are read, of any text."""
 UNIT = " nats"
 """Of the loss."""
 NEXT = 'quintic generate {run} --prompt "..."'

@@ -1,7 +1,7 @@
 """Text from files: plain text, markdown, JSON lines, each also gzipped; one document per file or JSON line.
 
 Nothing is guessed silently: bytes that do not decode, binary content and broken JSON are errors that name the file
-and the place. JSON lines are read one by one, so a file of them may be larger than the memory; a text is read whole.
+and the place. A text is read in parts and JSON lines one by one, so that a file may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import gzip
 import io
 import json
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
 from quintic.core import DataError
 
@@ -36,6 +37,8 @@ _WIDE = ("utf-16", "utf-32", "utf16", "utf32")
 _GZIP = b"\x1f\x8b"
 _HEAD = 8192
 """Bytes by which binary files are told from text."""
+_PART = 1 << 20
+"""Characters or bytes of a file that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,11 @@ def _known(path: Path) -> bool:
     return name.endswith(EXTENSIONS)
 
 
-def read_documents(files: Iterable[Path], *, encoding: str = "auto", field: str = "text") -> Iterator[str]:
+def read_documents(files: Iterable[Path], *, encoding: str = "auto", field: str = "text") -> Iterator[Iterable[str]]:
     """Yield the documents of files, in order; empty ones are left out.
+
+    A document is an iterable of its parts, in order, and can be gone through again: a line of JSON is one part, a
+    text file is read a megabyte at a time.
 
     Args:
         files: As found by :func:`find_sources`.
@@ -111,7 +117,8 @@ def read_documents(files: Iterable[Path], *, encoding: str = "auto", field: str 
         field: Of JSON lines.
 
     Raises:
-        DataError: A file is unreadable, binary, undecodable or not the JSON lines that its name promises.
+        DataError: A file is unreadable, binary, undecodable or not the JSON lines that its name promises; for a text
+            perhaps only where its parts are read.
     """
     if encoding != "auto":
         try:
@@ -121,24 +128,67 @@ def read_documents(files: Iterable[Path], *, encoding: str = "auto", field: str 
                 f"unknown encoding {encoding!r}; use auto or the name of a Python codec, such as utf-8, gb18030, utf-16"
             ) from error
     for path in files:
+        documents: Iterable[Iterable[str]] = (_TextFile(path, encoding),)
         if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
-            documents: Iterable[str] = _json_lines(path, _lines(path, encoding), field)
-        else:
-            documents = (_decode(path, _read_bytes(path), encoding),)
-        yield from (document for document in documents if document.strip())
+            documents = ((text,) for text in _json_lines(path, _lines(path, encoding), field))
+        yield from (document for document in documents if any(part.strip() for part in document))
 
 
-def _read_bytes(path: Path) -> bytes:
+@dataclass(frozen=True)
+class _TextFile:
+    """A file as one document."""
+
+    path: Path
+    encoding: str
+
+    def __iter__(self) -> Iterator[str]:
+        with _opened(self.path, self.encoding) as text:
+            while part := text.read(_PART):
+                yield part
+
+
+def _lines(path: Path, encoding: str) -> Iterator[str]:
+    with _opened(path, encoding) as text:
+        yield from text
+
+
+@contextlib.contextmanager
+def _opened(path: Path, encoding: str) -> Iterator[TextIO]:
+    """The text of a file.
+
+    Raises:
+        DataError: The file cannot be read, is damaged or binary, or does not decode.
+    """
+    with _binary(path) as data:
+        name = _encoding(path, data.read(_HEAD), encoding)
+        data.seek(0)
+        try:
+            yield io.TextIOWrapper(data, name, newline="\n")
+        except UnicodeDecodeError as error:
+            found = _undecodable(path, name)
+            assert found is not None
+            raise DataError(
+                f"{path} is not {error.encoding} text: byte {found[1]:#04x} at offset {found[0]}; "
+                f"name its encoding, for example data.encoding={_fitting(path, name)}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _binary(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed.
+
+    Raises:
+        DataError: The file cannot be read or is damaged.
+    """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            zipped = _is_gzip(path, file.read(2))
+            file.seek(0)
+            yield gzip.GzipFile(fileobj=file) if zipped else file  # type: ignore[misc]
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is a damaged gzip file: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
-    if not _is_gzip(path, data[:2]):
-        return data
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is a damaged gzip file: {error}") from error
 
 
 def _is_gzip(path: Path, start: bytes) -> bool:
@@ -160,8 +210,11 @@ def _encoding(path: Path, head: bytes, encoding: str) -> str:
     Raises:
         DataError: The file is binary.
     """
+    marked = next((name for mark, name in _MARKS if head.startswith(mark)), None)
     if encoding == "auto":
-        encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
+        encoding = marked or "utf-8"
+    elif (name := codecs.lookup(encoding).name) in ("utf-16", "utf-32") and marked != name:
+        encoding = f"{name}-{sys.byteorder[0]}e"  # without a mark, a stream has to be told
     if b"\0" in head and not encoding.lower().startswith(_WIDE):
         raise DataError(
             f"{path} looks binary (it has zero bytes); give text files, or data.encoding=utf-16 if that is what it is"
@@ -169,50 +222,25 @@ def _encoding(path: Path, head: bytes, encoding: str) -> str:
     return encoding
 
 
-def _lines(path: Path, encoding: str) -> Iterator[str]:
-    """The lines of a file, without the file in memory."""
-    try:
-        with _opened(path, encoding) as text:
-            yield from text
-    except UnicodeDecodeError:
-        _decode(path, _read_bytes(path), encoding)  # says where in the file; here only a part of it is known
-        raise
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is a damaged gzip file: {error}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+def _undecodable(path: Path, encoding: str) -> tuple[int, int] | None:
+    """Offset and value of the first byte that does not decode; None if all do."""
+    decoder, done = codecs.getincrementaldecoder(encoding)(), 0
+    with _binary(path) as data:
+        while True:
+            block = data.read(_PART)
+            done += len(block)
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:  # what it was given, with what it held back, ends where the block ends
+                return done - len(error.object) + error.start, error.object[error.start]
+            if not block:
+                return None
 
 
-@contextlib.contextmanager
-def _opened(path: Path, encoding: str) -> Iterator[TextIO]:
-    with path.open("rb") as file:
-        zipped = _is_gzip(path, file.read(2))
-        file.seek(0)
-        data = gzip.GzipFile(fileobj=file) if zipped else file
-        head = data.read(_HEAD)
-        data.seek(0)
-        yield io.TextIOWrapper(data, _encoding(path, head, encoding), newline="\n")
-
-
-def _decode(path: Path, data: bytes, encoding: str) -> str:
-    encoding = _encoding(path, data[:_HEAD], encoding)
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not {error.encoding} text: byte {data[error.start]:#04x} at offset {error.start}; "
-            f"name its encoding, for example data.encoding={_fitting(data, encoding)}"
-        ) from error
-
-
-def _fitting(data: bytes, tried: str) -> str:
-    """A common encoding in which the bytes do decode."""
-    for name in ("utf-8", "gb18030", "big5", "shift_jis", "cp1252"):
-        if name != tried:
-            with contextlib.suppress(UnicodeDecodeError):
-                data.decode(name)
-                return name
-    return "latin-1"
+def _fitting(path: Path, tried: str) -> str:
+    """A common encoding in which the file does decode."""
+    names = [name for name in ("utf-8", "gb18030", "big5", "shift_jis", "cp1252") if name != tried]
+    return next((name for name in names if _undecodable(path, name) is None), "latin-1")
 
 
 def _json_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:

@@ -117,6 +117,10 @@ class Tokenizer:
         """Ids of a text, without a separator."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts, by all processors."""
+        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; separators are left out, bytes that form no character become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=True)

@@ -10,11 +10,11 @@ only if both agree and the files are intact.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from quintic.assets import corpus_path
 from quintic.core import DataError
 from quintic.core.files import atomic_folder, cache_dir, sha256_bytes, sha256_file
 from quintic.data.config import DataConfig
+from quintic.data.pieces import PIECE, divide, even, take
 from quintic.data.readers import EXTENSIONS, find_sources, read_documents
+from quintic.data.survey import Documents, survey, utf8
 from quintic.data.tokenizer import SMALLEST_BPE, Tokenizer, vocab_size_for
 
 __all__ = ["Split", "TokenData", "document_ids", "num_windows", "prepare", "windows"]
@@ -34,7 +36,8 @@ __all__ = ["Split", "TokenData", "document_ids", "num_windows", "prepare", "wind
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
 MINIMUM_CHARACTERS = 200
-_PIECE = 1 << 20  # characters encoded at a time
+_LEARNED_FROM = 1 << 30  # bytes of text at most that a tokenizer is trained on: its memory grows with their words
+_AT_ONCE = 16  # pieces encoded side by side at most; each takes some 50 MB meanwhile
 
 
 @dataclass(frozen=True)
@@ -76,16 +79,6 @@ class TokenData:
     """What the user should know."""
 
 
-@dataclass
-class _Content:
-    """What the first pass over the text finds out."""
-
-    digest: str
-    chars: int
-    cuts: list[int]
-    """Character positions where the splits end."""
-
-
 def prepare(
     paths: Sequence[Path] | None, config: DataConfig, progress: Callable[[str], None] = lambda _: None
 ) -> TokenData:
@@ -107,14 +100,17 @@ def prepare(
             "a file that is named itself is read as text whatever its name"
         )
 
-    def documents() -> Iterator[str]:
+    def documents() -> Iterator[Iterable[str]]:
         return read_documents(source.files, encoding=config.encoding, field=config.field)
 
     progress(f"reading {len(source.files)} files")
-    content = _survey(documents(), config)
+    content = survey(source.files, documents, [config.encoding, config.field], progress)
     if content.chars == 0:
         raise DataError(f"no text in {', '.join(map(str, paths or []))}: every document is empty")
-    if content.cuts[0] and content.chars < MINIMUM_CHARACTERS:
+    held_out = config.validation_fraction + config.test_fraction
+    shares = (1 - held_out, 1 - config.test_fraction, 1)
+    cuts = [round(content.chars * share) for share in shares]  # characters at which the splits end
+    if cuts[0] and content.chars < MINIMUM_CHARACTERS:
         raise DataError(
             f"the text is too short to train on: {content.chars} characters, at least {MINIMUM_CHARACTERS} are needed"
         )
@@ -136,11 +132,11 @@ def prepare(
             warnings.append(f"{error}; made the tokens again")
             shutil.rmtree(folder)
     if data is None:
-        tokenizer, notes = (loaded, {}) if loaded else _fit_tokenizer(documents, content, config, progress)
-        _build(folder, key, documents, content, tokenizer, notes, progress)
+        tokenizer, notes = (loaded, {}) if loaded else _fit_tokenizer(documents, cuts, config, progress)
+        _build(folder, key, documents, cuts, tokenizer, notes, progress)
         data = _load(folder, key, reused=False)
     if loaded:
-        sample = next(iter(documents()))[:10_000]
+        sample = next(iter(next(documents())))[:10_000]
         if loaded.decode(loaded.encode(sample)) != sample:
             warnings.append(
                 f"tokenizer {config.tokenizer} does not give this text back exactly; bits per byte will look too good"
@@ -182,61 +178,21 @@ def document_ids(inputs: NDArray[np.int64], separator_id: int) -> NDArray[np.int
     return np.cumsum(inputs == separator_id, axis=1)
 
 
-def _survey(documents: Iterator[str], config: DataConfig) -> _Content:
-    digest, chars = hashlib.sha256(), 0
-    for text in documents:
-        encoded = text.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-        chars += len(text)
-    held_out = config.validation_fraction + config.test_fraction
-    cuts = [round(chars * (1 - held_out)), round(chars * (1 - config.test_fraction)), chars]
-    return _Content(digest.hexdigest(), chars, cuts)
-
-
-def _parts(documents: Iterator[str], cuts: list[int]) -> Iterator[tuple[int, str]]:
-    """(split number, text) of every piece of a document, in order; a cut inside a document makes two."""
-    position, split = 0, 0
-    for text in documents:
-        start = 0
-        while start < len(text):
-            while position >= cuts[split]:
-                split += 1
-            end = min(len(text), start + cuts[split] - position)
-            yield split, text[start:end]
-            position += end - start
-            start = end
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """A text in pieces of about a megabyte, cut behind line ends where there are any."""
-    start = 0
-    while start < len(text):
-        end = start + _PIECE
-        if end < len(text):
-            for mark in ("\n", " "):
-                if (cut := text.rfind(mark, start, end)) >= start:
-                    # A space belongs to the word behind it.
-                    end = cut + 1 if mark == "\n" else max(cut, start + 1)
-                    break
-        yield text[start:end]
-        start = end
-
-
 def _fit_tokenizer(
-    documents: Callable[[], Iterator[str]],
-    content: _Content,
+    documents: Documents,
+    cuts: list[int],
     config: DataConfig,
     progress: Callable[[str], None],
 ) -> tuple[Tokenizer, dict[str, str]]:
     """The tokenizer of the settings, trained on the training split if it is to be trained."""
 
     def training_text() -> Iterator[str]:
-        for split, text in _parts(documents(), content.cuts):
-            if split:
+        for piece in even(divide(documents(), cuts)):
+            if piece.split:
                 return
-            yield from _pieces(text)
+            yield piece.text
 
-    num_bytes = sum(len(piece.encode("utf-8", "surrogatepass")) for piece in training_text())
+    num_bytes = sum(len(utf8(text)) for text in training_text())
     kind = config.tokenizer
     if kind == "auto":
         kind = "byte" if num_bytes < SMALLEST_BPE and not config.vocab_size else "bpe"
@@ -245,16 +201,18 @@ def _fit_tokenizer(
         return Tokenizer.bytes(), {"tokenizer": f"bytes: {num_bytes:,} bytes of training text{small}"}
     size = config.vocab_size or vocab_size_for(num_bytes)
     progress(f"training a tokenizer of {size} tokens")
-    tokenizer = Tokenizer.train(training_text(), size)
+    every = max(1, -(-num_bytes // _LEARNED_FROM))
+    tokenizer = Tokenizer.train(itertools.islice(training_text(), 0, None, every), size)
     why = "as given" if config.vocab_size else f"{num_bytes:,} bytes of training text / 1000, down to a power of two"
-    return tokenizer, {"tokenizer": f"byte-level BPE of {tokenizer.vocab_size} tokens: {why}"}
+    part = f"; learned from one in {every} pieces of the text" if every > 1 else ""
+    return tokenizer, {"tokenizer": f"byte-level BPE of {tokenizer.vocab_size} tokens: {why}{part}"}
 
 
 def _build(
     folder: Path,
     key: str,
-    documents: Callable[[], Iterator[str]],
-    content: _Content,
+    documents: Documents,
+    cuts: list[int],
     tokenizer: Tokenizer,
     notes: dict[str, str],
     progress: Callable[[str], None],
@@ -267,19 +225,19 @@ def _build(
         files = [(temporary / f"{name}.bin").open("wb") for name in SPLITS]
         done = 0
         try:
-            for split, text in _parts(documents(), content.cuts):
-                count = counts[split]
-                count["num_documents"] += 1
-                for number, piece in enumerate(_pieces(text)):
-                    ids = tokenizer.encode(piece)
-                    if number == 0:
-                        ids = [tokenizer.separator_id, *ids]
-                    files[split].write(np.asarray(ids, dtype=dtype).tobytes())
-                    count["num_tokens"] += len(ids)
-                    count["num_bytes"] += len(piece.encode("utf-8", "surrogatepass"))
-                    count["num_chars"] += len(piece)
-                    done += len(piece)
-                    progress(f"tokenizing {done / content.chars:.0%}")
+            pieces = even(divide(documents(), cuts))
+            while batch := take(pieces, PIECE * min(os.cpu_count() or 1, _AT_ONCE)):
+                encoded = tokenizer.encode_batch([piece.text for piece in batch])
+                for (split, begins, text), ids in zip(batch, encoded, strict=True):
+                    start = [tokenizer.separator_id] if begins else []
+                    files[split].write(np.asarray(start + ids, dtype=dtype).tobytes())
+                    count = counts[split]
+                    count["num_documents"] += begins
+                    count["num_tokens"] += len(start) + len(ids)
+                    count["num_bytes"] += len(utf8(text))
+                    count["num_chars"] += len(text)
+                    done += len(text)
+                progress(f"tokenizing {done / cuts[-1]:.0%}")
         finally:
             for file in files:
                 file.close()

@@ -122,11 +122,7 @@ class Settings:
         """
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
-        known = {
-            f"{section}.{f.name}": _field_types(kind)[f.name]
-            for section, kind in types_by_section.items()
-            for f in dataclasses.fields(kind)
-        }
+        known = _known(types_by_section)
         for section, table in preset.items():
             for name, value in table.items():
                 key = f"{section}.{name}"
@@ -144,6 +140,19 @@ class Settings:
 
     def __getitem__(self, section: str) -> Any:
         return self.sections[section]
+
+    def override(self, overrides: Iterable[str]) -> Settings:
+        """A copy with some values given anew, as :meth:`build` takes them.
+
+        Raises:
+            ConfigError: Unknown section or field, wrong type, value out of range.
+        """
+        known = _known({section: type(values) for section, values in self.sections.items()})
+        changed = self
+        for given in overrides:
+            key, _, text = given.partition("=")
+            changed = changed.derive(key, _typed(key, text, known, from_text=True), "given")
+        return changed
 
     def derive(self, key: str, value: Any, why: str) -> Settings:
         """A copy with one value replaced and the reason as its source."""
@@ -192,8 +201,13 @@ def field_help(kind: type) -> dict[str, str]:
     return found
 
 
-def _field_types(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _known(types_by_section: Mapping[str, type]) -> dict[str, Any]:
+    """{"section.field": its type} of all settings."""
+    found = {}
+    for section, kind in types_by_section.items():
+        hints = typing.get_type_hints(kind)
+        found |= {f"{section}.{f.name}": hints[f.name] for f in dataclasses.fields(kind)}
+    return found
 
 
 def _typed(key: str, value: Any, known: Mapping[str, Any], *, from_text: bool = False) -> Any:

@@ -24,7 +24,7 @@ from torch import nn
 from quintic.core import QuinticError
 from quintic.core.counter_rng import Stream
 from quintic.core.initial import initialize_
-from quintic.core.machine import autocast, describe, matmul_peak, peak_memory_bytes, pick_device
+from quintic.core.machine import autocast, describe, peak_memory_bytes, pick_device
 from quintic.core.ranks import ALONE, Ranks
 from quintic.data.order import Order
 from quintic.engine.averaging import WeightAverage
@@ -51,6 +51,7 @@ from quintic.engine.signals import stop_requests
 from quintic.engine.sinks import open_sink
 from quintic.engine.spikes import SPIKE, remember, spike_score
 from quintic.engine.task import Batch, Task
+from quintic.engine.utilization import Peak
 from quintic.optim import GradientClipping, OptimConfig, build_optimizer, diagnose, lr_factor, momentum_at, snapshot
 
 __all__ = ["Outcome", "TrainingError", "train"]
@@ -133,12 +134,10 @@ def _train(
     device = pick_device(engine.device)
     earlier = run.machine()
     dtype = agreed_dtype(engine.dtype, earlier, device, ranks)
-    peak = None if quiet_peak or not ranks.is_main else matmul_peak(device, dtype)
+    peak = None if quiet_peak or not ranks.is_main else Peak(device, dtype)
     facts = describe(device, dtype) | ({"ranks": ranks.world} if ranks.world > 1 else {})
-    if peak is not None:
-        facts["matmul_gflops"] = round(peak / 1e9, 1)
     if ranks.is_main:
-        run.record_machine(facts)
+        run.record_machine(facts | _rate(peak))
         run.record(status="running")
         run.checkpoints.mkdir(exist_ok=True)
         clear_leftovers(run.checkpoints)
@@ -238,9 +237,14 @@ def _train(
     finished = state.step >= engine.steps and metrics.last_step == state.step
     memory = peak_memory_bytes(device)
     if ranks.is_main:
-        run.record_machine(facts | {"peak_memory_mb": None if memory is None else round(memory / 2**20)})
+        used = {"peak_memory_mb": None if memory is None else round(memory / 2**20)}
+        run.record_machine(facts | _rate(peak) | used)
         run.record(status="finished" if finished else "stopped", steps=state.step)
     return Outcome(finished, state.step, metrics.last_step, state.row, sample, memory)
+
+
+def _rate(peak: Peak | None) -> dict[str, float]:
+    return {} if peak is None else {"matmul_gflops": round(peak.flops_per_second / 1e9, 1)}
 
 
 class _Parts(NamedTuple):
@@ -256,8 +260,8 @@ class _Parts(NamedTuple):
     dtype: torch.dtype
     flops: float
     """Of one step."""
-    peak: float | None
-    """FLOP/s of the matrix product here, if measured."""
+    peak: Peak | None
+    """Of the matrix product here, if measured."""
     ranks: Ranks
 
 
@@ -354,7 +358,7 @@ def _take_step(parts: _Parts, state: TrainState) -> None:
         "seconds": state.seconds,
         "tokens_per_second": count / (ended - started),
         "optimizer_share": (ended - before_optimizer) / (ended - started),
-        "mfu": flops / (ended - started) / (peak * ranks.world) if peak else None,
+        "mfu": peak.reached_by(flops / ranks.world, ended - started) if peak else None,
         **stats,
     }
 
