@@ -10,7 +10,7 @@ from quintic.core import DataError
 from quintic.core.files import cache_dir
 from quintic.data import survey as room
 from quintic.data.readers import read_documents
-from quintic.data.survey import survey
+from quintic.data.survey import take_survey
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ class Reader:
         return read_documents(self.files)
 
     def survey(self, *how):
-        return survey(self.files, self, how, lambda _: None)
+        return take_survey(self.files, self, how, lambda _: None)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_file_that_changes_meanwhile_is_not_noted(tmp_path, later):
         path.write_text("some words and more")
         return read_documents([path])
 
-    survey([path], documents, [], lambda _: None)
+    take_survey([path], documents, [], lambda _: None)
     assert not list(cache_dir("texts").iterdir())
 
 
@@ -109,7 +109,7 @@ def test_long_texts_tell_how_far_they_are(tmp_path, monkeypatch):
     for path in paths:
         path.write_text("ten chars " * 150_000)
     told = []
-    survey(paths, lambda: read_documents(paths), [], told.append)
+    take_survey(paths, lambda: read_documents(paths), [], told.append)
     assert told == ["read 2 million characters", "read 3 million characters", "read 4 million characters"]
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from quintic.core import DataError
 from quintic.core.files import atomic_write, cache_dir, sha256_bytes
 
-__all__ = ["Documents", "Survey", "survey", "utf8"]
+__all__ = ["Documents", "Survey", "take_survey", "utf8"]
 
 _FORMAT = 1
 _SETTLED = 2_000_000_000  # nanoseconds: the coarsest clock of a file system
@@ -35,7 +35,9 @@ class Survey(NamedTuple):
     """Characters."""
 
 
-def survey(files: Sequence[Path], documents: Documents, how: Sequence[str], progress: Callable[[str], None]) -> Survey:
+def take_survey(
+    files: Sequence[Path], documents: Documents, how: Sequence[str], progress: Callable[[str], None]
+) -> Survey:
     """Hash and length of the documents of files; of files that have not changed since the last time, as noted then.
 
     Args:

@@ -28,7 +28,7 @@ from quintic.core.files import atomic_folder, cache_dir, sha256_bytes, sha256_fi
 from quintic.data.config import DataConfig
 from quintic.data.pieces import PIECE, divide, even, take
 from quintic.data.readers import EXTENSIONS, find_sources, read_documents
-from quintic.data.survey import Documents, survey, utf8
+from quintic.data.survey import Documents, take_survey, utf8
 from quintic.data.tokenizer import SMALLEST_BPE, Tokenizer, vocab_size_for
 
 __all__ = ["Split", "TokenData", "document_ids", "num_windows", "prepare", "windows"]
@@ -104,7 +104,7 @@ def prepare(
         return read_documents(source.files, encoding=config.encoding, field=config.field)
 
     progress(f"reading {len(source.files)} files")
-    content = survey(source.files, documents, [config.encoding, config.field], progress)
+    content = take_survey(source.files, documents, [config.encoding, config.field], progress)
     if content.chars == 0:
         raise DataError(f"no text in {', '.join(map(str, paths or []))}: every document is empty")
     held_out = config.validation_fraction + config.test_fraction
