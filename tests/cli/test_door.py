@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 from tests.cli.command import quintic
@@ -55,6 +56,22 @@ def test_help_of_every_verb_shows_examples_that_parse(words, capsys):
         assert " ".join(example.split()) in shown
         tokens = shlex.split(example.split("-m quintic ")[-1].removeprefix("quintic "))
         app.parse_args(tokens, exit_on_error=False, print_error=False)
+
+
+@pytest.mark.parametrize("words", verbs(), ids=" ".join)
+def test_help_fills_a_terminal_of_80_columns_and_no_more(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert quintic(*words, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = [line for line in lines if line.startswith(("  quintic ", "  torchrun "))]
+    examples = re.findall(r"^\s*(quintic .*|torchrun .*)$", verbs()[words].default_command.__doc__, re.M)
+    assert [line.strip() for line in shown] == examples  # none is broken
+    for line, following in pairwise(lines):  # where a description goes on, its next word had no room
+        if line.startswith("│") and following.startswith("│      "):
+            words_of, next_words = line.strip("│"), following.strip("│ ").split()
+            room = len(words_of) - len(words_of.rstrip()) - 1
+            assert words_of.strip() == "" or len(next_words[0]) + 1 > room, line
 
 
 def test_help_names_every_verb_and_every_exit_code(capsys):

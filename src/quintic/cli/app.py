@@ -11,6 +11,7 @@ import errno
 import inspect
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -141,14 +142,25 @@ def _examples(function: Callable[..., Any]) -> str:
     return "Examples:\n" + "\n".join(f"  {line}" for line in text.strip().splitlines()) if text else ""
 
 
-def _add_examples(commands: App) -> None:
-    """To every verb below, which has its own after its parameters."""
-    for name in commands:
-        verb = commands[name]
+def _unwrapped(docstring: str) -> str:
+    """Paragraphs and descriptions of parameters in one line each: a help text breaks where the terminal ends."""
+    words, mark, parameters = inspect.cleandoc(docstring).partition("\nParameters\n----------\n")
+    descriptions, examples_mark, examples = parameters.partition("\nExamples\n--------\n")
+    words = re.sub(r"(?<=\S)\n(?=\S)", " ", words)
+    descriptions = re.sub(
+        r"(?<=\n    )(\S.*(?:\n    \S.*)+)", lambda lines: lines[0].replace("\n    ", " "), descriptions
+    )
+    return words + mark + descriptions + examples_mark + examples
+
+
+def _complete_help(commands: App) -> None:
+    """Give every verb below its examples, after its parameters, and lines as long as the terminal is wide."""
+    for verb in (commands[name] for name in commands if not name.startswith("-")):
         if verb.default_command is not None:
             verb.help_epilogue = _examples(verb.default_command)
-        _add_examples(verb)
+            verb.default_command.__doc__ = _unwrapped(verb.default_command.__doc__ or "")
+        _complete_help(verb)
 
 
-_add_examples(app)
+_complete_help(app)
 app.register_install_completion_command(help="Complete verbs and options in your shell (bash, zsh, fish, PowerShell).")

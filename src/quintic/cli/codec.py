@@ -46,7 +46,7 @@ def encode(
     model: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Code pictures as .qdc files.
+    """Encode pictures as .qdc files.
 
     Parameters
     ----------
@@ -59,13 +59,13 @@ def encode(
     target_psnr
         Quality in dB, met within 0.2, or exceeded where the next smaller file misses it.
     quality
-        1 to 100; 50 if nothing is said.
+        1 to 100; 50 if neither this nor a target is given.
     preset
         standard (20 calls of the network), fast (10), fine (50), finest (100).
     exact
         Pixels that are the same on every processor; slower.
     robust
-        A longer form in which a flipped bit does little harm.
+        Write a longer file, in which a flipped bit does little harm.
     roi
         Grey picture of the same size: up to four times the weight where it is white.
     model
@@ -109,7 +109,7 @@ def decode(
     model: Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Make PNG pictures of .qdc files.
+    """Decode .qdc files to PNG pictures.
 
     Parameters
     ----------
@@ -142,14 +142,14 @@ def decode(
 
 @app.command
 def info(*paths: str | Path, as_json: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
-    """Say what is in .qdc files; needs no model.
+    """Show what is in .qdc files; needs no model.
 
     Parameters
     ----------
     paths
         Files, folders or patterns.
     as_json
-        One JSON object a line.
+        Print one JSON object per line and file.
 
     Examples
     --------
@@ -198,7 +198,7 @@ def evaluate(
     model: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Rate and distortion against JPEG, WebP and AVIF, by the real sizes of files.
+    """Compare rate and distortion with JPEG, WebP and AVIF, by the real sizes of files.
 
     Writes rates.json, a table in Markdown and a page with plot, pictures and tables.
 
@@ -211,7 +211,7 @@ def evaluate(
     sizes
         Bytes to aim at, repeat for each; default: 40 60 80 100 150 200.
     limit
-        At most so many pictures, evenly taken.
+        Use at most this many pictures, evenly spaced among those given.
     preset
         As for encode.
     model
@@ -289,9 +289,9 @@ def restore(
     mask
         For inpaint: grey picture of the same size, white where pixels are known.
     factor
-        For enlarge.
+        For enlarge: how many times larger.
     sigma
-        For deblur: of the Gaussian blur, in pixels.
+        For deblur: the width of the Gaussian blur, in pixels.
     target_bytes
         Largest size of the file.
     quality
@@ -306,7 +306,7 @@ def restore(
     Examples
     --------
     quintic codec restore grey.png --task colourise
-    quintic codec restore torn.png --task inpaint --mask known.png --target-bytes 150
+    quintic codec restore torn.png --task inpaint --mask known.png
     """
     import numpy as np
 

@@ -61,13 +61,13 @@ def compress(
     rule
         Rule that chooses: quality, fast, pivoted-qr, norms-top ..., or weight-norms, which looks at no activations.
     tokens
-        Of the training split, to calibrate on.
+        How many tokens of the training split to calibrate on.
     checkpoint
         best (lowest validation loss), last, or a step number.
     device
         auto, cpu, cuda or cuda:1.
     seed
-        Of what is drawn at random: the calibration text, and what the rule draws.
+        Seed of what is drawn at random: the calibration text, and by some rules the neurons.
 
     Examples
     --------

@@ -33,7 +33,7 @@ def doctor(
     device
         auto, cpu, cuda, cuda:1 or mps.
     dtype
-        Measured: auto, float32, bfloat16 or float64.
+        Precision to measure: auto, float32, bfloat16 or float64.
     remeasure
         Measure again instead of using the cached figure.
     as_json

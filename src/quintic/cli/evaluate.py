@@ -32,10 +32,10 @@ def evaluate(
         The run folder; or a model that comes with the package, by its name: ddpm/fashion28, ddpm/emoji32,
         tarflow/fashion28.
     arguments
-        Files and folders to evaluate on, whole; without any, a split of the run's own data. Of other text also how it
-        is read: data.field=..., data.encoding=...; what is not given is as in the run.
+        Files and folders to evaluate on, all of them; without any, a split of the run's own data. For other text also
+        how to read it: data.field=..., data.encoding=...; the rest is as in the run.
     split
-        test or validation, of the run's own data.
+        Split of the run's own data: test or validation.
     checkpoint
         best (lowest validation loss), last, or a step number.
     device

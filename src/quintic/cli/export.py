@@ -12,9 +12,9 @@ __all__ = ["export"]
 
 
 def export(run: Path, folder: Path, /, *, checkpoint: str = "best") -> None:
-    """Write a DeepSeek-V3 folder: config.json, safetensors with a tensor per expert, the tokenizer.
+    """Export a language model as a DeepSeek-V3 folder, which transformers loads: config, safetensors, tokenizer.
 
-    In Python: transformers.AutoModelForCausalLM.from_pretrained(FOLDER).
+    In Python, load it with transformers.AutoModelForCausalLM.from_pretrained(FOLDER).
 
     Parameters
     ----------

@@ -35,7 +35,7 @@ def generate(
     device: str = "auto",
     dtype: str | None = None,
 ) -> None:
-    """Text from a language model, to standard output as it is made; a grid of images from an image model.
+    """Generate text, printed as it is made, or a grid of images, whichever the model has learned.
 
     Parameters
     ----------
@@ -49,11 +49,11 @@ def generate(
     temperature
         0 always takes the likeliest token; 1 samples from the model's own distribution; 0.7 if left out.
     top_k
-        Keep the k likeliest tokens only; 0, as if left out, keeps all.
+        Keep only the k likeliest tokens; 0, as if left out, keeps all.
     top_p
-        Keep the smallest likeliest set with at least this probability; 0.9 if left out.
+        Keep only the likeliest tokens that together have this probability; 0.9 if left out.
     min_p
-        Keep tokens at least this times as likely as the likeliest only.
+        Keep only tokens whose probability is at least this fraction of the likeliest one's.
     repetition_penalty
         Above 1, tokens that were there before become less likely; 1.1 is mild.
     stop
@@ -63,11 +63,11 @@ def generate(
     steps
         Calls of the network per image of a diffusion model; more is finer and slower.
     sampler
-        Of a diffusion model: ddim (smooth, good with few steps) or ancestral.
+        Sampler of a diffusion model: ddim (smooth, good with few steps) or ancestral.
     label
         Class of the images of a flow, a number; without it all classes in turn.
     guidance
-        Strength of a flow's guidance towards the class, about 1 to 3; --temperature is that of its unconditional half.
+        Strength of a flow's guidance towards the class, about 1 to 3; --temperature then is of the pass without it.
     method
         How a flow is inverted: auto, sequential, jacobi or window:K; all give the same images.
     denoise
@@ -75,7 +75,7 @@ def generate(
     out
         PNG file of the images; their pixels go into an .npy file beside it. Default: in the run's samples, or here.
     seed
-        The same seed gives the same text or images.
+        Seed of the sampling: the same one gives the same text or images.
     checkpoint
         best (lowest validation loss), last, or a step number.
     device

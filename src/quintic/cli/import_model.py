@@ -14,12 +14,12 @@ __all__ = ["import_model"]
 
 
 def import_model(folder: Path, /, *, out: Annotated[Path, Parameter(name=["--out", "-o"])]) -> None:
-    """Make a run folder of a DeepSeek-V3 model, for generate and evaluate; train --from goes on with its training.
+    """Turn a DeepSeek-V3 folder into a run folder, to generate from, evaluate, or train further (train --from).
 
     Parameters
     ----------
     folder
-        With config.json, safetensors (one file, or shards with an index) and tokenizer.json.
+        Folder with config.json, safetensors (one file, or shards with an index) and tokenizer.json.
     out
         Run folder to create.
 

@@ -68,7 +68,7 @@ def cur(
     out
         Picture to write; TABLE-cur.svg in this folder if left out.
     seed
-        Of what is drawn at random.
+        Seed of the rules that draw at random.
     as_json
         Print what was chosen as one JSON object.
 
@@ -129,7 +129,7 @@ def interpolative(
     out
         Picture to write; TABLE-id.svg in this folder if left out.
     seed
-        Of what is drawn at random.
+        Seed of the rules that draw at random.
     as_json
         Print what was chosen as one JSON object.
 

@@ -39,7 +39,7 @@ def plan(
     mfu_of: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Parameters, bytes per rank, communication per step and hours for a language model, without allocating it.
+    """Work out what training a language model takes, without allocating it: parameters, memory, traffic, hours.
 
     Parameters
     ----------
@@ -52,9 +52,9 @@ def plan(
     shards
         Ranks that share one copy of weights and optimizer state; 0 is all of them.
     memory_gib
-        Memory of one rank; says what to change if it is too little.
+        Memory of one rank; if it is too little, the plan says what to change.
     tokens
-        Tokens to train on, for the hours; 0 takes the preset's steps.
+        Tokens to train on, to compute the hours; 0 takes those of the preset's steps.
     peak_tflops
         Peak of one rank's matrix products in TFLOP/s; 0 measures this machine.
     mfu
@@ -67,7 +67,8 @@ def plan(
     Examples
     --------
     quintic plan --size laptop
-    quintic plan --size moonlight-16b-a3b --ranks 64 --memory-gib 80 --tokens 5.7e12 --peak-tflops 989
+    quintic plan --size moonlight-16b-a3b --ranks 64 --memory-gib 80
+    quintic plan --size medium --tokens 1e10 --peak-tflops 989
     quintic plan --size small --mfu-of runs/a
     quintic plan --size small --json
     """

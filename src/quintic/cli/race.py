@@ -33,9 +33,9 @@ def race(
     size: str = "tiny",
     match: bool = True,
 ) -> None:
-    """Compare arms fairly: learning rates swept until the best is interior, several seeds, end-of-schedule losses.
+    """Compare optimizers or other settings fairly: each with its own best learning rate, over several seeds.
 
-    A race that was stopped continues with the same command.
+    Losses are those at the end of the schedule. A race that was stopped continues with the same command.
 
     Parameters
     ----------
@@ -44,11 +44,12 @@ def race(
     out
         Folder of the race; every run is a run folder in it.
     arm
-        "NAME: section.field=value ..."; repeat for each arm. Default: muon against adamw.
+        What is compared, as "NAME: section.field=value ..."; repeat for each. Default: muon against adamw.
     lr
-        Learning rates to begin with, repeat for each; the grid grows by factors of 2. Default: 0.004 0.008 0.016.
+        Learning rates to begin with, repeat for each; the grid grows by factors of 2 until the best lies inside it.
+        Default: 0.004 0.008 0.016.
     seeds
-        Runs at the best rate of each arm.
+        Seeds, and so runs, at the best rate of each arm.
     task
         What to train: lm, tarflow or ddpm.
     size
@@ -60,7 +61,7 @@ def race(
     --------
     quintic race book.txt --out runs/race
     quintic race --task ddpm --out runs/images --lr 0.002 --lr 0.004 --seeds 2
-    quintic race --out runs/r --arm "m: optim.name=muon" --arm "a: optim.name=adamw"
+    quintic race --out runs/r --arm "one: lm.top_k=1" --arm "two: lm.top_k=2"
     """
     from quintic.engine.race import run_race
     from quintic.report.race import write_race_report

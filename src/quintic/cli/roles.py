@@ -31,7 +31,7 @@ def roles(
     size
         Preset, as for train.
     as_json
-        A JSON array with an object for each parameter.
+        Print a JSON array with an object for each parameter.
 
     Examples
     --------

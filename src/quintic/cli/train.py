@@ -52,9 +52,9 @@ def train(
     device
         auto, cpu, cuda, cuda:1 or mps.
     dtype
-        Of matrix products: auto, float32, bfloat16 or float64.
+        Precision of matrix products: auto, float32, bfloat16 or float64.
     seed
-        Initial weights, data order and samples follow from it.
+        Seed of the initial weights, the data order and the samples.
     log
         Send the metrics to tensorboard (files in the run folder), trackio or wandb too; each is an extra.
     settings

@@ -27,7 +27,7 @@ def verify_resume(
 ) -> None:
     """Train a run's first steps twice, once with a stop and a resume in between, and compare every bit.
 
-    The run itself is only read. Exit code 0 means: weights, optimizer, balance of the experts, random generators
+    The run itself is only read. Exit code 0 means that weights, optimizer state, expert balance, random generators
     and metrics are equal bit for bit.
 
     Parameters
@@ -37,9 +37,9 @@ def verify_resume(
     steps
         Steps to train, at least 2; as many as the run has if those are fewer.
     cut
-        Step after which one of the two is stopped and resumed; half way if not given.
+        Step after which one of the two is stopped and resumed; half-way if left out.
     as_json
-        Print the result as JSON; the exit code is 1 where something differs all the same.
+        Print the result as JSON; the exit code is still 1 if something differs.
 
     Examples
     --------
