@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quintic.core import ConfigError
+from quintic.core.settings import check_types
 
 __all__ = ["DataConfig", "check_fractions"]
 
@@ -33,6 +34,7 @@ class DataConfig:
     """Whether attention may look into an earlier document of the same window."""
 
     def __post_init__(self) -> None:
+        check_types("data", self)
         if self.vocab_size and not 257 <= self.vocab_size <= 1 << 20:
             raise ConfigError(
                 f"data.vocab_size must be 0 (by size of the text) or between 257 and {1 << 20}, found {self.vocab_size}"

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from quintic.core import ConfigError, DataError
+from quintic.core.settings import check_names, check_types
 from quintic.data.config import check_fractions
 from quintic.data.drawings import SHAPES, draw
 
@@ -59,10 +60,10 @@ class ImageConfig:
     """Training images to draw when no path is given."""
 
     def __post_init__(self) -> None:
+        check_types("data", self)
+        check_names("data", self, {"channels": ("auto", "grey", "rgb")})
         if self.size and not 4 <= self.size <= 1024:
             raise ConfigError(f"data.size must be 0 (keep) or between 4 and 1024 pixels, found {self.size}")
-        if self.channels not in ("auto", "grey", "rgb"):
-            raise ConfigError(f"data.channels must be auto, grey or rgb, found {self.channels!r}")
         check_fractions(self.validation_fraction, self.test_fraction)
         if not 10 <= self.drawn <= 1_000_000:
             raise ConfigError(f"data.drawn must be between 10 and 1000000, found {self.drawn}")

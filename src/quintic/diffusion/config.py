@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from quintic.core import ConfigError, suggest
+from quintic.core import ConfigError
+from quintic.core.settings import check_least, check_names, check_types
 
 __all__ = ["DDPMConfig"]
 
@@ -55,16 +57,16 @@ class DDPMConfig:
     """Calls of the network that make one."""
 
     def __post_init__(self) -> None:
+        check_types("ddpm", self)
         # Written out here, so that reading settings does not import torch.
-        for name, known in (("target", ("v", "eps", "x0")), ("schedule", ("cosine", "linear", "log-snr"))):
-            if (value := getattr(self, name)) not in known:
-                raise ConfigError(f"unknown ddpm.{name} {value!r}{suggest(value, known)}")
-        for name, least in (
-            ("channels", 0), ("height", 0), ("image_width", 0), ("classes", -1), ("width", 8), ("levels", 1),
-            ("blocks", 1), ("patch", 1), ("heads", 0), ("sample_images", 1), ("sample_steps", 2),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ConfigError(f"ddpm.{name} must be at least {least}, found {getattr(self, name)}")
+        check_names("ddpm", self, {"target": ("v", "eps", "x0"), "schedule": ("cosine", "linear", "log-snr")})
+        check_least("ddpm", self, {
+            "channels": 0, "height": 0, "image_width": 0, "classes": -1, "width": 8, "levels": 1, "blocks": 1,
+            "patch": 1, "heads": 0, "sample_images": 1, "sample_steps": 2,
+        })  # fmt: skip
+        for name in ("shift", "log_snr_min", "log_snr_max"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"ddpm.{name} must be finite, found {getattr(self, name)}")
         for name in ("class_dropout", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"ddpm.{name} must be in [0, 1), found {getattr(self, name)}")

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import inspect
 import json
-import math
 import textwrap
 import tomllib
 import types
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quintic.core import ConfigError, suggest
+from quintic.core.settings import check_least, check_names, check_types
 
 __all__ = ["EngineConfig", "Settings", "field_help"]
 
@@ -74,17 +74,15 @@ class EngineConfig:
     """Steps between diagnoses of the optimizer's step (spectra, predicted loss change); 0 is never."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 0), ("max_epochs", 0), ("batch_size", 1), ("micro_batch_size", 0), ("shards", 0),
-            ("eval_every", 0), ("checkpoint_every", 0), ("sample_every", 0), ("keep_last", 1), ("load_every", 1),
-            ("diagnose_every", 0), ("ema_decay", 0), ("max_skips", 0),
-        ):  # fmt: skip
-            if not least <= getattr(self, name) < math.inf:
-                raise ConfigError(f"engine.{name} must be at least {least} and finite, found {getattr(self, name)}")
+        check_types("engine", self)
+        check_names("engine", self, {"on_nonfinite": ("stop", "skip")})
+        check_least("engine", self, {
+            "steps": 0, "max_epochs": 0, "batch_size": 1, "micro_batch_size": 0, "shards": 0, "eval_every": 0,
+            "checkpoint_every": 0, "sample_every": 0, "keep_last": 1, "load_every": 1, "diagnose_every": 0,
+            "ema_decay": 0, "max_skips": 0,
+        })  # fmt: skip
         if self.ema_decay >= 1:
             raise ConfigError(f"engine.ema_decay must be below 1, found {self.ema_decay}")
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise ConfigError(f"unknown engine.on_nonfinite {self.on_nonfinite!r}; expected stop or skip")
         if self.steps == 0 and self.max_epochs == 0:
             raise ConfigError("engine.steps and engine.max_epochs are both 0: set one, e.g. engine.steps=1000")
 

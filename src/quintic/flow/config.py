@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quintic.core import ConfigError, suggest
+from quintic.core import ConfigError
+from quintic.core.settings import check_least, check_names, check_types
 
 __all__ = ["TarFlowConfig"]
 
@@ -68,16 +69,12 @@ class TarFlowConfig:
     """Strength with which samples during training follow their class."""
 
     def __post_init__(self) -> None:
-        for name, known in (("noise", NOISES), ("preprocess", PREPROCESSINGS), ("direction", DIRECTIONS)):
-            if (value := getattr(self, name)) not in known:
-                raise ConfigError(f"unknown tarflow.{name} {value!r}{suggest(value, known)}")
-        for name, least in (
-            ("channels", 0), ("height", 0), ("image_width", 0), ("classes", -1), ("patch", 1), ("width", 1),
-            ("blocks", 1), ("layers", 1), ("head_width", 1), ("spline_bins", 0), ("inner_width", 0),
-            ("sample_images", 1),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ConfigError(f"tarflow.{name} must be at least {least}, found {getattr(self, name)}")
+        check_types("tarflow", self)
+        check_names("tarflow", self, {"noise": NOISES, "preprocess": PREPROCESSINGS, "direction": DIRECTIONS})
+        check_least("tarflow", self, {
+            "channels": 0, "height": 0, "image_width": 0, "classes": -1, "patch": 1, "width": 1, "blocks": 1,
+            "layers": 1, "head_width": 1, "spline_bins": 0, "inner_width": 0, "sample_images": 1,
+        })  # fmt: skip
         if not 0.0 <= self.class_dropout < 1.0:
             raise ConfigError(f"tarflow.class_dropout must be in [0, 1), found {self.class_dropout}")
         if not 0.0 < self.sigma < 10.0:

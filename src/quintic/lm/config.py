@@ -13,6 +13,7 @@ from typing import Any
 
 from quintic.assets import preset_text
 from quintic.core import ConfigError, suggest
+from quintic.core.settings import check_least, check_names, check_types
 from quintic.moe.auxiliary import AuxLoss, ZLoss
 from quintic.moe.balance import RULES, Balance, Combination, LossFree
 from quintic.moe.layer import NORMS
@@ -110,19 +111,16 @@ class LMConfig:
     """Whether training compiles the blocks with torch.compile: half a minute at the start, then faster steps."""
 
     def __post_init__(self) -> None:
-        positive = (
+        check_types("lm", self)
+        check_names("lm", self, {"balance": BALANCES, "balance_rule": RULES})
+        check_least("lm", self, dict.fromkeys((
             "vocab_size", "context", "d_model", "num_layers", "num_heads", "qk_nope_dim", "qk_rope_dim",
             "v_dim", "kv_rank", "d_ff", "d_expert", "num_experts", "top_k", "num_groups", "top_groups",
-        )  # fmt: skip
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"lm.{name} must be at least 1, found {getattr(self, name)}")
-        for name in (
+        ), 1))  # fmt: skip
+        check_least("lm", self, dict.fromkeys((
             "num_shared", "q_rank", "num_dense_layers", "route_scale", "balance_rate", "balance_rest", "aux_weight",
             "z_weight", "qk_clip", "norm_eps",
-        ):  # fmt: skip
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"lm.{name} must be at least 0 and finite, found {getattr(self, name)}")
+        ), 0))  # fmt: skip
         if not 0 < self.rope_theta < math.inf:
             raise ConfigError(f"lm.rope_theta must be above 0 and finite, found {self.rope_theta}")
         for name in ("qk_nope_dim", "qk_rope_dim", "kv_rank"):
@@ -142,10 +140,6 @@ class LMConfig:
                     f"lm.normalize_experts must be l2, rms or empty, found {self.normalize_experts!r}"
                     f"{suggest(self.normalize_experts, NORMS)}"
                 )
-        if self.balance not in BALANCES:
-            raise ConfigError(f"lm.balance = {self.balance!r} is unknown{suggest(self.balance, BALANCES)}")
-        if self.balance_rule not in RULES:
-            raise ConfigError(f"lm.balance_rule = {self.balance_rule!r} is unknown{suggest(self.balance_rule, RULES)}")
         try:
             self.make_balance()
         except ConfigError as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from quintic.core import ConfigError, suggest
+from quintic.core import ConfigError
+from quintic.core.settings import check_least, check_names, check_types
 from quintic.linalg import resolve_schedule
 from quintic.linalg.schatten import schatten_exponent
 from quintic.optim.clip import CLIPPING, GradientClipping
@@ -102,29 +102,13 @@ class OptimConfig:
     """Fraction of the peak rate approached at the end of wsd and cosine."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "float":
-                if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-                    raise ConfigError(f"optim.{field.name} = {value!r}; expected a number")
-            elif field.type == "bool":
-                if not isinstance(value, bool):
-                    raise ConfigError(f"optim.{field.name} = {value!r}; expected true or false")
-            elif field.type == "int":
-                if isinstance(value, bool) or not isinstance(value, int):
-                    raise ConfigError(f"optim.{field.name} = {value!r}; expected a whole number")
-            elif not isinstance(value, str):
-                raise ConfigError(f"optim.{field.name} = {value!r}; expected a name")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"optim.{name} = {getattr(self, name)!r}{suggest(getattr(self, name), known)}")
-        for name in ("lr", "weight_decay", "adamw_eps", "cap"):
-            self._require(name, 0.0 <= getattr(self, name) < math.inf, "a finite number, 0 or more")
+        check_types("optim", self)
+        check_names("optim", self, _CHOICES)
+        check_least("optim", self, {"lr": 0, "weight_decay": 0, "adamw_eps": 0, "cap": 0, "decay_rank": 1})
         for name in ("momentum", "momentum_start", "adamw_beta1", "adamw_beta2"):
             self._require(name, 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
         for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction", "momentum_warmup_fraction"):
             self._require(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
-        self._require("decay_rank", self.decay_rank >= 1, "1 or more")
         self._require("clip_norm", self.clip_norm > 0.0, "a positive number, or inf for no clipping")
         if self.schedule == "wsd":
             together = self.warmup_fraction + self.decay_fraction
