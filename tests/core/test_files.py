@@ -54,6 +54,14 @@ def test_atomic_write_respects_umask(tmp_path):
         os.umask(old)
     for name in ("a", "f/b"):
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o640, name
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "f"]
+
+
+def test_the_umask_of_other_threads_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("a file of another thread would be open to everybody"))
+    files.atomic_write(tmp_path / "a", "x")
+    with files.atomic_folder(tmp_path / "f") as folder:
+        (folder / "b").touch()
 
 
 def test_atomic_folder_appears_whole(tmp_path):

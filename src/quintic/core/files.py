@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,10 +111,16 @@ def fsync_path(path: str | os.PathLike[str]) -> None:
 
 
 def make_readable(path: str | os.PathLike[str]) -> None:
-    """Make a file as readable as open() would: mkstemp and safetensors make private ones."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    """Make a file as readable as open() would: safetensors makes private ones.
+
+    What that is a file beside it tells. To ask for the umask is to change it, in all threads: a file that another one
+    made meanwhile would be open to everybody.
+    """
+    beside = f"{os.fspath(path)}.{secrets.token_hex(4)}.tmp"
+    with open(beside, "xb") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+    os.unlink(beside)
+    os.chmod(path, mode)
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -129,17 +135,17 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """
     path = Path(path)
     content = data.encode("utf-8") if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        file = open(temporary, "xb")  # noqa: SIM115 (closed below)
     except OSError as error:
         error.filename = str(path)  # rather than a name that nobody has chosen
         raise
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        make_readable(temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
