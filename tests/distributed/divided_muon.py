@@ -1,6 +1,8 @@
 """Run by test_divided_muon.py on several ranks: the optimizer on divided parameters against the same on whole ones."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -9,7 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quintic.core.roles import Normal, Role, declare
+from quintic.engine.checkpoint import TrainState, load_model, load_training
 from quintic.engine.mesh import join_ranks
+from quintic.engine.saving import take_snapshot, write_checkpoint
 from quintic.engine.shard import divide_
 from quintic.optim import GradientClipping, Muon
 from quintic.optim.sharded import local, own_part, whole
@@ -21,14 +25,14 @@ class Model(nn.Module):
     def __init__(self, dtype):
         super().__init__()
         shapes = {
-            "odd": (5, 7), "wide": (3, 16), "fused": (12, 8), "columns": (6, 8), "stack": (8, 6, 4), "few": (1, 6, 4),
+            "odd": (5, 7), "wide": (3, 16), "fused": (12, 8), "columns": (6, 8), "stack": (5, 6, 4), "few": (1, 6, 4),
             "table": (11, 4), "gain": (7,), "one": (1,),
         }  # fmt: skip
         kinds = {
             "stack": Role.EXPERT_STACK, "few": Role.EXPERT_STACK, "table": Role.EMBEDDING, "gain": Role.VECTOR,
             "one": Role.VECTOR,
         }  # fmt: skip
-        splits = {"fused": {"sizes": (6, 3, 3)}, "columns": {"axis": "columns", "blocks": 2}}
+        splits = {"fused": {"sizes": (6, 3, 3)}, "columns": {"axis": "columns", "blocks": 2}, "stack": {"blocks": 2}}
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)))
             declare(self, name, kinds.get(name, Role.MATRIX), Normal(1.0), split=splits.get(name))
@@ -90,6 +94,35 @@ def check_owners(ranks, dtype, tolerance, **options):
         )
 
 
+def check_reload(ranks, **options):
+    """What divided ranks have saved goes on, divided or whole, as if it had not been saved."""
+
+    def made(divide):
+        torch.manual_seed(0)
+        model = Model(torch.float64)
+        if divide:
+            divide_(model, ranks)
+        return model, Muon(model, lr=0.02, **options), GradientClipping("none")
+
+    first = made(divide=True)
+    gradients = {name: torch.randn(p.shape, dtype=torch.float64) for name, p in first[0].named_parameters()}
+    for _ in range(2):
+        step(*first, gradients)
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(ranks.gather(own)[0])
+        saved = write_checkpoint(folder, take_snapshot(*first[:2], TrainState(step=2), ranks=ranks), ranks)
+        others = [made(divide=True), made(divide=False)]
+        for model, optimizer, _ in others:
+            load_model(saved, model)
+            load_training(saved, model, optimizer)
+        ranks.wait()
+    for each in (first, *others):
+        step(*each, gradients)
+    for (name, p), q, r in zip(first[0].named_parameters(), *(each[0].parameters() for each in others), strict=True):
+        assert torch.equal(local(p), local(q)), name
+        torch.testing.assert_close(whole(local(p), p), r, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
 class Counted(TorchDispatchMode):
     """Bytes of matrices that come to this process from others, by collective."""
 
@@ -144,6 +177,8 @@ def main():
         check(ranks, torch.float32, 1e-5)
         check(ranks, torch.bfloat16, 2e-2)
 
+        check_reload(ranks)
+        check_reload(ranks, decay="spectral", decay_rank=2)
         check_owners(ranks, f64, 1e-10)
         check_owners(ranks, f64, 1e-10, decay="spectral")
         check_owners(ranks, torch.bfloat16, 2e-2)

@@ -30,13 +30,12 @@ from quintic.linalg.coefficients import Coefficients
 from quintic.linalg.workspace import Workspace
 from quintic.optim.adamw import new_state, state_dtype, update_with_adamw
 from quintic.optim.cap import cap_step_
-from quintic.optim.decay import start_top_space, top_space_shape
 from quintic.optim.groups import check_group, check_still_matrices, groups_of, matrices_in, name_of, warn_about_small_lr
 from quintic.optim.matrices import Piece, chunks, pieces_of, update_matrices
 from quintic.optim.nonfinite import NONFINITE, any_nonfinite, sift_nonfinite_
 from quintic.optim.routing import RoleTable, roles
 from quintic.optim.sharded import DISTRIBUTED, Divided, assemble, holds_whole_matrices, local, scatter_
-from quintic.optim.split import Part
+from quintic.optim.top_space import fit_state, top_space_of
 
 __all__ = ["Muon"]
 
@@ -306,7 +305,7 @@ class Muon(torch.optim.Optimizer):
             views = (matrices_in(group, t) for t in tensors)
             for i, (part, gradient, average) in enumerate(zip(*views, strict=True)):
                 shape = (part.n, part.m, part.tensor.device, average.tensor.dtype)
-                top = _top_space(settings, state, i, part)
+                top = top_space_of(settings, state, i, part)
                 pieces = buckets.setdefault((*shape, key), (settings, []))[1]
                 pieces.extend(pieces_of(part, gradient, average, top))
         keep = 1.0 if _may_look(bad) and not bad else (~bad).to(torch.float32)
@@ -337,19 +336,13 @@ class Muon(torch.optim.Optimizer):
         saved = itertools.chain.from_iterable(g["params"] for g in groups)
         own = [(group, p) for group in self.param_groups for p in group["params"]]
         tensors = [
-            (group, p, name, value)
+            (p, name, fit_state(group, p, name, value))
             for key, (group, p) in zip(saved, own, strict=False)  # unequal lengths are torch's to report
             for name, value in state_dict["state"].get(key, {}).items()
             if isinstance(value, Tensor)
         ]
-        for group, p, name, value in tensors:
-            if name != "step" and value.shape != (shape := _state_shape(group, p, name, value)):
-                raise CheckpointError(
-                    f"{name} of {name_of(group, p)} has shape {tuple(value.shape)} in the state and "
-                    f"{tuple(shape)} here; this state belongs to another model"
-                )
         super().load_state_dict(state_dict)
-        for _, p, name, value in tensors:
+        for p, name, value in tensors:
             dtype = value.dtype if name == "step" else state_dtype(p.dtype)
             self.state[p][name] = value.detach().to(p.device, dtype, copy=True).contiguous()
 
@@ -381,29 +374,3 @@ def _placed(value: Tensor, device: torch.device) -> Tensor:
 def _key(group: dict[str, Any]) -> tuple[Any, ...]:
     """What matrices must share to be updated together; a tensor (the rate) is told by its identity."""
     return tuple(id(v) if isinstance(v, Tensor) else str(v) for v in (group[name] for name in _SETTINGS))
-
-
-# It takes the state and not the parameter: compiled by torch 2.13, a look-up by parameter may find another's state.
-def _top_space(group: dict[str, Any], state: dict[str, Tensor], index: int, part: Part) -> Tensor | None:
-    """The vectors of spectral weight decay; started when first needed, or when the rank was changed."""
-    if group["decay"] != "spectral" or not group["weight_decay"] or min(part.n, part.m) == 1:
-        return None  # a row or a column has one singular value, so that all decays are one
-    name, shape = _top_name(index), part[1:]
-    if name not in state or state[name].shape != top_space_shape(*shape, group["decay_rank"]):
-        weights = part.tensor.to(state["momentum_buffer"].dtype).reshape(shape)
-        state[name] = start_top_space(weights, group["decay_rank"])
-    return state[name]
-
-
-def _top_name(index: int) -> str:
-    """Name of the state of spectral decay of one part of a parameter."""
-    return f"top_space_{index}" if index else "top_space"
-
-
-def _state_shape(group: dict[str, Any], p: Tensor, name: str, value: Tensor) -> tuple[int, ...]:
-    """The shape that a state of a parameter must have."""
-    if name.startswith("top_space") and value.ndim == 3:
-        for i, part in enumerate(matrices_in(group, p)):
-            if name == _top_name(i):
-                return top_space_shape(*part[1:], value.shape[2])
-    return tuple(p.shape)
