@@ -25,6 +25,7 @@ from quintic.lm.config import LMConfig
 from quintic.lm.norm import RMSNorm
 from quintic.lm.rope import rotate
 from quintic.optim.qk_clip import clip_latent_qk_, max_logits, split_heads
+from quintic.optim.sharded import local, own_part
 
 __all__ = ["LatentAttention", "Linear"]
 
@@ -137,6 +138,16 @@ class LatentAttention(nn.Module):
         """
         c = self.config
         self.largest_logits = None
-        q_nope, q_rope = split_heads(self.q.weight, c.num_heads, c.qk_nope_dim, c.qk_rope_dim)
-        k_nope, _ = split_heads(self.kv_up.weight, c.num_heads, c.qk_nope_dim, c.v_dim)
-        return clip_latent_qk_(q_nope, q_rope, k_nope, largest, c.qk_clip)
+        # The factors of all rows first: what lies here of a divided weight may begin within a head.
+        q_rows, kv_rows = (_row_factors(layer.weight) for layer in (self.q, self.kv_up))
+        q_nope, q_rope = split_heads(q_rows, c.num_heads, c.qk_nope_dim, c.qk_rope_dim)
+        k_nope, _ = split_heads(kv_rows, c.num_heads, c.qk_nope_dim, c.v_dim)
+        gamma = clip_latent_qk_(q_nope, q_rope, k_nope, largest, c.qk_clip)
+        for layer, rows in ((self.q, q_rows), (self.kv_up, kv_rows)):
+            local(layer.weight.detach()).mul_(own_part(rows, layer.weight))
+        return gamma
+
+
+def _row_factors(weight: Tensor) -> Tensor:
+    """(rows, 1) ones, in float32 at least: half precision is rounded once."""
+    return torch.ones(len(weight), 1, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
