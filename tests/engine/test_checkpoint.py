@@ -9,6 +9,7 @@ from torch import nn
 
 from quintic.core import CheckpointError
 from quintic.core.files import sha256_file
+from quintic.core.ranks import Ranks
 from quintic.core.roles import Normal, Role, declare
 from quintic.engine import checkpoint as ck
 from quintic.engine.saving import take_snapshot, write_checkpoint
@@ -97,6 +98,16 @@ def test_a_preferred_step_comes_first(folder):
     assert ck.usable_checkpoint(folder, lambda _: None, first=5) == folder / "step-5"
     DAMAGE["truncated"](folder / "step-5")
     assert ck.usable_checkpoint(folder, lambda _: None, first=5) == folder / "step-100"
+
+
+def test_ranks_take_the_one_that_the_first_of_them_sees(folder):
+    """On a shared disk another machine may see a newer one first, or a deleted one still."""
+
+    class Other(Ranks):
+        def gather(self, mine):
+            return [{10: folder / "step-10"}, mine]
+
+    assert ck.usable_checkpoint(folder, lambda _: None, ranks=Other()) == folder / "step-10"
 
 
 def test_pruning_keeps_the_newest_and_the_best(folder):

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from quintic.core import CheckpointError
+from quintic.core.ranks import Ranks
 from quintic.engine.config import EngineConfig, Settings
 from quintic.engine.metrics import MetricsFile, read_metrics
 from quintic.engine.run import Run
@@ -36,6 +37,44 @@ def test_rows_are_cut_back_and_gaps_are_impossible(tmp_path):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+@pytest.mark.parametrize(
+    ("damage", "left", "words"),
+    [
+        (lambda lines: [], [], ["steps 1 to 5"]),
+        (lambda lines: lines[:2], [1, 2], ["steps 3 to 5"]),
+        (lambda lines: [*lines[:1], b"\n", b"\xff\xfe{}\n", b"[3]\n", b'{"loss": 1}\n', *lines[3:]], [1, 4, 5], []),
+        (lambda lines: [*lines, b"\0" * 9, b"\xff"], [1, 2, 3, 4, 5], []),
+    ],
+)
+def test_rows_that_the_disk_has_lost_are_told_of_and_stop_nothing(tmp_path, damage, left, words):
+    path, told = tmp_path / "metrics.jsonl", []
+    path.write_bytes(b"".join(damage([b'{"step": %d}\n' % step for step in range(1, 6)])))
+    assert [row["step"] for row in read_metrics(path)] == left
+    file = MetricsFile(path, keep_through=6, warn=told.append)  # the checkpoint has the row of its own step
+    assert file.last_step == 5
+    file.append({"step": 6})
+    file.close()
+    assert [row["step"] for row in read_metrics(path)] == [*left, 6]
+    assert [word in text for word, text in zip(words, told, strict=True)] == [True] * len(words)
+
+
+def test_ranks_follow_what_the_first_has_read(tmp_path):
+    """A shared disk may show another machine an older file."""
+
+    class Other(Ranks):
+        is_main = False
+
+        def gather(self, mine):
+            return [{"step": 5, "loss": 0.5}, mine]
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 4}\n')
+    file = MetricsFile(path, keep_through=5, ranks=Other())
+    assert (file.last_step, file.last_row) == (5, {"step": 5, "loss": 0.5})
+    file.append({"step": 6})
+    assert path.read_text() == '{"step": 4}\n'
+
+
 def test_create_open_and_refuse(tmp_path):
     folder = tmp_path / "runs" / "a"
     run = Run.create(folder, SETTINGS, {"task": "lm"})
@@ -52,6 +91,14 @@ def test_create_open_and_refuse(tmp_path):
     run.config_file.write_text("[")
     with pytest.raises(CheckpointError, match="damaged"):
         run.header()
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b"3"])
+def test_damaged_facts_are_named(tmp_path, content):
+    run = Run.create(tmp_path / "a", SETTINGS, {"task": "lm"})
+    (run.folder / "run.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged .*delete it"):
+        run.record(status="running")
 
 
 def test_a_folder_with_other_things_and_a_file_are_refused(tmp_path):

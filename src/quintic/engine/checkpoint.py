@@ -131,7 +131,8 @@ def usable_checkpoint(
     Raises:
         CheckpointError: There are checkpoints and all of them are damaged.
     """
-    found = list_checkpoints(folder)
+    # What the first rank sees: on a shared disk another may still see the folder as it was.
+    found = ranks.gather(list_checkpoints(folder))[0]
     steps = sorted(found, reverse=True)
     if first in found:
         steps = [first, *(step for step in steps if step != first)]

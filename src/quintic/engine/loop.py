@@ -172,7 +172,7 @@ def _train(
         order = Order(task.num_examples, engine.seed, task.fingerprint)
         sink = open_sink(log, run, state.step, display.note) if log and ranks.is_main else None
         told = None if sink is None else sink.write
-        metrics = MetricsFile(run.metrics_file, keep_through=state.step, write=ranks.is_main, sink=told)
+        metrics = MetricsFile(run.metrics_file, keep_through=state.step, ranks=ranks, sink=told, warn=display.note)
         if metrics.last_step == state.step:
             state.row = metrics.last_row  # complete, with its validation
         clipping = optim.make_clipping()

@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object per optimizer step, the truth that reports are drawn from.
 
-Rows are appended and flushed one by one, so a killed run leaves at most one torn last line. A resume cuts the
-file back to the step it resumes from: no step is missing or there twice.
+Rows are appended and handed to the system one by one, so a killed run leaves at most one torn last line. A resume cuts
+the file back to the step it resumes from: no step is there twice, and none is missing unless the disk has lost it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quintic.core.files import atomic_write
+from quintic.core.ranks import ALONE, Ranks
 
 __all__ = ["MetricsFile", "iter_metrics", "read_metrics"]
 
@@ -20,7 +21,7 @@ Row = dict[str, Any]
 
 
 def iter_metrics(path: Path, containing: str = "") -> Iterator[Row]:
-    """The whole rows of a metrics file, one by one; none if it does not exist. A torn last line is left out.
+    """The whole rows of a metrics file, one by one; none if it does not exist. What is torn or damaged is left out.
 
     Args:
         path: The file.
@@ -28,14 +29,16 @@ def iter_metrics(path: Path, containing: str = "") -> Iterator[Row]:
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if containing not in line:
                 continue
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except json.JSONDecodeError:
-                return  # torn by a kill; nothing whole follows
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -48,30 +51,34 @@ class MetricsFile:
 
     Args:
         path: The file; created if absent.
-        keep_through: Rows of later steps are dropped first.
-        write: False only follows the steps: of several ranks one writes.
+        keep_through: Step that training continues from; rows of later ones are dropped.
+        ranks: Of them the first reads and writes; all of them make one of these, and follow its steps.
         sink: Is given every new row as it is written.
+        warn: Told of rows that are missing before that step: a crash of the machine takes what was not on the disk yet.
     """
 
     def __init__(
-        self, path: Path, *, keep_through: int, write: bool = True, sink: Callable[[Row], None] | None = None
+        self,
+        path: Path,
+        *,
+        keep_through: int,
+        ranks: Ranks = ALONE,
+        sink: Callable[[Row], None] | None = None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.last_row: Row = {}
-        self._sink = sink if write else None
-        kept = []
-        for row in iter_metrics(path):
-            if row["step"] <= keep_through:
-                kept.append(_line(row))
-                self.last_row = row
-        self._file = None
-        if write:
-            atomic_write(path, "".join(kept))
-            self._file = path.open("a", encoding="utf-8")
-
-    @property
-    def last_step(self) -> int:
+        kept = [row for row in iter_metrics(path) if row["step"] <= keep_through] if ranks.is_main else []
+        # What the first rank has read: on a shared disk another may still see the file as it was.
+        self.last_row: Row = ranks.gather(kept[-1] if kept else {})[0]
+        self.last_step: int = self.last_row.get("step", 0)
         """Step of the last row; 0 before the first."""
-        return self.last_row.get("step", 0)
+        if self.last_step < keep_through - 1:  # the row of keep_through itself is in the checkpoint
+            warn(f"{path} has lost the rows of steps {self.last_step + 1} to {keep_through - 1}; nothing else is lost")
+            self.last_step = keep_through - 1
+        self._sink = sink if ranks.is_main else None
+        self._file = None
+        if ranks.is_main:
+            atomic_write(path, "".join(map(_line, kept)))
+            self._file = path.open("a", encoding="utf-8")
 
     def append(self, row: Row) -> None:
         """Write one row and hand it to the system."""
@@ -79,7 +86,7 @@ class MetricsFile:
         if self._file is not None:
             self._file.write(_line(row))
             self._file.flush()
-        self.last_row = row
+        self.last_row, self.last_step = row, row["step"]
         if self._sink is not None:
             self._sink(_plain(row))
 

@@ -147,8 +147,8 @@ class Run:
         """
         path = self.folder / "run.json"
         try:
-            old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
+            old = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete it and repeat") from error
         atomic_write(path, json.dumps({**old, **facts}, indent=1, ensure_ascii=False))
 
