@@ -128,12 +128,21 @@ class Ranks:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main rank runs the body, then the others: what it has prepared they find."""
-        if not self.is_main:
-            self.wait()
-        yield
+        """The main rank runs the body, then the others: what it has prepared they find.
+
+        Raises:
+            CheckpointError: The main rank failed, in its words; the others do not begin.
+        """
+        if not self.is_main and (problem := self.gather(None)[0]) is not None:
+            raise CheckpointError(f"rank 0: {problem}")
+        try:
+            yield
+        except Exception as error:
+            if self.is_main:
+                self.gather(str(error))
+            raise
         if self.is_main:
-            self.wait()
+            self.gather(None)
 
 
 ALONE = Ranks()
