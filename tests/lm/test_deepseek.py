@@ -119,6 +119,11 @@ def test_what_does_not_fit_is_named(tmp_path, change, error, words):
         load_deepseek(tmp_path / "hf")
 
 
+def test_a_dtype_that_no_model_here_has_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"dtype = torch\.float16; expected one of torch\.float32, torch\.bfloat16"):
+        load_deepseek(tmp_path / "nowhere", dtype=torch.float16)
+
+
 def test_damage_is_an_error_and_nothing_is_overwritten(tmp_path):
     with pytest.raises(CheckpointError, match=r"no readable config\.json"):
         load_deepseek(tmp_path)

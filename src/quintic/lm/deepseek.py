@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from quintic.core import CheckpointError, ConfigError
 from quintic.core.files import atomic_folder
+from quintic.core.machine import DTYPES
 from quintic.data.tokenizer import Tokenizer
 from quintic.lm.config import LMConfig
 from quintic.lm.model import LanguageModel
@@ -129,13 +130,14 @@ def load_deepseek(folder: Path | str, *, dtype: torch.dtype = torch.float32, con
 
     Raises:
         CheckpointError: A file or tensor is missing, damaged or of another shape; the message names it.
-        ConfigError: The folder is of an architecture that this model does not compute.
+        ConfigError: The folder is of an architecture that this model does not compute, or the dtype is another.
     """
+    if dtype not in (known := DTYPES.values()):
+        raise ConfigError(f"dtype = {dtype}; expected one of {', '.join(map(str, known))}")
     folder = Path(folder)
     config = read_config(folder, context=context)
     files = _weight_files(folder)
-    model = LanguageModel(config, seed=None)
-    {torch.float32: model.float, torch.float64: model.double, torch.bfloat16: model.bfloat16}[dtype]()
+    model = LanguageModel(config, seed=None).to(dtype)
     state = model.state_dict()
     try:
         opened = {name: safe_open(folder / name, framework="pt") for name in set(files.values())}
