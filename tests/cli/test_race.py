@@ -4,7 +4,11 @@ import json
 import shutil
 
 import pytest
+from rich.console import Console
 from tests.cli.command import quintic
+
+from quintic.cli.race import _run_one
+from quintic.engine.race import Arm
 
 SHORT = ["engine.steps=6", "engine.eval_every=3", "lm.num_layers=2", "--lr", "0.01", "--lr", "0.02", "--seeds", "2"]
 
@@ -79,3 +83,12 @@ def test_a_race_goes_on_over_an_arm_that_diverges(book, tmp_path, capsys):
     assert result["winner"] == "good" and result["matches"] == []
     assert result["arms"][1]["losses"] == [float("inf")] * 2
     assert "diverged" in capsys.readouterr().out
+
+
+def test_two_fractions_of_a_short_schedule_that_round_to_the_same_steps_are_one_run(book, tmp_path):
+    def finish(fraction):
+        settings = ["engine.steps=6", "lm.num_layers=2"]
+        return _run_one(Console(quiet=True), tmp_path, "lm", "tiny", [book], settings, Arm("a", ()), 0.01, 0, fraction)
+
+    assert finish(0.6) == finish(0.7) and finish(0.6).steps == 4  # the second one is found, not refused
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["a-lr0.01-seed0-steps4"]

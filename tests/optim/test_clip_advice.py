@@ -51,15 +51,15 @@ def norms_clipped(share, steps=1000, where="everywhere"):
 @pytest.mark.parametrize(
     ("norms", "threshold", "expected"),
     [
-        (norms_clipped(0.0), 1.0, "never clipped: the largest was 0.5, the threshold is 1"),
-        (norms_clipped(0.005), 1.0, r"clipped 0\.50% of steps: a guard against outliers"),
-        (norms_clipped(0.03), 1.0, "clipped 3% of steps: a guard against outliers"),
-        (norms_clipped(0.4), 1.0, r"clipped 40% of steps: more than outliers; the median norm is 0\.5"),
-        (norms_clipped(0.8), 1.0, "clipped 80% of steps: the threshold 1 is below the median norm 4"),
-        (norms_clipped(0.08, where="start"), 1.0, "clipped 8% of steps, nearly all within the first tenth"),
+        (norms_clipped(0.0), 1.0, "nothing was clipped: the largest norm was 0.5, the threshold is 1"),
+        (norms_clipped(0.005), 1.0, r"^0\.50% of the steps were clipped: a guard against outliers"),
+        (norms_clipped(0.03), 1.0, "^3% of the steps were clipped: a guard against outliers"),
+        (norms_clipped(0.4), 1.0, r"^40% of the steps were clipped, more than outliers alone: the median norm is 0\.5"),
+        (norms_clipped(0.8), 1.0, "^80% of the steps were clipped: the threshold 1 is below the median norm 4"),
+        (norms_clipped(0.08, where="start"), 1.0, "^8% of the steps were clipped, nearly all within the first tenth"),
         (norms_clipped(0.08), math.inf, r"not clipped; a threshold near 4 \(P99"),
         ([*norms_clipped(0.1), math.nan, math.inf], 1.0, "not finite at 2 of 1002 steps"),
-        ([3.0, 0.5, 0.5], 1.0, "clipped 33% of steps: more than outliers"),
+        ([3.0, 0.5, 0.5], 1.0, "^33% of the steps were clipped, more than outliers alone"),
     ],
 )
 def test_advice(norms, threshold, expected):

@@ -138,14 +138,14 @@ def test_a_full_run_shows_everything_it_recorded(tmp_path):
         "tokens trained on 200 k",
         "5.0 passes over the data",
         "1.94 M",
-        "812 k work on a token",
+        "812 k active for a token",
         "914 MiB",
         "123,456",
         "Bits per byte",
         "Loss",
         "Learning rate",
         "Gradient norm",
-        "The norm clipped",
+        "of the steps were clipped",
         "The optimizer takes 11% of a step",
         "31% of the machine's measured",
         "Balance of the experts",
@@ -336,6 +336,20 @@ def test_very_short_runs(tmp_path, steps):
     page = page_of(make_run(tmp_path / "run", [row(s) for s in range(1, steps + 1)]))
     assert len(re.findall("<svg", page)) == 6
     assert all(float(x.replace(",", "")).is_integer() for x in re.findall(r'class="x"[^>]*>([^<]*)<', page))
+
+
+def test_one_step_is_told_and_seen(tmp_path):
+    data = {"train": {"tokens": 40_000}}
+    rows = [row(1) | {"mfu": 0.004}]
+    text = page_of(make_run(tmp_path / "run", rows, run={"task": "lm", "data": data}))
+    words = Document(text).text
+    assert "1 step in 0.5 s" in words and "less than a tenth of the data" in words
+    assert "uses less than 1% of the machine's" in words
+    assert "P99" not in words and "P90" not in words  # of one norm
+    lines = re.findall(r'<path class="([^"]*line[^"]*)"', text)
+    assert len(lines) >= 6 and all(name.endswith(" lone") for name in lines)
+    many = page_of(make_run(tmp_path / "many", [row(s) for s in range(1, 3)]))
+    assert "2 steps in" in many and ' lone"' not in many
 
 
 def test_perfect_balance_and_a_floor_of_zero_are_drawn(tmp_path):

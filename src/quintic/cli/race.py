@@ -127,8 +127,9 @@ def _run_one(
 
     settings = build_settings(task, size, [*overrides, *arm.overrides, f"optim.lr={lr}", f"engine.seed={seed}"])
     made, settings, _ = build_task(task, paths, settings)
-    steps = max(1, round(settings["engine"].steps * fraction))
-    settings = settings.derive("engine.steps", steps, f"{fraction:g} of the schedule")
+    whole = settings["engine"].steps
+    steps = max(1, round(whole * fraction))  # few steps round two fractions to one run: its words follow the steps
+    settings = settings.derive("engine.steps", steps, f"{steps / whole:g} of the schedule")
     folder = out / f"{arm.name}-lr{lr:g}-seed{seed}-steps{steps}"
     if (folder / "config.toml").exists():
         run = Run.open(folder)

@@ -90,7 +90,7 @@ def advice(found: ClipStatistics) -> str:
 
     Example:
         >>> advice(clip_statistics([0.2, 0.3, 0.25, 0.4], 1.0))
-        'the norm never clipped: the largest was 0.4, the threshold is 1; near 0.397 (P99) it would catch outliers'
+        'nothing was clipped: the largest norm was 0.4, the threshold is 1; at 0.397 (P99) it would catch outliers'
     """
     if not found.steps:
         return "no gradient norms were recorded"
@@ -104,10 +104,10 @@ def advice(found: ClipStatistics) -> str:
     share = found.clip_fraction
     if not found.clipped:
         return (
-            f"the norm never clipped: the largest was {found.largest:.3g}, the threshold is {found.threshold:.3g}; "
-            f"near {found.p99:.3g} (P99) it would catch outliers"
+            f"nothing was clipped: the largest norm was {found.largest:.3g}, the threshold is {found.threshold:.3g}; "
+            f"at {found.p99:.3g} (P99) it would catch outliers"
         )
-    what = f"the norm clipped {share:.{0 if share >= 0.01 else 2}%} of steps"
+    what = f"{share:.{0 if share >= 0.01 else 2}%} of the steps were clipped"
     if found.early >= 0.8 * found.clipped and found.steps >= 2 / _EARLY:
         return (
             f"{what}, nearly all within the first tenth of the run: that is the start and not outliers; "
@@ -116,11 +116,11 @@ def advice(found: ClipStatistics) -> str:
     if share >= _MOSTLY:
         return (
             f"{what}: the threshold {found.threshold:.3g} is below the median norm {found.p50:.3g}, so gradients are "
-            f"normalised rather than guarded; {found.p90:.3g} (P90) would clip a tenth"
+            f"normalised rather than guarded; a threshold of {found.p90:.3g} (P90) would clip a tenth"
         )
     if share >= _OFTEN:
         return (
-            f"{what}: more than outliers; the median norm is {found.p50:.3g} and the threshold "
-            f"{found.threshold:.3g}, {found.p90:.3g} (P90) would clip a tenth"
+            f"{what}, more than outliers alone: the median norm is {found.p50:.3g}, the threshold "
+            f"{found.threshold:.3g}; one of {found.p90:.3g} (P90) would clip a tenth"
         )
     return f"{what}: a guard against outliers, as it should be (median norm {found.p50:.3g})"

@@ -110,7 +110,8 @@ def line_chart(
         fade = "" if s.strength == 1.0 else f' stroke-opacity="{s.strength:.2f}"'
         d = _path(x_place(x), y_place(y), joined=s.kind != "dots")
         name = f' data-name="{escape(s.name)}"' if s.name else ""
-        parts.append(f'<path class="{s.style}"{name}{fade} d="{d}"/>')
+        lone = " lone" if s.kind != "dots" and np.isfinite(y).sum() == 1 else ""  # a dot as wide as a line is no sight
+        parts.append(f'<path class="{s.style}{lone}"{name}{fade} d="{d}"/>')
     svg = (
         f'<svg viewBox="0 0 {_SIZE} {_SIZE}" preserveAspectRatio="none" role="img" aria-label="{escape(label)}">'
         + "".join(parts)

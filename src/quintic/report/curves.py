@@ -15,6 +15,8 @@ from quintic.report.words import significant
 __all__ = ["bits_figure", "gradient_figure", "loss_figure", "rate_figure", "speed_figure"]
 
 
+_FEW = 20
+"""Norms that are too few to say where a threshold should be."""
 _SPIKE = 30
 """Times the height of the usual values that a value stands above them to be a spike."""
 
@@ -111,8 +113,10 @@ def gradient_figure(records: Records) -> Figure | None:
     caption = ["The norm over all parameters, before clipping; a spike is a batch that surprised the model."]
     if isinstance(threshold, int | float) and 0 < threshold < math.inf:
         rules.append(Rule(f"clipped above {significant(threshold)}", float(threshold)))
-        words = advice(clip_statistics(values.tolist(), float(threshold)))
-        caption.append(words[0].upper() + words[1:] + ".")
+        found = clip_statistics(values.tolist(), float(threshold))
+        if found.steps >= _FEW or found.nonfinite:
+            words = advice(found)
+            caption.append(words[0].upper() + words[1:] + ".")
     half = smoothing(len(steps))
     # The mean of logarithms: the middle of the band on a logarithmic axis.
     means = np.exp(smooth(np.log(np.where(values > 0, values, np.nan)), half))
@@ -136,13 +140,14 @@ def speed_figure(records: Records) -> Figure | None:
         label=f"{records.things} per second over {records.step} steps; typically {typical:,.0f}",
         from_zero=True,
     )
-    caption = [f"A typical step does {typical:,.0f} a second; a dip is something else using the machine."]
+    caption = [f"A typical step does {typical:,.0f} a second; in a dip something else used the machine."]
     share = records.median("optimizer_share")
     if share is not None:
         caption.append(f"The optimizer takes {share:.0%} of a step.")
     mfu = records.median("mfu")
     if mfu is not None:
-        caption.append(f"The model uses {mfu:.0%} of the machine's measured matrix-product peak (MFU).")
+        reached = f"{mfu:.0%}" if mfu >= 0.01 else "less than 1%"
+        caption.append(f"The model uses {reached} of the machine's measured matrix-product peak (MFU).")
     return Figure("Speed", chart, " ".join(caption))
 
 

@@ -85,7 +85,7 @@ def _header(records: Records, title: str) -> str:
 
 def _summary(records: Records) -> str:
     """One or two sentences, as HTML."""
-    took = f"{records.step:,} steps"
+    took = f"{records.step:,} step{'s' * (records.step != 1)}"
     if (seconds := records.last("seconds")) is not None:
         took += f" in {duration(seconds)}"
     if cpu := records.machine.get("cpu"):
@@ -131,7 +131,7 @@ def _cards(records: Records) -> list[Card]:
         cards.append((count(speed), f"{things} a second", "in a typical step"))
     total, active = run.get("parameters_total"), run.get("parameters_active")
     if isinstance(total, int):
-        note = f"{count(active)} work on a token" if isinstance(active, int) and active != total else ""
+        note = f"{count(active)} active for a token" if isinstance(active, int) and active != total else ""
         cards.append((count(total), "parameters", note))
     if isinstance(memory := records.machine.get("peak_memory_mb"), int | float):
         cards.append((f"{memory:,.0f} MiB", "peak memory", ""))
@@ -143,7 +143,10 @@ def _passes(run: Mapping[str, Any], tokens: float) -> str:
     data = run.get("data")
     train = data.get("train") if isinstance(data, Mapping) else None
     size = train.get("tokens") if isinstance(train, Mapping) else None
-    return f"{tokens / size:.1f} passes over the data" if isinstance(size, int) and size > 0 else ""
+    if not (isinstance(size, int) and size > 0):
+        return ""
+    passes = tokens / size
+    return f"{passes:.1f} passes over the data" if passes >= 0.1 else "less than a tenth of the data"
 
 
 def _samples(records: Records) -> str:

@@ -81,6 +81,7 @@ figcaption { color: var(--soft); font-size: 14.5px; line-height: 1.5; margin-top
 .frame .hue5 { stroke-dasharray: 4 2; }
 .frame .raw { stroke: var(--accent); stroke-width: 1; stroke-opacity: 0.3; }
 .frame .dots { stroke: var(--ink); stroke-width: 8; }
+.frame .lone { stroke-width: 6; }
 .frame .rule {
   stroke: var(--ink); stroke-width: 1.2; stroke-dasharray: 5 4; stroke-linecap: butt; stroke-opacity: 0.7;
 }
