@@ -19,6 +19,13 @@ class Sample:
     word: str = "a"
 
 
+@dataclass(frozen=True)
+class Wordy:
+    number: int = 1
+    """What is said in two lines,
+    of a table's row."""
+
+
 TYPES = {"engine": EngineConfig, "sample": Sample}
 
 
@@ -104,4 +111,5 @@ def test_damaged_and_foreign_toml():
 
 def test_help_comes_from_the_fields():
     assert field_help(Sample) == {"number": "A whole number."}
+    assert field_help(Wordy) == {"number": "What is said in two lines, of a table's row."}
     assert set(field_help(EngineConfig)) == set(EngineConfig.__dataclass_fields__)

@@ -184,7 +184,7 @@ class Settings:
 
 
 def field_help(kind: type) -> dict[str, str]:
-    """{field: docstring below it} of a dataclass.
+    """{field: docstring below it, in one line} of a dataclass.
 
     Example:
         >>> field_help(EngineConfig)["device"]
@@ -195,7 +195,7 @@ def field_help(kind: type) -> dict[str, str]:
     found = {}
     for node, after in zip(tree.body, tree.body[1:], strict=False):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
-            found[node.target.id] = inspect.cleandoc(str(ast.literal_eval(after.value)))
+            found[node.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
     return found
 
 
