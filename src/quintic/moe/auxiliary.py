@@ -42,7 +42,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from quintic.core import ConfigError, suggest
 from quintic.moe.balance import Balance, check_target
-from quintic.moe.replay import in_backward, unseen
+from quintic.moe.replay import in_backward
 
 if TYPE_CHECKING:
     from quintic.moe.router import Routing
@@ -127,11 +127,10 @@ class AuxLoss(Balance):
         if self.over != "global" or torch.compiler.is_compiling():
             return self._loss(routing, mask_n, rows, counts_e)
         # By the time of a recomputation more may have been counted, and its gradient would be that of another F. So
-        # activation checkpointing keeps of this loss what autograd wants, and has nothing to compute again.
-        if in_backward():
-            return None
-        with unseen(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-            return self._loss(routing, mask_n, rows, counts_e)
+        # activation checkpointing keeps of this loss what autograd wants, and what it computes again is not used.
+        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            loss = self._loss(routing, mask_n, rows, counts_e)
+        return None if in_backward() else loss
 
     def _loss(self, routing: Routing, mask_n: Tensor | None, rows: Sequence[int], counts_e: Tensor) -> Tensor:
         scores_ne = routing.scores_ne
@@ -212,6 +211,6 @@ class ZLoss(Balance):
 
 def _all_reduced(counts_e: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     counts_e = counts_e.clone()
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_available() and dist.is_initialized() and not in_backward():
         dist.all_reduce(counts_e, group=group)
     return counts_e

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from quintic.moe.balance import Balance, NoBalance
 from quintic.moe.quantile import BINS, margin_histogram
-from quintic.moe.replay import if_first, in_backward, unseen
+from quintic.moe.replay import in_backward
 
 if TYPE_CHECKING:
     from quintic.moe.router import Routing
@@ -87,17 +87,15 @@ class Meter(nn.Module):
         again = in_backward()
         if not again:
             self._remind(balance)
-            with torch.no_grad(), unseen():
-                self.counts += if_first(routing.counts_e)
-                if len(self.histogram):
-                    self.histogram += if_first(margin_histogram(routing.biased_ne, self.top_k, mask_n))
-                self._add_entropy(routing.scores_ne.detach(), mask_n)
+            scores_ne = routing.scores_ne.detach()
+            torch.ops.quintic.count_routing(
+                *self.counters, routing.counts_e, routing.biased_ne, scores_ne, mask_n, self.top_k
+            )
         # A recomputation must build the same graph as the first time, but its loss is not a second one.
         loss = balance.loss(routing, mask_n, rows, self.counts)
         if loss is not None and not again:
             self.losses.append(loss)
-            with unseen():
-                self._add(2, loss.detach(), 1)
+            torch.ops.quintic.count_loss(self.sums, loss.detach())
 
     def reset(self) -> None:
         """Start the next step."""
@@ -124,16 +122,50 @@ class Meter(nn.Module):
                 stacklevel=3,
             )
 
-    def _add_entropy(self, scores_ne: Tensor, mask_n: Tensor | None) -> None:
-        stride = max(1, scores_ne.shape[0] // _ENTROPY_TOKENS)
-        some_ne = scores_ne[::stride]
-        share_ne = some_ne / some_ne.sum(-1, keepdim=True).clamp(min=torch.finfo(some_ne.dtype).tiny)
-        entropy_n = torch.special.entr(share_ne).sum(-1)
-        if mask_n is None:
-            self._add(0, entropy_n.sum(), entropy_n.shape[0])
-        else:
-            self._add(0, torch.where(mask_n[::stride], entropy_n, 0.0).sum(), mask_n[::stride].sum())
 
-    def _add(self, at: int, value: Tensor, number: Tensor | int) -> None:
-        amount = (value.nan_to_num(0.0, 0.0, 0.0) / UNIT).round().long()
-        self.sums[at : at + 2] += if_first(torch.stack([amount, torch.zeros_like(amount) + number]))
+def _count_routing(
+    counts: Tensor,
+    histogram: Tensor,
+    sums: Tensor,
+    counts_e: Tensor,
+    biased_ne: Tensor,
+    scores_ne: Tensor,
+    mask_n: Tensor | None,
+    top_k: int,
+) -> None:
+    if in_backward():  # a compiled graph can ask only here
+        return
+    counts += counts_e
+    if len(histogram):
+        histogram += margin_histogram(biased_ne, top_k, mask_n)
+    stride = max(1, scores_ne.shape[0] // _ENTROPY_TOKENS)
+    some_ne = scores_ne[::stride]
+    share_ne = some_ne / some_ne.sum(-1, keepdim=True).clamp(min=torch.finfo(some_ne.dtype).tiny)
+    entropy_n = torch.special.entr(share_ne).sum(-1)
+    if mask_n is None:
+        _add_(sums[:2], entropy_n.sum(), entropy_n.shape[0])
+    else:
+        _add_(sums[:2], torch.where(mask_n[::stride], entropy_n, 0.0).sum(), mask_n[::stride].sum())
+
+
+def _count_loss(sums: Tensor, loss: Tensor) -> None:
+    if not in_backward():
+        _add_(sums[2:], loss, 1)
+
+
+def _add_(sums: Tensor, value: Tensor, number: Tensor | int) -> None:
+    amount = (value.nan_to_num(0.0, 0.0, 0.0) / UNIT).round().long()
+    sums += torch.stack([amount, torch.zeros_like(amount) + number])
+
+
+# Operators, so that activation checkpointing and torch.compile see each as one (:mod:`quintic.moe.replay`).
+torch.library.define(
+    "quintic::count_routing",
+    "(Tensor(a!) counts, Tensor(b!) histogram, Tensor(c!) sums, Tensor counts_e, Tensor biased, Tensor scores,"
+    " Tensor? mask, int top_k) -> ()",
+)
+torch.library.define("quintic::count_loss", "(Tensor(a!) sums, Tensor loss) -> ()")
+torch.library.impl("quintic::count_routing", "default", _count_routing)
+torch.library.impl("quintic::count_loss", "default", _count_loss)
+torch.library.register_fake("quintic::count_routing", lambda *arguments: None)
+torch.library.register_fake("quintic::count_loss", lambda *arguments: None)

@@ -3,19 +3,22 @@
 Activation checkpointing runs the forward pass again. Where two scores are nearly equal, a recomputed score may differ
 in its last bit and send the token elsewhere: the gradient would then be that of another function, or the checkpoint
 would notice changed shapes and stop. So the first decision is kept and used again.
+
+Selective checkpointing finds what it saved of an operator by how many of its kind went before, so a recomputation may
+call no operator that the first pass did not call, nor leave one out that it still needs. What only one of the passes
+does is therefore inside of an operator of this package's own: torch sees the one, and not those in it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import warnings
 from collections import deque
 
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch as dispatch
-from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
-__all__ = ["KeptRouting", "if_first", "in_backward", "unseen"]
+__all__ = ["KeptRouting", "in_backward"]
 
 _MICRO_BATCHES = 64  # kept at most, for a loop that never calls balance_step
 _SAME = 0.5
@@ -23,33 +26,24 @@ _SAME = 0.5
 
 def in_backward() -> bool:
     """Whether this forward pass runs inside a backward pass: a recomputation. A compiled one finds out when it runs."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    if torch.compiler.is_compiling():
+        return False
+    # A private name: torch has no public one for this (2.13), and its own checkpoints ask in the same way.
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    if task is None:
+        _tell()
+        return False
+    return task() != -1
 
 
-def if_first(count: Tensor) -> Tensor:
-    """The count; zeros if a compiled graph, which could not ask :func:`in_backward`, finds that it recomputes."""
-    return _if_first(count) if torch.compiler.is_compiling() else count
-
-
-@torch.library.custom_op("quintic::if_first", mutates_args=())
-def _if_first(count: Tensor) -> Tensor:
-    return count * (torch._C._current_graph_task_id() == -1)
-
-
-_if_first.register_fake(torch.empty_like)
-
-
-def unseen() -> contextlib.AbstractContextManager[object]:
-    """For what one of the two passes does alone.
-
-    Selective checkpointing finds the result of an operator by how many of its kind went before, so it must not see any
-    that the other pass does not have.
-    """
-    if not torch.compiler.is_compiling():
-        modes = dispatch._get_current_dispatch_mode_stack()
-        if any(isinstance(mode, (_CachedTorchDispatchMode, _CachingTorchDispatchMode)) for mode in modes):
-            return dispatch._disable_current_modes()
-    return contextlib.nullcontext()
+@functools.cache
+def _tell() -> None:
+    warnings.warn(
+        "this version of torch does not tell a forward pass that activation checkpointing runs again from a first one: "
+        "with checkpoints the load of experts would be counted twice, and routing not be kept; train without them, or "
+        "with a version that quintic was tested with",
+        stacklevel=2,
+    )
 
 
 class KeptRouting:
@@ -66,17 +60,25 @@ class KeptRouting:
         """The decision to use: these ids, or in a recomputation those of the first time."""
         if torch.compiler.is_compiling():  # a compiled graph decides itself what it keeps
             return ids_nk
-        if not in_backward():
-            self._kept.append(ids_nk)
-            return ids_nk
+        again = in_backward()
         like = [kept for kept in self._kept if kept.shape == ids_nk.shape and kept.device == ids_nk.device]
-        if not like or not ids_nk.numel():
-            return ids_nk
-        with unseen():
-            agreement = [float((kept == ids_nk).double().mean()) for kept in like]
-        best = max(range(len(like)), key=agreement.__getitem__)
-        return like[best] if agreement[best] >= _SAME else ids_nk
+        ids_nk = torch.ops.quintic.kept_routing(ids_nk, like if again else [])
+        if not again:
+            self._kept.append(ids_nk)
+        return ids_nk
 
     def clear(self) -> None:
         """Forget everything."""
         self._kept.clear()
+
+
+def _kept_routing(ids_nk: Tensor, kept: list[Tensor]) -> Tensor:
+    if not kept or not ids_nk.numel():
+        return ids_nk.clone()
+    agreement = [float((each == ids_nk).double().mean()) for each in kept]
+    best = max(range(len(kept)), key=agreement.__getitem__)
+    return (kept[best] if agreement[best] >= _SAME else ids_nk).clone()
+
+
+torch.library.define("quintic::kept_routing", "(Tensor ids, Tensor[] kept) -> Tensor")
+torch.library.impl("quintic::kept_routing", "default", _kept_routing)
