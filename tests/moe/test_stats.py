@@ -80,13 +80,27 @@ def test_recorder_without_token_ids():
     initialize_(layer, 0)
     with RouteRecorder(layer) as recorder:
         layer(torch.randn(2, 5, 16))
-    assert recorder.counts[0].sum() == 20
+    assert recorder.counts[0].sum() == 20 and recorder.counts[0].dtype == torch.int64
     with RouteRecorder(layer, vocab_size=5) as recorder:
         with pytest.raises(DataError, match=r"set recorder\.tokens"):
             layer(torch.randn(2, 5, 16))
         recorder.tokens = torch.zeros(7, dtype=torch.int64)
         with pytest.raises(DataError, match="has 7 ids, the layer routed 10"):
             layer(torch.randn(2, 5, 16))
+
+
+def test_tables_are_small_where_counts_are():
+    layer, x, ids = MoE(16, 8, num_experts=4, top_k=2), torch.randn(9, 16), torch.arange(9) % 5
+    found = []
+    for most in (None, 2**31, 2**31 - 1):
+        with RouteRecorder(layer, 5, most=most) as recorder:
+            recorder.tokens = ids
+            layer(x)
+        found.append(recorder)
+    assert [each.tables[0].dtype for each in found] == [torch.int64, torch.int64, torch.int32]
+    for each in found[1:]:
+        assert torch.equal(each.counts[0], found[0].counts[0]) and each.counts[0].dtype == torch.int64
+        assert each.max_violation == found[0].max_violation and each.specialisation == found[0].specialisation
 
 
 def test_router_entropy_is_that_of_the_normalised_scores():

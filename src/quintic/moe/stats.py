@@ -121,11 +121,11 @@ def specialisation(counts_ve: Tensor, top_k: int) -> float:
         >>> specialisation(torch.tensor([[100, 100], [300, 300]]), top_k=1)
         0.0
     """
-    joint = counts_ve.double()
+    joint = counts_ve[counts_ve > 0].double()  # of a large vocabulary most cells are empty, and empty ones add nothing
     total = float(joint.sum())
     if not total:
         return 0.0
-    tokens, experts = joint.sum(1) / total, joint.sum(0) / total
+    tokens, experts = (counts_ve.sum(axis).double() / total for axis in (1, 0))
     entropy_e = float(torch.special.entr(experts).sum())
     information = float(torch.special.entr(tokens).sum()) + entropy_e - float(torch.special.entr(joint / total).sum())
     cells = [int((part > 0).sum()) for part in (tokens, experts, joint)]
@@ -140,6 +140,8 @@ class RouteRecorder:
     Args:
         model: The model; its routers are found by type.
         vocab_size: Size of the tables of choices per token id; 0 counts the choices only.
+        most: Tokens that will be recorded at most, those of other processes included whose tables are added; if it is
+            below 2^31, the tables take half of the memory. None if unknown.
 
     Raises:
         DataError: In a forward pass: no token ids where a vocabulary was given, or not as many as are routed.
@@ -156,14 +158,15 @@ class RouteRecorder:
         (6, 6)
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int = 0) -> None:
+    def __init__(self, model: nn.Module, vocab_size: int = 0, *, most: int | None = None) -> None:
         self._routers = [module for module in model.modules() if isinstance(module, Router)]
         self._vocab_size = vocab_size
         self._handles: list[Any] = []
         self.tokens: Tensor | None = None
         """Token ids of the next forward pass, as many as it routes; a negative one is not counted."""
         experts = [router.bias.shape[0] for router in self._routers]
-        self.tables = [torch.zeros(max(1, vocab_size), e, dtype=torch.int64) for e in experts]
+        dtype = torch.int64 if most is None or most > torch.iinfo(torch.int32).max else torch.int32
+        self.tables = [torch.zeros(max(1, vocab_size), e, dtype=dtype) for e in experts]
         """Per layer: (vocabulary, experts) choices; one row without vocabulary."""
 
     def __enter__(self) -> RouteRecorder:
@@ -207,4 +210,4 @@ class RouteRecorder:
         known_n = token_n >= 0
         row_n = token_n[known_n] if self._vocab_size else torch.zeros_like(token_n[known_n])
         cell_m = (row_n.unsqueeze(1) * table_ve.shape[1] + ids_nk[known_n]).flatten()
-        table_ve.view(-1).index_add_(0, cell_m, torch.ones_like(cell_m))
+        table_ve.view(-1).index_add_(0, cell_m, torch.ones_like(cell_m, dtype=table_ve.dtype))
