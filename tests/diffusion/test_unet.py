@@ -103,3 +103,11 @@ def test_sizes_that_do_not_fit_are_named(shape, changes, words):
 def test_another_image_is_refused():
     with pytest.raises(ConfigError, match=r"\(1, 8, 12\), found \(1, 12, 8\)"):
         UNet((1, 8, 12), **SMALL)(torch.zeros(1, 1, 12, 8), torch.zeros(1))
+
+
+def test_a_printed_network_tells_the_size_of_every_layer():
+    network = UNet((3, 16, 16), width=8, levels=2, num_classes=3, seed=None)
+    for module in network.modules():
+        if list(module.parameters(recurse=False)):
+            assert module.extra_repr(), module
+    assert "(enter): Conv(12 -> 8, 3 x 3)" in repr(network)

@@ -378,3 +378,13 @@ def test_the_same_seed_gives_the_same_flow_and_every_parameter_has_a_role():
     assert any(not torch.equal(first[k], third[k]) for k in first)
     assert set(declared_roles(flows[0])) == {name for name, _ in flows[0].named_parameters()}
     assert not list(flows[0].buffers())  # no masks in a checkpoint
+
+
+def test_a_printed_flow_tells_the_size_of_every_layer():
+    flow = TarFlow(
+        (1, 4, 4), patch=2, width=8, blocks=2, layers=1, head_width=8, num_classes=3, spline_bins=4, inner_width=5
+    )
+    for module in flow.modules():
+        if list(module.parameters(recurse=False)):
+            assert module.extra_repr(), module
+    assert "4 tokens in reverse, 3 classes" in repr(flow) and "(enter): Linear(4 -> 8)" in repr(flow)

@@ -142,3 +142,10 @@ def test_the_defaults_are_the_tiny_preset():
 def test_bad_values_name_their_field(field, value):
     with pytest.raises(ConfigError, match=f"lm.{field}"):
         LMConfig(**{field: value})
+
+
+def test_a_printed_model_tells_the_size_of_every_layer():
+    for module in LanguageModel(LMConfig(q_rank=8), seed=None).modules():
+        if list(module.parameters(recurse=False)):
+            assert module.extra_repr(), module
+    assert "(q): Linear(64 -> 64)" in repr(LanguageModel(LMConfig(), seed=None))

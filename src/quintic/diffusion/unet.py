@@ -171,6 +171,10 @@ class Linear(nn.Module):
         declare(self, "weight", Role.MATRIX, Normal(scale / math.sqrt(d_in)), row_blocks=row_blocks)
         declare(self, "bias", Role.VECTOR, Constant(0.0))
 
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         return F.linear(x, self.weight, self.bias)
@@ -187,6 +191,11 @@ class Conv(nn.Module):
         declare(self, "weight", role, Normal(scale / (kernel * math.sqrt(c_in))))
         declare(self, "bias", Role.VECTOR, Constant(0.0))
 
+    def extra_repr(self) -> str:
+        """Sizes."""
+        outputs, inputs = self.weight.shape
+        return f"{inputs // self.kernel**2} -> {outputs}, {self.kernel} x {self.kernel}"
+
     def forward(self, x: Tensor) -> Tensor:
         """(b, in, h, w) -> (b, out, h, w)."""
         weight = self.weight.view(len(self.weight), -1, self.kernel, self.kernel)
@@ -202,6 +211,10 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels))
         declare(self, "weight", Role.VECTOR, Constant(1.0))
         declare(self, "bias", Role.VECTOR, Constant(0.0))
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{_GROUPS} groups, {len(self.weight)}"
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> the same shape."""

@@ -45,6 +45,10 @@ class Linear(nn.Module):
         declare(self, "weight", role, init, row_blocks=row_blocks)
         declare(self, "bias", Role.VECTOR, Constant(0.0))
 
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., n_in) -> (..., n_out)."""
         return F.linear(x, self.weight, self.bias)
@@ -145,6 +149,11 @@ class FlowBlock(nn.Module):
         self.inner = None
         if inner_width:
             self.inner = Inner(Linear(width, inner_width, std=1.0), inner_width, numbers, outputs)
+
+    def extra_repr(self) -> str:
+        """What no submodule shows."""
+        tokens, classes = len(self.position), f", {self.num_classes} classes" if self.num_classes else ""
+        return f"{tokens} tokens{' in reverse' if self.flipped else ''}{classes}"
 
     def coefficients(
         self, x_bnd: Tensor, labels: Tensor | None, temperature: float = 1.0, own: Tensor | None = None

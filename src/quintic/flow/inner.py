@@ -52,6 +52,10 @@ class Inner(nn.Module):
         declare(self, "read", Role.EMBEDDING, Normal(1.0 / math.sqrt(numbers)))
         declare(self, "leave", Role.HEAD, Constant(0.0))
 
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.numbers} -> {self.hidden} -> {self.outputs}"
+
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         """What is added to the coefficients of tokens x, (..., outputs)."""
         place = torch.arange(self.numbers, device=x.device)

@@ -45,6 +45,10 @@ class Spline(nn.Module):
         for name in ("widths", "heights", "slopes"):
             declare(self, name, Role.VECTOR, Constant(0.0))
 
+    def extra_repr(self) -> str:
+        """Knots."""
+        return f"{len(self.widths)} bins, bound {self.bound:g}"
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (b, ...) to y of the same shape, and log |det dy/dx| (b,)."""
         places, slopes = self._knots()

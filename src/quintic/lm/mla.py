@@ -38,6 +38,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         declare(self, "weight", Role.MATRIX, Normal(scale / math.sqrt(d_in)))
 
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         return F.linear(x, self.weight)

@@ -33,6 +33,10 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
         declare(self, "weight", Role.EMBEDDING, Normal(1.0))
 
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return "{} x {}".format(*self.weight.shape)
+
     def forward(self, ids: Tensor) -> Tensor:
         """(...) int64 -> (..., width)."""
         return F.embedding(ids, self.weight)
@@ -46,6 +50,10 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
         # Small logits: training starts at the loss of a uniform guess.
         declare(self, "weight", Role.HEAD, Normal(0.1 / math.sqrt(d_model)))
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., vocabulary)."""

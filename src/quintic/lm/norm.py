@@ -35,6 +35,10 @@ class RMSNorm(nn.Module):
         self.gain = nn.Parameter(torch.empty(dim))
         declare(self, "gain", Role.VECTOR, Constant(1.0))
 
+    def extra_repr(self) -> str:
+        """Width and eps."""
+        return f"{len(self.gain)}, eps={self.eps:g}"
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim) in the dtype of x; computed in float32 or wider."""
         wide = x if x.dtype == torch.float64 else x.float()
