@@ -69,6 +69,10 @@ def test_foreign_states_are_refused():
     other = Muon([("w", nn.Parameter(torch.zeros(6, 4)))])
     with pytest.raises(CheckpointError, match=r"momentum_buffer of 'w' has shape \(4, 6\)"):
         other.load_state_dict(optimizer.state_dict())
+    adamw = Muon([{"params": [("w", p)], "algorithm": "adamw"}])
+    state = {**optimizer.state_dict(), "param_groups": adamw.state_dict()["param_groups"]}  # as a checkpoint is loaded
+    with pytest.raises(CheckpointError, match="'w' is updated by adamw here and has momentum_buffer in the state"):
+        adamw.load_state_dict(state)
     with pytest.raises(ValueError, match="group"):
         Muon(parameters((4, 6), (4, 6))).load_state_dict(optimizer.state_dict())
 

@@ -35,7 +35,7 @@ from quintic.optim.matrices import Piece, chunks, pieces_of, update_matrices
 from quintic.optim.nonfinite import NONFINITE, any_nonfinite, sift_nonfinite_
 from quintic.optim.routing import RoleTable, roles
 from quintic.optim.sharded import DISTRIBUTED, Divided, assemble, holds_whole_matrices, local, scatter_
-from quintic.optim.top_space import fit_state, top_space_of
+from quintic.optim.state import fit_state, top_space_of
 
 __all__ = ["Muon"]
 
@@ -334,7 +334,11 @@ class Muon(torch.optim.Optimizer):
         groups = [{**(own or {}), **group} for group, own in pairs]
         state_dict = {**state_dict, "param_groups": groups}
         saved = itertools.chain.from_iterable(g["params"] for g in groups)
-        own = [(group, p) for group in self.param_groups for p in group["params"]]
+        own = [
+            ({**group, "algorithm": loaded["algorithm"]}, p)
+            for group, loaded in zip(self.param_groups, groups, strict=False)
+            for p in group["params"]
+        ]
         tensors = [
             (p, name, fit_state(group, p, name, value))
             for key, (group, p) in zip(saved, own, strict=False)  # unequal lengths are torch's to report

@@ -1,7 +1,8 @@
-"""The vectors that spectral weight decay follows (:mod:`quintic.optim.decay`), as state of an optimizer.
+"""State of a parameter under Muon that needs more than zeros: checked when it is loaded, and spectral decay's vectors.
 
-Of a part of a parameter they are (matrices, shorter side, rank). Of a stack that is divided by expert each process has
-those of its own experts, and they are divided as the stack is, by their first axis: (experts, the rest, rank).
+The vectors that spectral decay follows (:mod:`quintic.optim.decay`) are (matrices, shorter side, rank) of each part of a
+parameter. Of a stack that is divided by expert each process has those of its own experts, and they are divided as the
+stack is, by their first axis: (experts, the rest, rank).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from quintic.optim.split import Part
 __all__ = ["fit_state", "top_space_of"]
 
 _NAME = "top_space"
+_OF_ADAMW = ("step", "exp_avg", "exp_avg_sq")
 
 
 # It takes the state and not the parameter: compiled by torch 2.13, a look-up by parameter may find another's state.
@@ -55,8 +57,13 @@ def fit_state(group: dict[str, Any], p: Tensor, name: str, value: Tensor) -> Ten
         value: Whole, or divided as here.
 
     Raises:
-        CheckpointError: It is of a parameter of another shape.
+        CheckpointError: It is of a parameter of another shape, or of one that was updated by another algorithm.
     """
+    if (name in _OF_ADAMW) != (group["algorithm"] == "adamw"):
+        raise CheckpointError(
+            f"{name_of(group, p)} is updated by {group['algorithm']} here and has {name} in the state, which is of "
+            "another algorithm; an optimizer cannot be changed within a run. Start a new one from its weights"
+        )
     if name == "step":
         return value
     shape, vectors = tuple(p.shape), False
