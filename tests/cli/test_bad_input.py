@@ -140,6 +140,23 @@ def test_a_restored_picture_replaces_nothing_unasked(tmp_path, capsys):
     assert (tmp_path / "z.png").read_bytes() == b"precious" and not (tmp_path / "z.qdc").exists()
 
 
+def test_the_codec_speaks_of_the_options_and_files_that_were_typed(tmp_path, capsys):
+    Image.new("L", (28, 28), 90).save(picture := tmp_path / "p.png")
+    aims = ("--target-bytes", 80, "--quality", 5)
+    assert "only one of --target-bytes, --target-psnr and --quality" in fails(capsys, "codec", "encode", picture, *aims)
+    assert "p.png has the ending of what is made, .png" in fails(capsys, "codec", "decode", picture, "--overwrite")
+    (tmp_path / "x.qdc").write_bytes(b"abc")
+    assert f"{tmp_path / 'x.qdc'}: this is no file of quintic codec" in fails(
+        capsys, "codec", "info", tmp_path / "x.qdc"
+    )
+    assert "inpaint needs --mask, a grey picture" in fails(capsys, "codec", "restore", picture, "--task", "inpaint")
+    deblur = ("--task", "deblur", "--mask", picture)
+    assert "--mask belongs to --task inpaint, found --task deblur" in fails(
+        capsys, "codec", "restore", picture, *deblur
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.png", "x.qdc"]
+
+
 def test_pictures_without_labels_have_no_classes(tmp_path, capsys):
     (tmp_path / "flat").mkdir()
     for i in range(4):

@@ -80,6 +80,8 @@ def encode(
     quintic codec encode "shots/*.png" --target-psnr 30 --exact
     """
     _check_bytes([] if target_bytes is None else [target_bytes])
+    if sum(aim is not None for aim in (target_bytes, target_psnr, quality)) > 1:
+        raise ConfigError("give only one of --target-bytes, --target-psnr and --quality")
     files = find_files(paths, PICTURES)
     targets = target_paths(files, out, SUFFIX, overwrite)
     codec = _codec(model, preset)
@@ -317,8 +319,10 @@ def restore(
     tasks = ("inpaint", "enlarge", "colourise", "deblur")
     if task not in tasks:
         raise ConfigError(f"unknown task {task!r}{suggest(task, tasks)}")
-    if (mask is not None) != (task == "inpaint"):
-        raise ConfigError("--mask belongs to --task inpaint, which needs it")
+    if task == "inpaint" and mask is None:
+        raise ConfigError("--task inpaint needs --mask, a grey picture of the same size, white where pixels are known")
+    if task != "inpaint" and mask is not None:
+        raise ConfigError(f"--mask belongs to --task inpaint, found --task {task}")
     picture = open_picture(path)
     grey = picture.mode in ("1", "L", "LA") or task == "colourise"
     values = to_values(picture.convert("L" if grey else "RGB"))

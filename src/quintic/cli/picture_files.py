@@ -67,6 +67,8 @@ def target_paths(files: list[Path], out: Path | None, suffix: str, overwrite: bo
         targets = [out / path.with_suffix(suffix).name for path in files]
     if len(set(targets)) < len(targets):
         raise ConfigError("two of the files would be written to the same place; code them apart")
+    if same := next((t for t, path in zip(targets, files, strict=True) if t == path), None):
+        raise ConfigError(f"{same} has the ending of what is made, {suffix}; name what it is made of, or another --out")
     if not overwrite and (there := next((t for t in targets if t.exists()), None)):
         raise ConfigError(f"{there} exists; --overwrite replaces it")
     for folder in {target.parent for target in targets}:
@@ -123,10 +125,10 @@ def each_file(items: list[tuple[Path, ...]], action: Callable[..., None], words:
         try:
             action(*item)
         except UserError as error:
-            if len(items) == 1:
-                raise
-            failed += 1
             named = str(error) if str(item[0]) in str(error) else f"{item[0]}: {error}"
+            if len(items) == 1:
+                raise type(error)(named) from error
+            failed += 1
             say(named, console=Console(stderr=True))
     if failed:
         raise DataError(f"{failed} of {len(items)} {failure}")

@@ -245,7 +245,9 @@ def refuse(options: dict[str, Any], task: str) -> None:
     """
     for name in options:
         shown = "class" if name == "label" else name.replace("_", "-")
-        raise ConfigError(f"--{shown} has no meaning for a run of task {task}")
+        raise ConfigError(
+            f"--{shown} has no meaning for a run of task {task}; leave it out, or see --help for what it belongs to"
+        )
 
 
 def refuse_untrained(folder: Path, header: dict[str, Any]) -> None:

@@ -28,12 +28,15 @@ def by_seed(ratios: Sequence[float]) -> str:
     Example:
         >>> by_seed([0.5, 0.25, 0.3]), by_seed([0.5, math.nan]), by_seed([0.5])
         (' (0.25 to 0.50 by seed)', ' (not with every seed)', '')
+        >>> by_seed([0.501, 0.499])
+        ' (with every seed)'
     """
     if len(ratios) < 2:
         return ""
     if any(math.isnan(ratio) for ratio in ratios):
         return " (not with every seed)"
-    return f" ({min(ratios):.2f} to {max(ratios):.2f} by seed)"
+    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    return " (with every seed)" if low == high else f" ({low} to {high} by seed)"
 
 
 def duration(seconds: float) -> str:
