@@ -180,6 +180,7 @@ def test_sequences_are_balanced_apart_and_padding_is_left_out():
     assert found.item() == pytest.approx(sum(expected) / 2)
     by_part = sum(by_hand(r, E * (F(r, part) - 1 / E), tokens=part) for part in parts) / 2
     torch.testing.assert_close(gradient(aux, r, mask=mask, rows=(3, 8)), by_part)
+    assert loss_of(aux, r, mask=mask, rows=(1, 3, 8)) == found  # more axes before that of time are more sequences
     with pytest.raises(ConfigError, match="batch, time, width"):
         loss_of(aux, r)
 
@@ -241,6 +242,7 @@ def test_z_loss():
     [
         ({"weight": -1.0}, "finite number"),
         ({"weight": math.nan}, "finite number"),
+        ({"weight": math.inf}, "finite number"),
         ({"weight": "entropy"}, "finite number >= 0, found 'entropy'"),
         ({"kind": "square"}, "did you mean 'squared'"),
         ({"over": "sequences"}, "did you mean 'sequence'"),

@@ -7,9 +7,10 @@ import torch
 
 from quintic.core import ConfigError
 from quintic.core.counter_rng import Stream
-from quintic.moe import AuxLoss, Combination, LossFree, NoBalance, ZLoss, max_violation, sampling_floor
+from quintic.moe import AuxLoss, Combination, LossFree, MoE, NoBalance, ZLoss, max_violation, sampling_floor
 from quintic.moe.balance import RATES, RULES
 from quintic.moe.quantile import margin_histogram
+from quintic.moe.sequence import MovingQuantile
 
 COUNTING_RULES = [rule for rule in RULES if rule != "quantile"]
 
@@ -165,6 +166,33 @@ def test_targets_that_make_no_sense_are_refused():
 def test_a_quantile_rate_is_a_part_of_the_way():
     with pytest.raises(ConfigError, match="at most 1"):
         LossFree("quantile", rate=1.5)
+
+
+def test_rates_that_nobody_chose_are_those_of_the_sources():
+    """sign: arXiv 2408.15664; the others are this package's own, which the documentation and the studies name."""
+    rates = {"sign": 0.001, "sgd": 0.3, "relative": 0.03, "rms": 0.001, "floored-rms": 0.03, "quantile": 0.3}
+    assert rates == RATES and LossFree() == LossFree("floored-rms")
+
+
+def test_a_sum_answers_what_its_parts_answer():
+    """Shifts and losses add up, with the mask; the schedule reaches the part that has one."""
+    parts = MovingQuantile(0.2, decay=0.9), MovingQuantile(0.5), AuxLoss(0.1), ZLoss(0.2)
+    both = Combination(parts)
+    layer = MoE(8, 4, num_experts=4, top_k=2, balance=both)
+    x, mask = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6).expand(2, 6) > 1
+    scores = torch.rand(12, 4, generator=torch.Generator().manual_seed(1))
+    shifts = [part.shift((2, 6), 2, mask.flatten())(scores) for part in parts[:2]]
+    torch.testing.assert_close(both.shift((2, 6), 2, mask.flatten())(scores), shifts[0] + shifts[1])
+    assert (LossFree() + ZLoss()).shift((2, 6), 2) is None
+    routing = layer.router(x.view(12, 8), mask.flatten())
+    losses = [part.loss(routing, mask.flatten(), (2, 6), routing.counts_e) for part in parts[2:]]
+    torch.testing.assert_close(both.loss(routing, mask.flatten(), (2, 6), routing.counts_e), losses[0] + losses[1])
+    assert (LossFree() + ZLoss()).rate_is_for_sigmoid
+    assert not any(each.rate_is_for_sigmoid for each in (LossFree("quantile") + ZLoss(), LossFree(rate=0.1) + ZLoss()))
+    resting, bias = LossFree("sign", rest=0.5) + ZLoss(), torch.zeros(2)
+    for progress, moved in ((0.6, False), (0.4, True)):
+        resting.step(bias, torch.tensor([2, 0]), 1, progress=progress)
+        assert bias.any() == moved
 
 
 def test_balancers_add_up():

@@ -23,6 +23,14 @@ def balanced(layers, x):
     return balance_step(nn.ModuleList(layers)), [layer.router.bias.clone() for layer in layers]
 
 
+def test_counts_are_added_in_the_group_that_is_asked_for(group, monkeypatch):
+    other, asked = dist.new_group([0]), []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: asked.append(group))
+    for chosen in (None, other):
+        balance_step(MoE(d_model=8, d_expert=4, num_experts=4, top_k=2), chosen)
+    assert asked == [None, other]
+
+
 def test_one_process_sums_to_itself(request):
     torch.manual_seed(0)
     layers = [MoE(d_model=8, d_expert=4, num_experts=e, top_k=2, balance=LossFree()) for e in (4, 6)]

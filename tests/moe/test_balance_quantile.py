@@ -86,6 +86,18 @@ def test_groups_that_are_closed_and_scores_that_are_not_numbers(k):
     assert cut.isfinite().all() and cut.abs().max() <= 1
 
 
+def test_a_token_without_a_runner_up_chooses_at_any_bias():
+    """Two open experts of four and two choices: the cutoff is the second score itself, and no closed expert matters."""
+    open_scores = torch.tensor([[0.75, 0.25]])
+    biased = torch.cat([open_scores, torch.full((1, 2), -torch.inf)], dim=1)
+    found = margin_histogram(biased, 2).argmax(1)
+    margins = torch.tensor([0.5, 0.0, -1.0, -1.0])
+    edges = torch.linspace(-1.0, 1.0, BINS + 1) ** 3
+    assert found.tolist() == (torch.searchsorted(edges, margins, right=True) - 1).clamp(min=0).tolist()
+    lost = margin_histogram(torch.tensor([[torch.nan, 0.1, 0.2, 0.3]]), 2)
+    assert lost[0, 0] == 1  # a score that is no number is no wish
+
+
 def test_nothing_to_decide():
     assert quantile_cut(margin_histogram(scores(20, 4), 4), torch.ones(4)).tolist() == [0.0] * 4
     assert quantile_cut(margin_histogram(scores(0, 4), 2), torch.full((4,), 0.5)).tolist() == [0.0] * 4

@@ -1,6 +1,7 @@
 """The layer's load: counted exactly once, used after the batch that made it; routing kept for the backward pass."""
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -190,8 +191,10 @@ def test_a_layer_made_without_memory_starts_from_zero(monkeypatch):
     layer(x)
     balance_step(layer)
     layer(x)
+    layer.balance = AuxLoss(1.0)
+    layer(x)
     layer.reset_parameters()
-    assert not layer.router.bias.any() and not layer.counts.any()
+    assert not layer.router.bias.any() and not layer.counts.any() and aux_loss(layer) == 0
 
 
 def test_a_loaded_bias_is_float32_whatever_was_saved():
@@ -215,11 +218,12 @@ def test_a_copy_leaves_the_losses_of_the_original_behind():
 def test_a_loop_that_forgets_to_balance_is_told(recwarn, monkeypatch):
     monkeypatch.setattr(meter, "_MANY", 30)
     monkeypatch.setattr(meter, "_MANY_LOSSES", 20)
+    warnings.simplefilter("always")  # one warning must not hide the next of the same text
     layer, x = make(AuxLoss(0.1))
     for _ in range(21):
         layer(x)
     assert "20 auxiliary losses" in str(recwarn.pop(UserWarning).message)
-    for balance, warnings in ((LossFree(), 1), (NoBalance(), 0)):
+    for balance, told in ((LossFree(), 1), (NoBalance(), 0)):
         layer, x = make(balance)
         recwarn.clear()
         for _ in range(29):
@@ -227,7 +231,7 @@ def test_a_loop_that_forgets_to_balance_is_told(recwarn, monkeypatch):
         assert not recwarn.list
         for _ in range(3):
             layer(x[:1])
-        assert ["balance_step(model)" in str(each.message) for each in recwarn] == [True] * warnings
+        assert ["balance_step(model)" in str(each.message) for each in recwarn] == [True] * told
         balance_step(layer)
         recwarn.clear()
         for _ in range(29):
@@ -299,7 +303,7 @@ def test_kept_routing_finds_its_micro_batch_in_any_order():
 
     kept = KeptRouting()
     g = torch.Generator().manual_seed(0)
-    first = {name: torch.randint(0, 16, (50, 2), generator=g) for name in "abc"}
+    first = {name: torch.randint(0, 16, (50 - 10 * (name == "b"), 2), generator=g) for name in "abc"}
     again = {name: ids.clone() for name, ids in first.items()}
     for ids in again.values():
         ids[7, 0] += 1

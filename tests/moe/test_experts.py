@@ -132,19 +132,22 @@ def test_neighbours_of_like_load_share_a_call():
     assert plan([0, 0]) == [(0, 2)]
 
 
-def test_where_the_grouped_product_is_legal():
+def test_where_the_grouped_product_is_legal(monkeypatch):
     cpu = torch.device("cpu")
     assert grouped_is_legal(torch.float32, (64, 128), cpu)
     assert not grouped_is_legal(torch.float64, (64, 128), cpu)
     assert not grouped_is_legal(torch.bfloat16, (64, 132), cpu)
+    for capability, legal in (((9, 0), True), ((8, 0), True), ((7, 5), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert grouped_is_legal(torch.bfloat16, (64, 128), torch.device("cuda")) == legal
+    assert not grouped_is_legal(torch.float32, (64, 128), torch.device("mps"))
 
 
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.booleans())
 def test_runs_hold_every_expert_once_within_the_memory_kept(counts, cpu):
     runs, at = plan_runs(counts, 32, 64, cpu=cpu), 0
     for run in runs:
-        assert run.start == at and all(count <= run.size for count in counts[run.first : run.last])
-        assert run.size or not any(counts[run.first : run.last])
+        assert run.start == at and run.size == max(counts[run.first : run.last])
         at = run.stop
     assert [e for run in runs for e in range(run.first, run.last)] == list(range(len(counts)))
     assert sum(counts) <= at <= kept_rows(sum(counts), len(counts))

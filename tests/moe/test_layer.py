@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from quintic.core import ConfigError
 from quintic.core.initial import initialize_
 from quintic.core.roles import Role, declared_roles
-from quintic.moe import AuxLoss, LossFree, MoE, balance_step
+from quintic.moe import AuxLoss, LossFree, MoE, NoBalance, balance_step
+from quintic.moe.router import routed_scaling_factor
 from quintic.optim import Muon
 
 OPTIONS = [
@@ -62,7 +63,7 @@ def test_layer_is_its_formula(options):
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("num_shared", 1) and o.get("top_k") != 8])
 def test_branches_have_equal_rms_at_initialisation(options):
     """What the computed routed scale is for; the post's mean of 1 / norm is a little more than 1 / RMS."""
-    layer = make(**(options | {"d_model": 128, "d_expert": 64, "num_experts": 32}))
+    layer = make(**(options | {"d_model": 128, "d_expert": 64, "num_experts": 32, "balance": NoBalance()}))
     x = tokens(2000, 128)
     shared = unit(layer.shared(x), layer.normalize_experts)
     routed = layer(x) - shared
@@ -78,6 +79,23 @@ def test_normalised_experts_forget_the_scale_of_their_weights_and_keep_the_layer
     torch.testing.assert_close(make(normalize_experts="rms", num_shared=0)(x), 4.0 * y, rtol=1e-3, atol=1e-3)
     l2 = make(normalize_experts="l2", num_shared=0, out_scale=0.25)
     torch.testing.assert_close(l2(x), y / 4.0, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_computed_scale_is_that_of_the_layers_own_router(options):
+    layer = make(**options)
+    names = {"score", "select", "normalize_gates", "num_groups", "top_groups"} & options.keys()
+    assert layer.router.scale == routed_scaling_factor(8, layer.router.top_k, **{name: options[name] for name in names})
+    assert make(**options, route_scale=1.5).router.scale == 1.5
+
+
+def test_sizes_and_scale_of_the_shared_branch_and_of_the_output():
+    x = tokens(10, 16)
+    for shared in (1, 3):
+        plain, quiet = make(num_shared=shared), make(num_shared=shared, out_scale=0.25)
+        assert plain.shared.down.shape == (16, shared * 8) and plain.shared.gate_up.shape == (2 * shared * 8, 16)
+        torch.testing.assert_close(quiet(x), 0.25 * plain(x))
+        torch.testing.assert_close(quiet.shared(x), 0.25 * plain.shared(x))
 
 
 @pytest.mark.parametrize("shape", [(16,), (1, 16), (0, 16), (5, 16), (2, 3, 16), (2, 1, 3, 16), (2, 0, 16)])
@@ -265,7 +283,7 @@ def test_a_bias_step_too_large_for_softmax_scores_is_said():
         warnings.simplefilter("error")
         for options in ({"select": "sigmoid"}, {"balance": LossFree(rate=1e-4)}, {"balance": AuxLoss()}):
             make(**many, **options)
-        make(score="softmax")
+        make(score="softmax", num_experts=16)
 
 
 @pytest.mark.parametrize(

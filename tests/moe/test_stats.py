@@ -7,7 +7,17 @@ import torch
 
 from quintic.core import DataError
 from quintic.core.initial import initialize_
-from quintic.moe import ExpertStats, MoE, RouteRecorder, max_violation, sampling_floor, specialisation
+from quintic.moe import (
+    AuxLoss,
+    ExpertStats,
+    MoE,
+    RouteRecorder,
+    aux_loss,
+    balance_step,
+    max_violation,
+    sampling_floor,
+    specialisation,
+)
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(4096, 64, 6), (2048, 16, 2), (2048, 32, 4), (8192, 64, 6)])
@@ -114,3 +124,37 @@ def test_router_entropy_is_that_of_the_normalised_scores():
     assert tokens == 13
     assert entropy * 1e-9 / tokens == pytest.approx(-(share * share.log()).sum(1).mean().item(), rel=1e-5)
     assert entropy * 1e-9 / tokens < math.log(4)
+
+
+def test_router_entropy_of_many_tokens_is_that_of_every_so_many_th():
+    layer = MoE(16, 8, num_experts=4, top_k=2)
+    initialize_(layer, 0)
+    x = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(600) % 6 < 3  # every second token: those of even number
+    layer(x, mask)
+    some = x[::2][mask[::2]]
+    share = torch.sigmoid(some @ layer.router.weight.t())
+    share = share / share.sum(1, keepdim=True)
+    entropy, tokens = layer.meter.sums[:2].tolist()
+    assert tokens == len(some) == 200
+    assert entropy * 1e-9 / tokens == pytest.approx(-(share * share.log()).sum(1).mean().item(), rel=1e-5)
+
+
+def test_tokens_without_a_score_or_a_number_do_not_spoil_the_statistics():
+    layer = MoE(16, 8, num_experts=4, top_k=2, score="relu", balance=AuxLoss(1.0))
+    initialize_(layer, 0)
+    with torch.no_grad():
+        layer.router.weight.abs_()
+    x = torch.rand(10, 16, generator=torch.Generator().manual_seed(0))
+    x[3] = -1.0  # no positive logit: entropy 0
+    layer(x)
+    share = (x @ layer.router.weight.t()).clamp(min=0)
+    share = share / share.sum(1, keepdim=True).clamp(min=1e-30)
+    expected = torch.special.entr(share).sum(1).mean().item()
+    aux_loss(layer)
+    assert balance_step(layer)[0].entropy == pytest.approx(expected, rel=1e-5)
+    x[4] = torch.nan
+    layer(x)
+    aux_loss(layer)
+    (stats,) = balance_step(layer)
+    assert 0 <= stats.entropy < math.log(4) and stats.aux_loss == 0.0 and stats.tokens == 10

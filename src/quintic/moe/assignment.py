@@ -132,7 +132,7 @@ def _prices(c: Floats, room: NDArray[np.int64], steps: int) -> tuple[Floats, NDA
             best = (total, bias.copy(), choice)
         if not total:
             break
-        bias += step * (excess - excess.mean()) / np.abs(excess).max()
+        bias += step * excess / np.abs(excess).max()
     return best[1], best[2]
 
 
@@ -150,7 +150,6 @@ def _exchange(c: Floats, choice: NDArray[np.int64], excess: NDArray[np.int64]) -
         if len(members):
             least = extra[members].argmin(axis=0)
             edge[j], item[j] = extra[members[least], np.arange(bins)], members[least]
-    np.fill_diagonal(edge, np.inf)
     distance = np.where(excess > 0, 0.0, np.inf)
     before = np.full(bins, -1)
     for _ in range(bins - 1):
