@@ -1,11 +1,14 @@
 """Folders of the DeepSeek-V3 architecture: transformers loads ours, we load theirs, and what differs is named."""
 
+import contextlib
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 
 from quintic.core import CheckpointError, ConfigError
 from quintic.data.tokenizer import Tokenizer
@@ -107,6 +110,13 @@ def edited(folder, **changes):
         ({"attention_bias": True}, ConfigError, "attention_bias = True"),
         ({"n_group": 8}, ConfigError, "lm.top_k = 2 exceeds the 1 experts"),
         ({"rope_scaling": {"type": "yarn"}, "rope_parameters": None}, ConfigError, "'yarn'"),
+        ({"rope_parameters": [1]}, ConfigError, r"rotary positions \[1\]"),
+        ({"rope_parameters": {"rope_theta": None}}, ConfigError, "rope_theta = None; expected a value of type float"),
+        ({"hidden_size": None}, ConfigError, "hidden_size = None; expected a value of type int"),
+        ({"hidden_size": 64.5}, ConfigError, "hidden_size = 64.5"),
+        ({"norm_topk_prob": "false"}, ConfigError, "norm_topk_prob = 'false'; expected a value of type bool"),
+        ({"quantization_config": {"quant_method": "fp8"}}, ConfigError, "quantized .*fp8.* convert"),
+        ({"num_hidden_layers": 1}, CheckpointError, r"has a tensor model\.layers\.1\.\S+, for which"),
         ({"hidden_size": 32}, CheckpointError, r"model.embed_tokens.weight is \(264, 64\)"),
         ({"n_routed_experts": 9}, CheckpointError, r"gate.weight is \(8, 64\)"),
         ({"num_hidden_layers": 4}, CheckpointError, r"no tensor model.layers.3.input_layernorm.weight"),
@@ -119,14 +129,44 @@ def test_what_does_not_fit_is_named(tmp_path, change, error, words):
         load_deepseek(tmp_path / "hf")
 
 
+@pytest.mark.parametrize(
+    ("name", "fine"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", False),
+        ("lm_head.weight_scale_inv", False),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", True),
+        ("model.layers.3.enorm.weight", True),  # of a layer that predicts one token more, as in DeepSeek-V3's folder
+    ],
+)
+def test_a_tensor_that_would_change_the_model_is_not_left_out(tmp_path, name, fine):
+    save_deepseek(lively(TINY), tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    more = {name: torch.zeros(2), "model.layers.3.eh_proj.weight": torch.zeros(2)}
+    save_file({**load_file(path), **more}, tmp_path / "more")
+    (tmp_path / "more").replace(path)
+    with contextlib.nullcontext() if fine else pytest.raises(CheckpointError, match=re.escape(name)):
+        load_deepseek(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("index", [b"[]", b"\xff", b'{"weight_map": {"x": 3}}', b'{"weight_map": {"x": "../x"}}'])
+def test_an_index_that_is_none_is_damage(tmp_path, index):
+    save_deepseek(lively(TINY), tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        load_deepseek(tmp_path / "hf")
+
+
 def test_a_dtype_that_no_model_here_has_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(ConfigError, match=r"dtype = torch\.float16; expected one of torch\.float32, torch\.bfloat16"):
         load_deepseek(tmp_path / "nowhere", dtype=torch.float16)
 
 
 def test_damage_is_an_error_and_nothing_is_overwritten(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no readable config\.json"):
-        load_deepseek(tmp_path)
+    for content in (None, "{", "[3]", "3"):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"no readable config\.json"):
+            load_deepseek(tmp_path)
     save_deepseek(lively(TINY), tmp_path / "hf")
     weights = tmp_path / "hf" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

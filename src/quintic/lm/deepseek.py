@@ -8,7 +8,7 @@ executed and nothing but JSON and safetensors is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,6 +137,8 @@ def load_deepseek(folder: Path | str, *, dtype: torch.dtype = torch.float32, con
     folder = Path(folder)
     config = read_config(folder, context=context)
     files = _weight_files(folder)
+    if unused := _unused(files, config):
+        raise CheckpointError(f"{folder} has a tensor {unused[0]}, for which the model of its config.json has no use")
     model = LanguageModel(config, seed=None).to(dtype)
     state = model.state_dict()
     try:
@@ -167,12 +169,17 @@ def read_config(folder: Path, *, context: int = 0) -> LMConfig:
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = dict(found)
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} has no readable config.json: {error}") from error
+    if how := found.get("quantization_config"):
+        raise ConfigError(f"{path} says that the weights are quantized ({how}); convert the folder to bfloat16 first")
     for name, wanted in _FIXED.items():
         if name in found and found[name] != wanted:
             raise ConfigError(f"{path} has {name} = {found[name]!r}; this model computes {name} = {wanted!r} only")
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{path} has rotary positions {rope!r}; expected an object with rope_type and rope_theta")
     if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
         raise ConfigError(f"{path} has rotary positions of type {kind!r}; this model computes the default type only")
     if missing := [name for name in _SAME if name not in found]:
@@ -181,9 +188,14 @@ def read_config(folder: Path, *, context: int = 0) -> LMConfig:
     values["num_shared"] = values["num_shared"] or 0
     values["num_groups"], values["top_groups"] = values["num_groups"] or 1, values["top_groups"] or 1
     values["q_rank"] = found.get("q_lora_rank") or 0
-    values["rope_theta"] = float(rope.get("rope_theta", found.get("rope_theta", 10_000.0)))
+    values["rope_theta"] = rope.get("rope_theta", found.get("rope_theta", 10_000.0))
     values["context"] = context or values["context"]
     kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(LMConfig)}
+    for name, value in values.items():
+        number = isinstance(value, int | float) and isinstance(value, bool) == (kinds[name] is bool)
+        if not number or (kinds[name] is int and value != value // 1):
+            theirs = {ours: theirs for theirs, ours in _SAME.items()}.get(name, name)
+            raise ConfigError(f"{path} has {theirs} = {value!r}; expected a value of type {kinds[name].__name__}")
     return LMConfig(**{name: kinds[name](value) for name, value in values.items()})
 
 
@@ -242,12 +254,22 @@ def _swiglu(there: str, here: str, hidden: int, expert: tuple[int, ...] = ()) ->
     yield _Entry(f"{there}.down_proj.weight", f"{here}.down", expert or ...)
 
 
+def _unused(files: Iterable[str], config: LMConfig) -> list[str]:
+    """Tensors that would be left out although they belong to the model: not the layers that predict further tokens."""
+    further = tuple(name.removesuffix("eh_proj.weight") for name in files if name.endswith(".eh_proj.weight"))
+    names = set(files) - {entry.theirs for entry in _entries(config)}
+    return sorted(name for name in names if not name.endswith("inv_freq") and not name.startswith(further))
+
+
 def _weight_files(folder: Path) -> dict[str, str]:
     """{tensor: file} of a folder, by its index or by looking into its one file."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            if strange := [file for file in files.values() if Path(file).name != file]:
+                raise ValueError(f"{strange[0]!r} is no file in the folder")
+            return files
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{index} is damaged: {error}") from error
     if not (folder / "model.safetensors").exists():

@@ -1,7 +1,7 @@
 """State of a parameter under Muon that needs more than zeros: checked when it is loaded, and spectral decay's vectors.
 
-The vectors that spectral decay follows (:mod:`quintic.optim.decay`) are (matrices, shorter side, rank) of each part of a
-parameter. Of a stack that is divided by expert each process has those of its own experts, and they are divided as the
+The vectors that spectral decay follows (:mod:`quintic.optim.decay`) are (matrices, shorter side, rank) of each part of
+a parameter. Of a stack that is divided by expert each process has those of its own experts, and they are divided as the
 stack is, by their first axis: (experts, the rest, rank).
 """
 
