@@ -30,7 +30,9 @@ def test_rates_are_swept_until_interior():
 
 
 def test_an_optimum_out_of_reach_is_said():
-    race = run_race(lambda a, lr, s, f: Finish(-lr, 1.0, 1), ARMS[:1], start_lrs=[1.0], seeds=[0])
+    notes = []
+    race = run_race(lambda a, lr, s, f: Finish(-lr, 1.0, 1), ARMS[:1], start_lrs=[1.0], seeds=[0], note=notes.append)
+    assert race.arms[0].told == "-8.0000" and "+-" not in notes[-1]  # one seed has no spread
     assert not race.arms[0].interior and len(race.arms[0].sweep) == 5
 
 
@@ -38,6 +40,7 @@ def test_means_spread_winner_and_matching():
     race = run_race(surface, ARMS, start_lrs=[0.02, 0.08], seeds=[0, 1, 2])
     assert race.winner.name == "fast"
     assert race.winner.mean == pytest.approx(1.0 + 0.2 + 0.01) and race.winner.spread == pytest.approx(0.01)
+    assert race.winner.told == "1.2100 +- 0.0100"
     (match,) = race.matches
     # 2 / (10 f) = 4 / 10 at f = 1/2, in half the steps, each 1.5 times as long.
     assert match["step_ratio"] == pytest.approx(0.5, abs=0.01)

@@ -167,7 +167,7 @@ def _print_table(console: Console, result: Race) -> None:
             arm.name,
             f"{arm.best_lr:g}",
             "yes" if arm.interior else "no",
-            "diverged" if arm.diverged else f"{arm.mean:.4f} +- {arm.spread:.4f}",
+            arm.told,
             finite(1000 * arm.seconds_per_step, 1),
         )
     console.print(table)

@@ -75,6 +75,13 @@ class ArmResult:
             return math.nan
         return statistics.stdev(self.losses) if len(self.losses) > 1 else 0.0
 
+    @property
+    def told(self) -> str:
+        """Mean loss and spread in words; one seed has no spread."""
+        if self.diverged:
+            return "diverged"
+        return f"{self.mean:.4f}" + (f" +- {self.spread:.4f}" if len(self.losses) > 1 else "")
+
 
 @dataclass
 class Race:
@@ -131,8 +138,7 @@ def run_race(
         result.seconds_per_step = statistics.median(paces) if paces else math.nan
         steps = finishes[0].steps
         edge = "" if result.interior else " (at the edge of the grid)"
-        loss = "diverged" if result.diverged else f"loss {result.mean:.4f} +- {result.spread:.4f}"
-        note(f"{arm.name}: best lr {result.best_lr:g}{edge}, {loss}")
+        note(f"{arm.name}: best lr {result.best_lr:g}{edge}, {'' if result.diverged else 'loss '}{result.told}")
         results.append(result)
     race = Race(results, steps)
     if match:

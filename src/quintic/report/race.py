@@ -81,7 +81,7 @@ def _arms(arms: list[dict[str, Any]]) -> str:
             f"{escape(arm['name'])}<small>{escape(' '.join(arm['overrides']))}</small>",
             [
                 finite(arm["mean"], 4, "diverged"),
-                finite(arm["spread"], 4),
+                finite(arm["spread"], 4) if len(arm["losses"]) > 1 else "one seed",
                 f"{arm['best_lr']:g}" + ("" if arm["interior"] else "<small>edge of the grid</small>"),
                 finite(1000 * arm["seconds_per_step"], 1),
             ],
