@@ -23,8 +23,9 @@ def test_atomic_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as failed:
         files.atomic_write(target, "new")
+    assert failed.value.filename == str(target)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from quintic.core import CheckpointError
 from quintic.core.divided import region
+from quintic.core.tensors import save_tensors
 
 __all__ = ["Held", "Stored", "held_here", "part_files", "save_held"]
 
@@ -76,7 +76,7 @@ def save_held(folder: Path, part: str, held: Held) -> Path | None:
         return None
     name = part if held.shards == 1 else f"{part}-{held.shard + 1:05d}-of-{held.shards:05d}"
     path = folder / f"{name}.safetensors"
-    save_file(held.tensors, path, metadata={"pieces": json.dumps(held.places)} if held.places else None)
+    save_tensors(held.tensors, path, {"pieces": json.dumps(held.places)} if held.places else None)
     return path
 
 

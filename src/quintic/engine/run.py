@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quintic.core import CheckpointError
 from quintic.core.files import atomic_write, check_folder, check_name, make_readable
+from quintic.core.tensors import save_tensors
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.config import Settings
 from quintic.engine.metrics import iter_metrics
@@ -76,7 +76,7 @@ class Run:
         run = cls(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if initial is not None:  # before the configuration, which makes the folder a run
-            save_file({name: tensor.contiguous() for name, tensor in initial.items()}, run.initial)
+            save_tensors({name: tensor.contiguous() for name, tensor in initial.items()}, run.initial)
             make_readable(run.initial)
         atomic_write(run.config_file, settings.to_toml(header))
         return run

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from quintic.core import CheckpointError, ConfigError
 from quintic.core.files import atomic_folder
 from quintic.core.machine import DTYPES
+from quintic.core.tensors import save_tensors
 from quintic.data.tokenizer import Tokenizer
 from quintic.lm.config import LMConfig
 from quintic.lm.model import LanguageModel
@@ -103,7 +103,7 @@ def save_deepseek(
             where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
             _write(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
         for name, shard in zip(names, shards, strict=True):
-            save_file(shard, out / name, metadata={"format": "pt"})
+            save_tensors(shard, out / name, {"format": "pt"})
         _write(out / "config.json", _foreign_config(model.config, next(iter(state.values())).dtype))
         if tokenizer is not None:
             separator = tokenizer.separator_id
