@@ -94,3 +94,7 @@ def test_unusable_files(tmp_path):
 
 def test_vocabulary_follows_the_text():
     assert [vocab_size_for(n) for n in (0, 1_023_999, 1_024_000, 5_000_000, 10**12)] == [512, 512, 1024, 4096, 32768]
+
+
+def test_a_tokenizer_tells_its_size():
+    assert repr(BYTES) == "Tokenizer(257 ids, separator '<|endoftext|>')"

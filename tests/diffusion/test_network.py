@@ -69,6 +69,13 @@ def test_a_file_gives_back_the_rounded_network(tmp_path):
     assert second.fingerprint == again.fingerprint
 
 
+def test_a_denoiser_tells_what_it_is_for():
+    network = UNet((1, 4, 4), width=8, levels=1, heads=0, seed=None)
+    count = sum(p.numel() for p in network.parameters())
+    shown = f"NetworkDenoiser(shape=(1, 4, 4), target='v', {count:,} parameters)"
+    assert repr(NetworkDenoiser(network, "v", {})) == shown
+
+
 def test_fingerprints_tell_weights_and_targets_apart():
     prints = {
         NetworkDenoiser(network(0), "v", ARGUMENTS).fingerprint,

@@ -56,6 +56,12 @@ def test_spectral_matches_svd_at_any_magnitude(n, m, rank, exponent, max_norm, t
         assert torch.equal(g, before)
 
 
+def test_a_rule_tells_its_settings():
+    assert repr(GradientClipping("spectral", 2)) == "GradientClipping('spectral', max_norm=2)"
+    shown = repr(GradientClipping("adaptive", float("inf"), quantile=0.5, window=8))
+    assert shown == "GradientClipping('adaptive', max_norm=inf, quantile=0.5, window=8)"
+
+
 def test_one_exploding_matrix_leaves_the_others_their_size():
     small, vector, stack = randn(4, 3) * 0.1, torch.tensor([0.3, 0.4]), randn(3, 4, 5, seed=2) * 0.1
     stack[1] *= 1e6

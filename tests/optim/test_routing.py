@@ -180,8 +180,9 @@ def test_what_cannot_be_told_is_said():
     model.bias = nn.Parameter(torch.zeros(1, 1, 16))  # a bias by name, whatever its axes
     assert algorithms(model)["position"] == "adamw"
     assert [row.name for row in roles(model).ambiguous] == ["position"]
-    with pytest.warns(UserWarning, match="position"):
+    with pytest.warns(UserWarning, match=r"assumed: position\. Print") as warned:
         Muon(model)
+    assert warned[0].filename == __file__  # the user's line
     with pytest.raises(ConfigError, match=r"position.*role not declared"):
         roles(model, strict=True)
     with pytest.raises(ConfigError, match="declare"):
@@ -206,6 +207,7 @@ def test_table_prints_every_row_and_the_totals():
     text = str(roles(Declared()))
     lines = text.splitlines()
     assert len(lines) == 1 + 8 + 1
+    assert repr(roles(Declared())) == text  # as an interactive session shows it
     assert "parameter" in lines[0]
     assert "lr x" in lines[0]
     column = lines[0].index("role")

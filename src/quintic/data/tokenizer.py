@@ -66,6 +66,9 @@ class Tokenizer:
         # Ids may have holes; the model needs a row for the largest.
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.vocab_size:,} ids, separator {self.separator!r})"
+
     @classmethod
     def bytes(cls) -> Tokenizer:
         """256 bytes and the separator."""

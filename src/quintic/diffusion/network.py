@@ -85,6 +85,10 @@ class NetworkDenoiser:
         self._fingerprint: str | None = None
         self._config = json.dumps({"target": target, **arguments}, sort_keys=True)
 
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.network.parameters())
+        return f"NetworkDenoiser(shape={self.shape}, target={self.target!r}, {count:,} parameters)"
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""

@@ -243,6 +243,10 @@ class GradientClipping:
         self._nonfinite = self._nonfinite.to(norm.device) + ~finite
         return result
 
+    def __repr__(self) -> str:
+        of_norms = f", quantile={self.quantile:g}, window={len(self._norms)}" if self.kind == "adaptive" else ""
+        return f"GradientClipping({self.kind!r}, max_norm={float(self.max_norm):g}{of_norms})"
+
     @property
     def threshold(self) -> Tensor:
         """The norm from which on the next call will clip, 0-d."""

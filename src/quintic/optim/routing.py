@@ -90,9 +90,9 @@ class RoleRow:
         return max((part.update_rms for part in self.parts), default=UPDATE_RMS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RoleTable:
-    """All rows; ``str()`` prints them aligned, with the totals."""
+    """All rows; printed or shown they are aligned, with the totals."""
 
     rows: tuple[RoleRow, ...]
 
@@ -118,7 +118,7 @@ class RoleTable:
         """Number of scalar parameters that an algorithm updates."""
         return sum(row.numel for row in self.rows if row.algorithm == algorithm)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         header = ("parameter", "shape", "role", "algorithm", "matrices", "lr x", "rms / lr", "why")
         cells = [
             (
