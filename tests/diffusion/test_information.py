@@ -9,6 +9,7 @@ from quintic.diffusion import ErrorCurve, GaussianDenoiser, NetworkDenoiser, UNe
 LEVELS = [-8 + 0.5 * i for i in range(33)]
 
 
+@pytest.fixture(scope="module")
 def gaussian():
     generator = torch.Generator().manual_seed(0)
     basis, _ = torch.linalg.qr(torch.randn(12, 12, generator=generator))
@@ -18,30 +19,33 @@ def gaussian():
     return model, images.view(-1, 1, 3, 4)
 
 
-def test_the_measured_curve_is_that_of_the_closed_form():
-    model, images = gaussian()
-    curve = measure_errors(model, images, LEVELS, batch=900)
+@pytest.fixture(scope="module")
+def curve(gaussian):
+    return measure_errors(*gaussian, LEVELS, batch=1500)
+
+
+def test_the_measured_curve_is_that_of_the_closed_form(gaussian, curve):
+    model, _ = gaussian
     for level in (-5.0, -0.25, 3.0, 7.9):
         assert curve.mmse(level) == pytest.approx(model.mmse(level), rel=0.05)
         assert curve.information(level) == pytest.approx(model.information(level), rel=0.05)
 
 
-def test_the_integral_is_exact_for_the_true_errors():
-    model, _ = gaussian()
+def test_the_integral_is_exact_for_the_true_errors(gaussian):
+    model, _ = gaussian
     curve = ErrorCurve(tuple(LEVELS), tuple(model.mmse(level) for level in LEVELS), 12)
     for level in (-20.0, -8.0, -3.3, 0.0, 6.1, 8.0):
         assert curve.information(level) == pytest.approx(model.information(level), rel=0.01)
 
 
-def test_a_better_denoiser_has_less_to_send():
-    model, images = gaussian()
+def test_a_better_denoiser_has_less_to_send(gaussian, curve):
+    model, images = gaussian
     blunt = GaussianDenoiser(torch.zeros(1, 3, 4), torch.eye(12), torch.full((12,), float(model.spectrum.mean())))
-    good, bad = (measure_errors(each, images, LEVELS) for each in (model, blunt))
-    assert bad.information(6.0) > 1.2 * good.information(6.0)
+    assert measure_errors(blunt, images, LEVELS, batch=4000).information(6.0) > 1.2 * curve.information(6.0)
 
 
-def test_the_batch_does_not_matter():
-    model, images = gaussian()
+def test_the_batch_does_not_matter(gaussian):
+    model, images = gaussian
     one, two = (measure_errors(model, images[:50], [0.0, 1.0], batch=batch) for batch in (50, 7))
     assert one.errors == pytest.approx(two.errors, rel=1e-6)
 

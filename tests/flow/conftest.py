@@ -6,7 +6,7 @@ import torch
 from quintic.flow import TarFlow
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_flow():
     def make(shape=(1, 4, 6), *, dtype=torch.float64, spread=0.05, seed=0, **options):
         options = {"patch": 2, "width": 16, "blocks": 3, "layers": 2, "head_width": 8, **options}

@@ -20,7 +20,7 @@ def shifting_flow():
 
 def test_the_unknown_pixel_has_its_distribution_given_the_known_one():
     flow = shifting_flow()
-    n = 3000
+    n = 1500
     images = torch.zeros(n, 1, 1, 2, dtype=F64)
     images[:, 0, 0, 0] = 0.8
     known = torch.tensor([[[True, False]]])
@@ -36,7 +36,7 @@ def test_the_unknown_pixel_has_its_distribution_given_the_known_one():
 
 def test_the_earlier_pixel_given_the_later_one_is_bayes_rule():
     flow = shifting_flow()
-    n = 3000
+    n = 1500
     images = torch.zeros(n, 1, 1, 2, dtype=F64)
     images[:, 0, 0, 1] = 1.5
     found = inpaint(flow, images, torch.tensor([[[False, True]]]), steps=80, step_size=0.3)

@@ -239,8 +239,8 @@ def test_interpolation_ends_at_its_ends_and_keeps_the_length(make_flow):
 @pytest.fixture(scope="module")
 def trained():
     """A trained flow, images as it makes them and clean ones with the noise of levels, and their classes."""
-    flow, labels = shipped_flow("fashion28"), torch.arange(80) % 10
-    noisy = flow.sample(80, labels, denoise=False, method="sequential").images
+    flow, labels = shipped_flow("fashion28"), torch.arange(40) % 10
+    noisy = flow.sample(40, labels, denoise=False, method="sequential").images
     uniform = torch.rand(noisy.shape, generator=torch.Generator().manual_seed(0))
     return flow, (noisy, flow.denoise(noisy, labels).clamp(-1, 1) + uniform / 127.5), labels
 

@@ -16,7 +16,7 @@ from quintic.lm.cross_entropy import linear_cross_entropy
     tokens=st.integers(1, 40), width=st.integers(1, 9), vocabulary=st.integers(2, 30), chunk=st.integers(1, 200),
     seed=st.integers(0, 99), ignored=st.floats(0, 1),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_value_and_gradients_are_torch_s(tokens, width, vocabulary, chunk, seed, ignored):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, width, dtype=torch.float64, generator=g).mul_(3).requires_grad_()
@@ -58,7 +58,7 @@ def test_no_tensor_is_as_large_as_all_logits():
     """Largest storage that autograd or the forward pass makes, watched by torch's dispatcher."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    tokens, vocabulary = 4096, 8192
+    tokens, vocabulary = 1024, 4096
     largest = 0
 
     class Watch(TorchDispatchMode):

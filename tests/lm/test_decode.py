@@ -19,7 +19,7 @@ PROMPT = [1, 2, 3]
 
 @pytest.fixture(scope="module")
 def model():
-    model = LanguageModel(LMConfig())
+    model = LanguageModel(replace(LMConfig(), context=32))
     with torch.no_grad():
         model.head.weight.mul_(30)  # a model with opinions
     return model
@@ -27,7 +27,7 @@ def model():
 
 def test_greedy_follows_the_uncached_argmax_even_past_the_context(model):
     context = model.config.context
-    made = list(generate(model, PROMPT, max_tokens=80, temperature=0))
+    made = list(generate(model, PROMPT, max_tokens=50, temperature=0))
     text = PROMPT + made
     window_start = 0
     for i in range(3, len(text)):
@@ -52,7 +52,7 @@ def test_a_longer_run_starts_with_the_shorter_one(model):
 
 
 def test_ids_beyond_the_tokenizer_are_never_made(model):
-    assert max(generate(model, PROMPT, max_tokens=200, temperature=5.0, num_ids=17)) < 17
+    assert max(generate(model, PROMPT, max_tokens=60, temperature=5.0, num_ids=17)) < 17
 
 
 def test_stop_ids_end_the_text_and_polling_stops_it(model):
@@ -108,13 +108,13 @@ def test_a_batch_of_prompts_of_any_lengths_says_what_each_would_say_alone(model)
     prompts = [[1, 2, 3], [9], [5, 4, 3, 2, 1, 0, 7, 8, 9, 10], [9]]
     seeds = [4, 5, 6, 7]
     stop = list(generate(double, prompts[1], seed=5, max_tokens=20, temperature=1.0))[7]
-    made = generate_batch(double, prompts, seed=seeds, max_tokens=40, temperature=1.0, stop_ids=[stop])
+    made = generate_batch(double, prompts, seed=seeds, max_tokens=20, temperature=1.0, stop_ids=[stop])
     for prompt, seed, row in zip(prompts, seeds, made, strict=True):
-        assert row == list(generate(double, prompt, seed=seed, max_tokens=40, temperature=1.0, stop_ids=[stop]))
+        assert row == list(generate(double, prompt, seed=seed, max_tokens=20, temperature=1.0, stop_ids=[stop]))
     assert len(made[1]) <= 7 and made[1] != made[3]
     assert generate_batch(double, [], max_tokens=3) == []
     # Past the context it goes on, from the newer half of every row.
-    assert [len(row) for row in generate_batch(double, prompts, max_tokens=90, temperature=1.0)] == [90] * 4
+    assert [len(row) for row in generate_batch(double, prompts, max_tokens=45, temperature=1.0)] == [45] * 4
 
 
 def test_bad_requests(model):

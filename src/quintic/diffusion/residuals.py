@@ -139,13 +139,14 @@ def measure_residuals(denoiser: Denoiser, images: Tensor, *, seed: int = 0, batc
     """
     colours, rows, columns = transforms(denoiser.shape)
     sizes, squares = [], []
+    batches = [images[start : start + batch].float() for start in range(0, len(images), batch)]
+    # The same at every level, and slower to draw than a small denoiser is to call.
+    noises = [seeded_noise(seed, len(x0), denoiser.shape, first=i * batch)(0) for i, x0 in enumerate(batches)]
     for level in KNOTS:
         predicted, errors = [], []
-        for start in range(0, len(images), batch):
-            x0 = images[start : start + batch].float()
+        for x0, noise in zip(batches, noises, strict=True):
             alpha, sigma = alpha_sigma(level, x0)
-            noisy = alpha * x0 + sigma * seeded_noise(seed, len(x0), denoiser.shape, first=start)(0)
-            predicted.append(denoiser.predict_x0(noisy, level).clamp(-1.0, 1.0))
+            predicted.append(denoiser.predict_x0(alpha * x0 + sigma * noise, level).clamp(-1.0, 1.0))
             errors.append(x0 - predicted[-1])
         part = part_of(torch.cat(predicted).numpy())
         r = torch.cat(errors).double().numpy()
