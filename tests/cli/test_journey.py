@@ -137,9 +137,14 @@ def test_resume_of_a_finished_run_says_so(copy, capsys):
     assert (copy / "metrics.jsonl").read_bytes() == before
 
 
-def test_resume_from_the_middle_is_bit_exact(copy, run):
+@pytest.mark.parametrize("shards", [0, 2])
+def test_resume_from_the_middle_is_bit_exact(copy, run, capsys, shards):
+    """Also here of a run that several ranks began, in groups that one rank cannot form."""
     shutil.rmtree(copy / "checkpoints" / "step-14")
+    settings = (copy / "config.toml").read_text()
+    (copy / "config.toml").write_text(settings.replace("\nshards = 0 ", f"\nshards = {shards} "))
     assert quintic("resume", copy) == 0
+    assert ("engine.shards was 2, which does not divide 1 rank: now" in capsys.readouterr().out) == (shards == 2)
     same_run(copy, run)
 
 

@@ -32,7 +32,7 @@ def resume(run: Path, /, *, device: str | None = None, log: str | None = None) -
     from quintic.cli.wiring import build_task, open_run, refuse_untrained
     from quintic.core.machine import pick_device
     from quintic.engine.checkpoint import list_checkpoints
-    from quintic.engine.mesh import join_ranks
+    from quintic.engine.mesh import join_ranks, world_size
     from quintic.engine.metrics import read_metrics
     from quintic.engine.sinks import check_sink
 
@@ -47,8 +47,14 @@ def resume(run: Path, /, *, device: str | None = None, log: str | None = None) -
         return
     if device is not None:
         settings = settings.derive("engine.device", device, "given")
+    if (shards := settings["engine"].shards) and world_size() % shards:
+        settings = settings.derive("engine.shards", 0, f"{shards} do not divide {world_size()}")
     engine = settings["engine"]
     with join_ranks(pick_device(engine.device), engine.shards) as ranks:
+        console = Console(quiet=not ranks.is_main)
+        if engine.shards != shards:
+            words = f"{ranks.world} rank" + "s" * (ranks.world != 1)
+            say(f"engine.shards was {shards}, which does not divide {words}: now all share one copy", console=console)
         with ranks.main_first():
             task, settings, _ = build_task(header["task"], [Path(path) for path in header["paths"]], settings)
         if task.fingerprint != header["fingerprint"]:
@@ -57,4 +63,4 @@ def resume(run: Path, /, *, device: str | None = None, log: str | None = None) -
                 f"the data of {run} has changed since it was started, so a resume would not continue the same run; "
                 f"put the text back as it was ({source}), or start a new run with quintic train"
             )
-        run_training(Console(quiet=not ranks.is_main), task, settings, folder, ranks, log)
+        run_training(console, task, settings, folder, ranks, log)
