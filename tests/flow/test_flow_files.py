@@ -23,6 +23,26 @@ def test_a_saved_flow_comes_back_in_half_precision(make_flow, tmp_path):
     assert back.sample(2, 1).images.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"noise": "uniform", "preprocess": "logit", "levels": 4, "spline_bins": 5, "inner_width": 6},
+        {"direction": "sampling", "sigma": 0.3, "width": 24, "head_width": 12, "layers": 1},
+        {"volume_preserving": True, "learned_prior": True, "patch": 4, "blocks": 2},
+    ],
+)
+def test_every_option_of_a_flow_is_in_its_file(make_flow, tmp_path, options):
+    flow = make_flow((2, 4, 8), dtype=torch.float32, spread=0.02, **options).half().float()
+    save_flow(flow, tmp_path / "flow.safetensors")
+    back = load_flow(tmp_path / "flow.safetensors")
+    levels = torch.randint(0, options.get("levels", 256), (3, 2, 4, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(back.bits_per_dim(levels), flow.bits_per_dim(levels))
+    one, two = (each.sample(2, method="sequential") for each in (flow, back))
+    assert torch.equal(one.images, two.images)
+    assert not back.training
+
+
 def test_other_files_are_refused(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("not tensors at all")
@@ -59,5 +79,9 @@ def test_scores_are_bits_minus_png(make_flow):
     assert seen == [(3, 7), (6, 7), (7, 7)]
     labelled = score_images(flow, images, np.arange(7) % 3)
     assert not np.allclose(labelled.bits_per_dim, scores.bits_per_dim)
+    assert score_images(flow, images, np.arange(7) % 3, batch=2).outlier == pytest.approx(labelled.outlier)
+    with torch.no_grad():
+        several = flow.bits_per_dim(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), samples=2, seed=5)
+    assert score_images(flow, images, samples=2, seed=5, batch=4).bits_per_dim == pytest.approx(several.numpy())
     with pytest.raises(DataError):
         score_images(flow, images[:, :, :4])

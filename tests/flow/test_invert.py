@@ -164,6 +164,49 @@ def test_images_that_are_not_finite_are_drawn_again_a_bounded_number_of_times(ma
         flow.sample(3)
 
 
+def test_an_image_that_is_drawn_again_is_of_its_class_and_under_its_guidance(make_flow, monkeypatch):
+    flow, labels = make_flow(num_classes=3), torch.tensor([0, 1, 2, 1, 0])
+    draw = flow._draw
+
+    def spoil(n, seed, attempt, first):
+        z = draw(n, seed, attempt, first)
+        if attempt < 3:  # as often as is allowed
+            z[[0, -1]] = float("nan")
+        return z
+
+    monkeypatch.setattr(flow, "_draw", spoil)
+    guidance = Guidance(1.0)
+    found = flow.sample(5, labels, seed=3, guidance=guidance, batch=3, denoise=False)
+    assert found.redrawn == 3 * 4  # two of each batch, three times
+    assert torch.allclose(flow.decode(found.latents, labels, guidance=guidance)[0], found.images, atol=1e-9)
+    for first, count, rows in ((0, 3, [0, 2]), (3, 2, [3, 4])):
+        assert torch.equal(found.latents[rows], draw(count, 3, 3, first)[[0, -1]])
+
+
+@pytest.mark.parametrize("direction", ["density", "sampling"])
+def test_what_is_asked_of_a_sampling_reaches_every_batch(make_flow, direction):
+    flow = make_flow(direction=direction)
+    told, checks = [], []
+    found = flow.sample(
+        5, batch=2, method="sequential", certify=True, denoise=False,
+        progress=lambda done, n: told.append((done, n)), check=lambda: checks.append(1),
+    )  # fmt: skip
+    assert told == [(2, 5), (4, 5), (5, 5)] and len(checks) == 3 * 3  # batches and blocks
+    assert len(found.inversions) == 3
+    assert all(each.residual is not None and each.residual < 1e-9 for each in found.inversions) == (
+        direction == "density"
+    )
+
+    class Stopped(Exception):
+        pass
+
+    def stop():
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        flow.sample(1, check=stop)
+
+
 def test_an_exception_in_sampling_leaves_the_model_as_it_was(make_flow):
     flow = make_flow(num_classes=2)
     before = copy.deepcopy(flow.__dict__["_modules"])

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quintic.core import ConfigError, DataError
 from quintic.core.roles import declared_roles
-from quintic.flow import TarFlow, shipped_flow
+from quintic.flow import Guidance, TarFlow, shipped_flow
 from quintic.flow.block import Linear
 
 F64 = torch.float64
@@ -88,6 +88,8 @@ def test_a_fresh_flow_is_the_identity():
     assert torch.equal(logdet, torch.zeros(3))
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum((1, 2, 3))
     assert torch.allclose(flow.log_prob(x), expected, rtol=1e-6)
+    learned = TarFlow((3, 4, 4), patch=2, width=16, blocks=2, layers=1, head_width=16, learned_prior=True)
+    assert torch.allclose(learned.log_prob(x), expected, rtol=1e-6)
 
 
 def test_the_prior_variance_counts_in_likelihood_and_samples():
@@ -231,6 +233,12 @@ def test_interpolation_ends_at_its_ends_and_keeps_the_length(make_flow):
     path = flow.interpolate(one, other, 5)
     assert torch.allclose(path[0], one, atol=1e-9)
     assert torch.allclose(path[-1], other, atol=1e-9)
+    assert torch.allclose(flow.interpolate(one, one, 3), one.expand(3, -1, -1, -1), atol=1e-6)  # no angle at all
+    classes = make_flow(num_classes=3)
+    ends = classes.interpolate(one, other, 3, 2, guidance=Guidance(0.0))
+    assert torch.allclose(ends[0], one, atol=1e-9) and torch.allclose(ends[-1], other, atol=1e-9)
+    with pytest.raises(ConfigError, match="no method"):
+        flow.interpolate(one, other, 3, method="no method")
     with torch.no_grad():
         lengths = flow(path)[0].flatten(1).norm(dim=1)
     assert lengths.max() <= max(lengths[0], lengths[-1]) * 1.0001

@@ -71,6 +71,13 @@ def test_sampling_follows_the_softmax():
         )
         expected = torch.softmax(logits / temperature, 0).numpy()
         assert np.abs(counts / counts.sum() - expected).max() < 2e-3
+    # Among the tokens that a filter keeps, too.
+    for kept, filters in (([3, 1], {"top_k": 2}), ([3, 1, 0], {"top_p": 0.9}), ([3, 1], {"min_p": 0.2})):
+        rule = Sampling(**{"temperature": 1.0, "top_p": 1.0, **filters})
+        counts = np.bincount([sample_token(logits, u, rule) for u in uniform[::10]], minlength=4)
+        expected = np.zeros(4)
+        expected[kept] = torch.softmax(logits[kept], 0).numpy()
+        assert np.abs(counts / counts.sum() - expected).max() < 2e-3
 
 
 def test_filters_keep_the_likeliest():
@@ -124,8 +131,13 @@ def test_bad_requests(model):
         next(generate(model, PROMPT, min_p=2))
     with pytest.raises(ConfigError, match="found 2"):
         generate_batch(model, [PROMPT], seed=[1, 2])
-    with pytest.raises(ConfigError, match="top_p"):
-        next(generate(model, PROMPT, top_p=0.0))
+    for name, value in (("top_p", 0.0), ("temperature", -1.0), ("repetition_penalty", 0.0), ("top_k", -1)):
+        with pytest.raises(ConfigError, match=name):
+            next(generate(model, PROMPT, **{name: value}))
+    with pytest.raises(ConfigError, match="max_tokens"):
+        next(generate(model, PROMPT, max_tokens=-1))
+    with pytest.raises(DataError, match="token ids"):
+        next(generate(model, [3, -1]))
     with pytest.raises(DataError, match="token ids below 264"):
         next(generate(model, [264]))
     with pytest.raises(DataError):

@@ -1,7 +1,7 @@
 """The model: causality, documents, cache, presets, initial weights, counts."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from quintic.assets import preset_names
 from quintic.core import ConfigError, DataError
 from quintic.core.roles import Role, declared_roles
 from quintic.lm import LanguageModel, LMConfig
+from quintic.moe import AuxLoss, Combination, LossFree, ZLoss
 
 TINY = LMConfig()
 
@@ -136,12 +137,34 @@ def test_the_defaults_are_the_tiny_preset():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("d_model", 0), ("qk_rope_dim", 15), ("top_k", 1), ("top_k", 9), ("num_dense_layers", 4), ("balance", "sign"),
-     ("balance_rule", "sing"), ("route_scale", -1.0)],
+    [("d_model", 0), ("qk_rope_dim", 15), ("qk_nope_dim", 15), ("kv_rank", 15), ("top_k", 1), ("top_k", 9),
+     ("num_dense_layers", 4), ("balance", "sign"), ("balance_rule", "sing"), ("route_scale", -1.0),
+     ("rope_theta", 0.0), ("rope_theta", math.inf), ("balance_rate", math.inf), ("aux_over", "layer")],
 )  # fmt: skip
 def test_bad_values_name_their_field(field, value):
-    with pytest.raises(ConfigError, match=f"lm.{field}"):
-        LMConfig(**{field: value})
+    with pytest.raises(ConfigError, match=r"lm\.aux" if field == "aux_over" else f"lm.{field}"):
+        LMConfig(**{"aux_weight": 0.1, field: value})
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(LMConfig) if type(field.default) in (int, float)])
+def test_no_size_or_rate_is_negative(field):
+    with pytest.raises(ConfigError, match=rf"lm\.{field}"):
+        LMConfig(**{field: type(getattr(LMConfig(), field))(-1)})
+
+
+def test_sizes_of_experts_do_not_matter_without_experts():
+    assert LMConfig(dense=True, num_experts=1, top_k=4).has_experts is False
+    assert LMConfig(num_dense_layers=3, num_experts=1, top_k=4).has_experts is False
+    assert LMConfig(num_dense_layers=2).has_experts is True
+
+
+def test_balancers_are_those_of_the_fields():
+    make = lambda **fields: LMConfig(**fields).make_balance()  # noqa: E731
+    assert make() == LossFree("floored-rms")
+    assert make(balance_rule="sign", balance_rate=0.01, balance_rest=0.1) == LossFree("sign", 0.01, rest=0.1)
+    assert make(balance="none") == Combination(())
+    assert make(balance="none", aux_weight=0.1, aux_over="global") == AuxLoss(0.1, over="global")
+    assert make(aux_weight=0.1, z_weight=0.2) == LossFree() + AuxLoss(0.1) + ZLoss(0.2)
 
 
 def test_a_printed_model_tells_the_size_of_every_layer():
