@@ -229,3 +229,12 @@ def test_the_page_of_formats_names_all_that_a_run_holds(material):
     metrics = {key for row in rows for key in row if not key.startswith("val_")}
     names = {path.name for path in (*run.iterdir(), *checkpoint.iterdir())} | metrics | {*state, *manifest}
     assert len(names) > 30 and [name for name in sorted(names) if f"`{name}" not in page] == []
+
+
+def test_the_table_of_roles_is_what_is_printed(capsys):
+    text = (ROOT / "docs" / "howto" / "use-muon.md").read_text(encoding="utf-8")
+    code = re.search(r"^```python\n(.*?)^optimizer = ", text, re.M | re.S)
+    shown = re.search(r"^```text\n(parameter .*?)```", text, re.M | re.S)
+    assert code and shown
+    exec(code[1], {})
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown[1].splitlines()
