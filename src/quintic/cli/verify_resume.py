@@ -65,8 +65,8 @@ def verify_resume(
         )
     if as_json:
         return
-    cut = f"{result.cut} step" + "s" * (result.cut != 1)
+    part = f"{result.cut} step" + "s" * (result.cut != 1)
     say(
-        f"exact: {result.steps} steps equal {cut}, a stop and a resume, bit for bit "
+        f"exact: {result.steps} steps equal {part}, a stop and a resume, bit for bit "
         f"({result.tensors} tensors and all metrics compared)"
     )
