@@ -13,7 +13,7 @@ from quintic.core.initial import initialize_
 from quintic.data.config import DataConfig
 from quintic.data.order import Order
 from quintic.data.tokens import prepare
-from quintic.engine import EngineConfig, loop
+from quintic.engine import EngineConfig, loop, step
 from quintic.engine.checkpoint import TrainState
 from quintic.engine.mesh import join_ranks
 from quintic.engine.plan import make_plan
@@ -68,13 +68,13 @@ def parts_of(task, model, ranks=loop.ALONE, dtype=torch.float32, engine=ENGINE):
     optim = OptimConfig(lr=0.01)
     order = Order(task.num_examples, 0, task.fingerprint)
     optimizer, clipping = build_optimizer(model, optim), optim.make_clipping()
-    return loop._Parts(task, model, optimizer, clipping, order, engine, optim, dtype, 1.0, None, ranks)
+    return step.StepParts(task, model, optimizer, clipping, order, engine, optim, dtype, 1.0, None, ranks)
 
 
 def train(parts):
     state, losses = TrainState(), []
     for _ in range(STEPS):
-        loop._take_step(parts, state)
+        step.take_step(parts, state)
         losses.append(state.row["loss"])
     return losses
 
@@ -144,9 +144,9 @@ def check_traffic(task, ranks, dtype, **changes):
     divide_(model, ranks, reshard=engine.reshard)
     initialize_(model, 0)
     parts, state = parts_of(task, model, ranks, dtype, engine), TrainState()
-    loop._take_step(parts, state)  # the first prepares
+    step.take_step(parts, state)  # the first prepares
     with Sent(ranks) as sent:
-        loop._take_step(parts, state)
+        step.take_step(parts, state)
     found = dict(zip(sent.bytes, (n / ranks.world for n in ranks.sum(*sent.bytes.values())), strict=True))
     with torch.device("meta"):
         shell = task.build(None)

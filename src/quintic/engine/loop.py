@@ -9,20 +9,17 @@ sample, then write the step's metrics; a crash in any of them loses nothing that
 from __future__ import annotations
 
 import contextlib
-import math
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
 from quintic.core import QuinticError
-from quintic.core.counter_rng import Stream
 from quintic.core.initial import initialize_
 from quintic.core.machine import autocast, describe, peak_memory_bytes, pick_device
 from quintic.core.ranks import ALONE, Ranks
@@ -41,24 +38,21 @@ from quintic.engine.checkpoint import (
 from quintic.engine.config import EngineConfig, Settings
 from quintic.engine.hardware import agreed_dtype, changes
 from quintic.engine.metrics import MetricsFile
-from quintic.engine.periods import due_after, every
+from quintic.engine.periods import due_after
 from quintic.engine.plan import check_batch
 from quintic.engine.progress import Display
 from quintic.engine.run import Run
 from quintic.engine.saving import Saver
-from quintic.engine.shard import divide_, put_away, sum_over_replicas
+from quintic.engine.shard import divide_, put_away
 from quintic.engine.signals import stop_requests
 from quintic.engine.sinks import open_sink
-from quintic.engine.spikes import SPIKE, remember, spike_score
-from quintic.engine.task import Batch, Task
+from quintic.engine.spikes import SPIKE
+from quintic.engine.step import StepParts, TrainingError, take_step
+from quintic.engine.task import Task
 from quintic.engine.utilization import Peak
-from quintic.optim import GradientClipping, OptimConfig, build_optimizer, diagnose, lr_factor, momentum_at, snapshot
+from quintic.optim import OptimConfig, build_optimizer
 
 __all__ = ["Outcome", "TrainingError", "train"]
-
-
-class TrainingError(QuinticError):
-    """Training cannot go on: the loss or the gradient is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -149,18 +143,7 @@ def _train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         state = TrainState()
         checkpoint = usable_checkpoint(run.checkpoints, display.note, ranks=ranks)
-        given = checkpoint is not None or run.initial.exists()
-        model = task.build(None if given or ranks.mesh is not None else engine.seed)
-        if dtype == torch.float64:
-            model.double()
-        divide_(model, ranks, reshard=engine.reshard)  # before weights are put in: no rank needs room for all of them
-        model.to(device)
-        if checkpoint is not None:
-            load_model(checkpoint, model)
-        elif given:
-            load_weights([run.initial], model)
-        elif ranks.mesh is not None:
-            initialize_(model, engine.seed)
+        model = _built(task, engine, run, checkpoint, device, dtype, ranks)
         optimizer = build_optimizer(model, optim)
         average = WeightAverage(model, engine.ema_decay)
         if checkpoint is not None:
@@ -179,7 +162,7 @@ def _train(
         if state.clipping:
             clipping.load_state_dict(state.clipping)
         flops = task.flops_per_example(model) * engine.batch_size
-        parts = _Parts(task, model, optimizer, clipping, order, engine, optim, dtype, flops, peak, ranks)
+        parts = StepParts(task, model, optimizer, clipping, order, engine, optim, dtype, flops, peak, ranks)
         sample = ""
         saved = state.step
         last_step = engine.steps if stop_at is None else min(stop_at, engine.steps)
@@ -217,7 +200,7 @@ def _train(
                 if state.step >= last_step or should_stop():
                     break
 
-                _take_step(parts, state)
+                take_step(parts, state)
                 if not state.skipped_in_a_row:
                     average.update(state.step - 1)
                 elif state.skipped_in_a_row > engine.max_skips:
@@ -243,136 +226,33 @@ def _train(
     return Outcome(finished, state.step, metrics.last_step, state.row, sample, memory)
 
 
+def _built(
+    task: Task,
+    engine: EngineConfig,
+    run: Run,
+    checkpoint: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> nn.Module:
+    """The model where it is trained, with the weights of the checkpoint, of the run's start, or of the seed."""
+    given = checkpoint is not None or run.initial.exists()
+    model = task.build(None if given or ranks.mesh is not None else engine.seed)
+    if dtype == torch.float64:
+        model.double()
+    divide_(model, ranks, reshard=engine.reshard)  # before weights are put in: no rank needs room for all of them
+    model.to(device)
+    if checkpoint is not None:
+        load_model(checkpoint, model)
+    elif given:
+        load_weights([run.initial], model)
+    elif ranks.mesh is not None:
+        initialize_(model, engine.seed)
+    return model
+
+
 def _rate(peak: Peak | None) -> dict[str, float]:
     return {} if peak is None else {"matmul_gflops": round(peak.flops_per_second / 1e9, 1)}
-
-
-class _Parts(NamedTuple):
-    """What every step uses and no step replaces."""
-
-    task: Task
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    clipping: GradientClipping
-    order: Order
-    engine: EngineConfig
-    optim: OptimConfig
-    dtype: torch.dtype
-    flops: float
-    """Of one step."""
-    peak: Peak | None
-    """Of the matrix product here, if measured."""
-    ranks: Ranks
-
-
-def _take_step(parts: _Parts, state: TrainState) -> None:
-    """Advance model, optimizer and state by one step, and fill ``state.row`` with its metrics."""
-    task, model, optimizer, clipping, order, engine, optim, dtype, flops, peak, ranks = parts
-    started = time.perf_counter()
-    device = next(model.parameters()).device
-    examples = order.examples(state.step * engine.batch_size, engine.batch_size)
-    # Dropout and noise are a function of the step, so that no generator needs saving; ranks draw their own.
-    noise = int(Stream(engine.seed, "step", state.step, ranks.rank).words(0, 1)[0]) >> 1
-    torch.manual_seed(noise)
-    model.train()
-    optimizer.zero_grad(set_to_none=True)
-    total, count = 0.0, 0
-    own = examples[ranks.rank :: ranks.world]
-    size = engine.micro_batch_size or len(own)
-    batch: Batch = {}
-    for start in range(0, len(own), size):
-        batch = task.batch(own[start : start + size])
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with autocast(device, dtype, cache=False):
-            loss = task.loss(model, batch)
-        sum_over_replicas(model, now=start + size >= len(own))
-        (loss.total if loss.regularizer is None else loss.total + loss.regularizer).backward()
-        total += float(loss.total.detach())
-        count += loss.count
-    total, count = ranks.sum(total, count)
-    # Sums over elements were differentiated: one division makes the mean, however the batch was cut and shared out.
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(1.0 / count)
-
-    before_optimizer = time.perf_counter()
-    clip = clipping(model)
-    norm = float(clip.norm)
-    finite = math.isfinite(total) and math.isfinite(norm)
-    if not finite and engine.on_nonfinite == "stop":
-        raise TrainingError(
-            f"step {state.step + 1}: loss {total / count:.4g}, gradient norm {norm:.4g} - not finite; nothing was "
-            f"updated. Its examples were {', '.join(map(str, examples.tolist()))}. "
-            "The last checkpoint is intact; start a new run with a lower optim.lr or a longer warm-up, "
-            "or leave such steps out with engine.on_nonfinite=skip"
-        )
-    lr = optim.lr * lr_factor(state.step, engine.steps, optim)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-        group["momentum"] = momentum_at(state.step, engine.steps, optim)
-    diagnosed = finite and ranks.world == 1 and every(engine.diagnose_every, state.step + 1)
-    before = snapshot(optimizer) if diagnosed else None
-    if finite:
-        optimizer.step()
-    stats: dict[str, Any] = {}
-    after_optimizer = time.perf_counter()
-    if before is not None:  # before anything else changes the weights
-        observed = None
-        if size >= len(own):
-            observed = (_loss_again(parts, batch, noise) - total) / count
-        # Spectral clipping has no one factor: its diagnosis is that of the clipped gradient.
-        scale = 1.0 if optim.clip == "spectral" else float(clip.scale)
-        found = diagnose(model, optimizer, before, clip_scale=scale, observed_change=observed)
-        stats = {**found.metrics, "layer_share": found.layers, "spectra": found.spectra}
-    diagnosing = time.perf_counter() - after_optimizer
-    if optim.cap:
-        stats["cap_factor"] = float(optimizer.cap_factor)  # type: ignore[attr-defined]
-    stats |= task.after_step(model, (state.step + 1) / engine.steps)
-    ended = time.perf_counter() - diagnosing
-
-    if finite:
-        state.skipped_in_a_row = 0
-        if (spike := spike_score(state.recent_losses, total / count)) is not None:
-            stats["spike"] = spike
-        state.recent_losses = remember(state.recent_losses, total / count)
-    else:
-        state.skipped_in_a_row += 1
-        stats["skipped_examples"] = examples.tolist()
-    state.step += 1
-    state.counted += int(count)
-    state.clipped += int(clip.clipped)
-    state.clipping = clipping.state_dict()
-    state.seconds += ended - started
-    if state.step % engine.load_every and state.step != 1:
-        for name in ("expert_load", "expert_bias"):
-            stats.pop(name, None)
-    state.row = {
-        "step": state.step,
-        "loss": total / count,
-        **task.step_metrics(total / count),
-        "lr": lr,
-        "grad_norm": norm,
-        "clip_fraction": state.clipped / state.step,
-        "clip_threshold": float(clip.threshold),
-        "tokens": state.counted,
-        "seconds": state.seconds,
-        "tokens_per_second": count / (ended - started),
-        "optimizer_share": (ended - before_optimizer) / (ended - started),
-        "mfu": peak.reached_by(flops / ranks.world, ended - started) if peak else None,
-        **stats,
-    }
-
-
-@torch.no_grad()
-def _loss_again(parts: _Parts, batch: Batch, noise: int) -> float:
-    """Summed loss of the batch that was just trained on, with the same noise, and without counting as training."""
-    torch.manual_seed(noise)
-    parts.model.eval()
-    try:
-        with autocast(next(parts.model.parameters()).device, parts.dtype):
-            return float(parts.task.loss(parts.model, batch).total)
-    finally:
-        parts.model.train()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What the loop needs to know of a thing to be trained.
 
 A task turns example numbers into batches and batches into a loss. The loop knows nothing of language or
-images; ``quintic.lm.task``, and later the flow's and the diffusion's, satisfy this protocol structurally.
+images; ``quintic.lm.task``, ``quintic.flow.task`` and ``quintic.diffusion.task`` satisfy this protocol structurally.
 """
 
 from __future__ import annotations

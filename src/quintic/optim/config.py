@@ -135,7 +135,7 @@ class OptimConfig:
             raise ConfigError(f"optim.{name} = {getattr(self, name)!r}; expected {expected}")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Muon:
     """One optimizer for all parameters of a model, its rate set to the peak; multiply by ``lr_factor`` per step.
 
     Where the momentum has a warm-up, set it from :func:`quintic.optim.lr.momentum_at` likewise.
