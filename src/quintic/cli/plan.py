@@ -181,7 +181,7 @@ def _plan_of(settings: Settings, ranks: int, shards: int, compute_bytes: int, de
     )
 
 
-def _plan_of_images(task: ImageTask, settings: Settings, ranks: int, compute_bytes: int) -> Plan:
+def _plan_of_images(task: ImageTask, settings: Settings, ranks: int, compute_bytes: int, device_type: str) -> Plan:
     """What a model of images needs in memory; an example is one token here."""
     import torch
 
@@ -199,7 +199,7 @@ def _plan_of_images(task: ImageTask, settings: Settings, ranks: int, compute_byt
         tokens_per_example=1,
         flops_per_token=0.0,
         active=sum(p.numel() for p in model.parameters()),
-        activation_numbers_per_token=task.saved_numbers_per_image(),
+        activation_numbers_per_token=task.numbers_in_memory_per_image(device_type),
         logits=0,
         compute_bytes=compute_bytes,
         optimizer=settings["optim"].name,
@@ -224,7 +224,7 @@ def memory_advice(task: Task, settings: Settings, ranks: int) -> list[str]:
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks on one machine
     compute_bytes = 2 if pick_dtype(settings["engine"].dtype, device) == torch.bfloat16 else 4
     if isinstance(task, ImageTask):
-        return _plan_of_images(task, settings, ranks, compute_bytes).advice(free)
+        return _plan_of_images(task, settings, ranks, compute_bytes, device.type).advice(free)
     return _plan_of(settings, ranks, settings["engine"].shards, compute_bytes, device.type).advice(free)
 
 

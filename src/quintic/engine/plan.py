@@ -94,7 +94,9 @@ class Plan:
             smaller = "a shorter lm.context" if self.task == "lm" else "smaller images, data.size"
             found.append(f"use {smaller}: the activations of one example are most of it")
         if passing and self.task == "tarflow" and not self.checkpoint:
-            found.append("set tarflow.checkpoint=true: activations are then those of a block")
+            found.append(
+                "set tarflow.checkpoint=true: less is kept of every image, a third on a CPU, most of it elsewhere"
+            )
         if len(found) == 1:
             found.append("use fewer layers or a smaller width")
         return found
