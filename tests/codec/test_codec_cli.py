@@ -139,3 +139,16 @@ def test_mistakes_are_named(folder):
         run("encode", "x.png", "--model", "model.safetensors")
     with pytest.raises(ConfigError, match="at least one"):
         run("encode", "--model", "model.safetensors")
+    picture(15, 10).save(folder / "in" / "p1.bmp")
+    with pytest.raises(ConfigError, match=r"in/p1\.bmp and in/p1\.png would both become coded/p1\.qdc"):
+        run("encode", "in", "--out", "coded", "--model", "model.safetensors")
+
+
+def test_of_a_picture_with_frames_the_first_is_coded_and_that_is_said(folder, capsys):
+    frames = [picture(15, 10, "L", seed=i) for i in (5, 6)]
+    frames[0].save(folder / "moving.png", save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "still.png")
+    for name in ("moving", "still"):
+        run("encode", f"{name}.png", "--target-bytes", 60, "--model", "model.safetensors")
+    assert (folder / "moving.qdc").read_bytes() == (folder / "still.qdc").read_bytes()
+    assert " ".join(capsys.readouterr().err.split()) == "moving.png has 2 frames; only the first one is taken"

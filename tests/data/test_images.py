@@ -189,6 +189,18 @@ def test_unlike_sizes_need_a_size_and_are_cut_at_the_centre(tmp_path):
     assert (data.train.images[1] == (0, 0, 255)).all()
 
 
+def test_of_files_with_frames_the_first_is_taken_and_that_is_said(tmp_path):
+    every = ImageConfig(validation_fraction=0.0, test_fraction=0.0)
+    first = Image.new("L", (6, 4), 30)
+    first.save(tmp_path / "still.png")
+    first.save(tmp_path / "views.jpg", "MPO", save_all=True, append_images=[Image.new("L", (6, 4), 200)], quality=95)
+    assert "frames" not in prepare_images([tmp_path], every).notes  # of a camera
+    first.save(tmp_path / "moving.png", save_all=True, append_images=[Image.new("L", (6, 4), 200)])
+    data = prepare_images([tmp_path], every)
+    assert np.abs(data.train.images.astype(int) - 30).max() < 3
+    assert data.notes["frames"] == "the first one of each of 1 files that have several"
+
+
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         prepare_images([tmp_path / "nowhere"], ImageConfig())

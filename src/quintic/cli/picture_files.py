@@ -65,8 +65,10 @@ def target_paths(files: list[Path], out: Path | None, suffix: str, overwrite: bo
         targets = [out]
     else:
         targets = [out / path.with_suffix(suffix).name for path in files]
-    if len(set(targets)) < len(targets):
-        raise ConfigError("two of the files would be written to the same place; code them apart")
+    by_target: dict[Path, Path] = {}
+    for path, target in zip(files, targets, strict=True):
+        if (other := by_target.setdefault(target, path)) != path:
+            raise ConfigError(f"{other} and {path} would both become {target}; rename one, or give them apart")
     if same := next((t for t, path in zip(targets, files, strict=True) if t == path), None):
         raise ConfigError(f"{same} has the ending of what is made, {suffix}; name what it is made of, or another --out")
     if not overwrite and (there := next((t for t in targets if t.exists()), None)):
@@ -78,7 +80,7 @@ def target_paths(files: list[Path], out: Path | None, suffix: str, overwrite: bo
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture, upright.
+    """A picture, upright; of several frames the first, which is said on standard error.
 
     Raises:
         DataError: It cannot be read.
@@ -87,6 +89,9 @@ def open_picture(path: Path) -> Image.Image:
 
     try:
         with Image.open(path) as opened:
+            # Cameras put other views of the same picture behind it, as MPO.
+            if (frames := getattr(opened, "n_frames", 1)) > 1 and opened.format != "MPO":
+                say(f"{path} has {frames} frames; only the first one is taken", console=Console(stderr=True))
             return ImageOps.exif_transpose(opened)
     except (UnidentifiedImageError, SyntaxError, OSError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read {path} as a picture: {error}") from error

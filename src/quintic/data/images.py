@@ -253,12 +253,16 @@ def _from_files(paths: Sequence[Path], config: ImageConfig, progress: Callable[[
             f"no pictures in {', '.join(map(str, paths))}; looked for {' '.join(EXTENSIONS)} there and below, "
             "and for idx files as of MNIST"
         )
-    pictures = []
+    pictures, several = [], 0
     for number, (path, _) in enumerate(files):
         if number % 500 == 0:
             progress(f"reading pictures: {number} of {len(files)}")
-        pictures.append(_read_picture(path, config))
+        picture, frames = _read_picture(path, config)
+        pictures.append(picture)
+        several += frames > 1
     notes = {"source": f"{len(files)} picture files"}
+    if several:
+        notes["frames"] = f"the first one of each of {several} files that have several"
     grey = config.channels == "grey" or (config.channels == "auto" and all(p.mode == "L" for p in pictures))
     if config.channels == "auto":
         notes["channels"] = "grey, no file has colours" if grey else "rgb, some files have colours"
@@ -307,10 +311,12 @@ def _find(paths: Sequence[Path]) -> list[tuple[Path, str | None]]:
     return list(found.values())
 
 
-def _read_picture(path: Path, config: ImageConfig) -> Image.Image:
-    """One picture, upright, on white where it is transparent, at its final size, in mode L or RGB."""
+def _read_picture(path: Path, config: ImageConfig) -> tuple[Image.Image, int]:
+    """One picture, upright, on white where it is transparent, at its final size, in mode L or RGB; and its frames."""
     try:
         with Image.open(path) as opened:
+            # Cameras put other views of the same picture behind it, as MPO.
+            frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{path} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
@@ -319,7 +325,7 @@ def _read_picture(path: Path, config: ImageConfig) -> Image.Image:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB" if coloured else "L")
-            return _fit(image, config.size) if config.size else image
+            return _fit(image, config.size) if config.size else image, frames
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:
         if isinstance(error, DataError):
             raise
