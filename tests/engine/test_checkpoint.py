@@ -100,12 +100,21 @@ def test_a_preferred_step_comes_first(folder):
     assert ck.usable_checkpoint(folder, lambda _: None, first=5) == folder / "step-100"
 
 
+def test_what_one_rank_finds_damaged_every_rank_names(folder):
+    class Other(Ranks):  # each reads a share of the files
+        def gather(self, mine):
+            return [mine, "checkpoint step-5 is damaged: model-00002-of-00002.safetensors is missing"]
+
+    with pytest.raises(CheckpointError, match="model-00002-of-00002"):
+        ck.verify_checkpoint(folder / "step-5", Other())
+
+
 def test_ranks_take_the_one_that_the_first_of_them_sees(folder):
     """On a shared disk another machine may see a newer one first, or a deleted one still."""
 
     class Other(Ranks):
         def gather(self, mine):
-            return [{10: folder / "step-10"}, mine]
+            return [{10: folder / "step-10"} if isinstance(mine, dict) else mine, mine]
 
     assert ck.usable_checkpoint(folder, lambda _: None, ranks=Other()) == folder / "step-10"
 

@@ -88,13 +88,14 @@ def verify_checkpoint(path: Path, ranks: Ranks = ALONE) -> None:
     Raises:
         CheckpointError: Something is missing, damaged or of a newer format; the message names the file.
     """
-    error = None
+    found = None
     try:
         _verify_share(path, ranks)
-    except CheckpointError as caught:
-        error = caught
-    if ranks.any(error is not None):
-        raise error or CheckpointError(f"checkpoint {path} is damaged: another rank found it so")
+    except CheckpointError as error:
+        found = str(error)
+    for problem in ranks.gather(found):
+        if problem is not None:
+            raise CheckpointError(problem)
 
 
 def _verify_share(path: Path, ranks: Ranks) -> None:
