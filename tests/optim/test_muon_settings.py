@@ -102,8 +102,35 @@ def test_a_parameter_listed_twice_is_refused():
 def test_adams_rate_under_a_scale_of_order_one_is_warned_of_once():
     with pytest.warns(UserWarning, match="looks like Adam's") as caught:
         Muon([{"params": [p]} for p in parameters((3, 3), (3, 4))], lr=1e-3, scale="keller")
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == __file__  # the user's line
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Muon(parameters((3, 3)), lr=1e-3)
         Muon(parameters((3, 3)), lr=convert_lr(1e-3, 0.1, "moonlight", "keller", 1024).lr, scale="keller")
+
+
+def test_a_rate_of_zero_is_allowed_and_moves_nothing():
+    (p,) = parameters((3, 4))
+    p.grad, before = torch.ones(3, 4), p.detach().clone()
+    Muon([p], lr=0.0, weight_decay=0.5).step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("betas", "expected adamw_betas"),
+        ("eps", "expected adamw_eps"),
+        ("use_muon", "expected algorithm='muon' or 'adamw'"),
+        ("adjust_lr_fn", "expected scale='keller'"),
+        ("ns_coefficients", "expected coefficients"),
+        ("algoritm", "did you mean 'algorithm'"),
+        ("weightdecay", "did you mean 'weight_decay'"),
+    ],
+)
+def test_a_setting_of_a_group_that_would_do_nothing_is_refused(name, message):
+    (p, q) = parameters((3, 3), (2, 3))
+    optimizer = Muon([{"params": [p], "initial_lr": 0.1, "max_momentum": 0.9, "my_note": "x"}])  # nobody's business
+    with pytest.raises(ConfigError, match=message):
+        optimizer.add_param_group({"params": [q], name: 1})
+    assert len(optimizer.param_groups) == 1

@@ -1,5 +1,7 @@
 """Who goes where: declared roles, other people's modules, ambiguity."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -198,9 +200,24 @@ def test_a_last_layer_that_may_be_the_output_is_ambiguous():
         roles(mlp, strict=True)
 
 
+@pytest.mark.parametrize("name", ["lm_head", "Head", "classifier"])
+def test_output_layers_are_known_by_name(name):
+    table = roles(nn.ModuleDict({"hidden": nn.Linear(4, 8), name: nn.Linear(8, 3)}), strict=True)
+    assert [table[f"{n}.weight"].algorithm for n in ("hidden", name)] == ["muon", "adamw"]
+
+
+@pytest.mark.parametrize(("groups", "algorithm"), [(1, "muon"), (2, "adamw"), (8, "adamw")])
+def test_a_convolution_in_groups_is_not_one_matrix(groups, algorithm):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=groups), nn.ReLU())
+    assert algorithms(model)["1.weight"] == algorithm
+
+
 def test_recurrent_weights():
     assert algorithms(nn.LSTM(4, 8))["weight_hh_l0"] == "muon"
     assert algorithms(nn.LSTM(4, 8))["bias_hh_l0"] == "adamw"
+    assert algorithms(nn.LayerNorm((4, 5))) == {"weight": "adamw", "bias": "adamw"}  # a gain by its module
+    assert not roles(nn.LayerNorm((4, 5))).ambiguous
+    assert algorithms(nn.GRU(4, 8))["weight_ih_l0"] == "muon"
 
 
 def test_table_prints_every_row_and_the_totals():
@@ -220,6 +237,9 @@ def test_works_on_the_meta_device_and_without_parameters():
     with torch.device("meta"):
         assert roles(Transformer()).parameters_under("muon") == 16 * 48 + 16 * 16 + 2 * 16 * 64
     assert "0 parameters" in str(roles(nn.ReLU()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch: nothing to initialise
+        assert roles(nn.Sequential(nn.Linear(0, 4), nn.Linear(4, 0)), scale="mup").parameters_under("muon") == 0
 
 
 def test_table_and_optimizer_agree():

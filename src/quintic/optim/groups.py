@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Collection
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
@@ -19,12 +21,27 @@ from quintic.optim.momentum import MOMENTUM_FORMS
 from quintic.optim.routing import RoleTable
 from quintic.optim.split import Part, parts_of
 
-__all__ = ["check_group", "check_still_matrices", "groups_of", "matrices_in", "name_of", "warn_about_small_lr"]
+__all__ = [
+    "check_group",
+    "check_names",
+    "check_still_matrices",
+    "groups_of",
+    "matrices_in",
+    "name_of",
+    "warn_about_small_lr",
+]
 
 _ALGORITHMS = ("muon", "adamw")
 _HALF = ("bfloat16", "float16")
 _DTYPES = ("float32", "float64", *_HALF)
 _NO_MATRICES = ("elements", "vector")  # layouts of what has one axis or none
+_FOREIGN = {  # settings in groups of torch's and Keller's optimizers, which would do nothing here
+    "use_muon": "algorithm='muon' or 'adamw'",
+    "betas": "adamw_betas",
+    "eps": "adamw_eps",
+    "ns_coefficients": "coefficients",
+    "adjust_lr_fn": "scale='keller' for 'original', 'moonlight' for 'match_rms_adamw'",
+}
 
 
 def warn_about_small_lr(groups: list[dict[str, Any]]) -> None:
@@ -38,7 +55,7 @@ def warn_about_small_lr(groups: list[dict[str, Any]]) -> None:
                 f"lr = {lr:g} looks like Adam's, but scale={scale!r} needs about 0.2 sqrt(width) times more "
                 f"(width 1024: lr = {fit.lr:.3g}, weight_decay = {fit.weight_decay:.3g}, see convert_lr); "
                 "or use scale='moonlight'",
-                stacklevel=4,
+                stacklevel=3,  # the line that makes the optimizer
             )
             return
 
@@ -49,7 +66,7 @@ def groups_of(model: nn.Module, table: RoleTable) -> list[dict[str, Any]]:
         names = ", ".join(row.name for row in table.ambiguous)
         warnings.warn(
             f"roles not declared and assumed: {names}. Print roles(model) to see them; strict=True makes this an error",
-            stacklevel=4,
+            stacklevel=3,
         )
     parameters = dict(model.named_parameters())
     groups: dict[str, dict[str, Any]] = {}
@@ -81,6 +98,18 @@ def check_still_matrices(group: dict[str, Any]) -> None:
                 f"{name_of(group, p)} was a matrix and now has shape {tuple(p.shape)}: it was flattened or sharded "
                 "away, and Muon needs whole matrices. Shard with torch's fully_shard, which keeps shapes"
             )
+
+
+def check_names(group: dict[str, Any], known: Collection[str]) -> None:
+    """Raise ConfigError for a setting that would do nothing: another library's, or one that is misspelt.
+
+    Others are left alone: schedulers and users keep numbers of their own in groups.
+    """
+    for name in sorted(group.keys() - set(known)):
+        if name in _FOREIGN:
+            raise ConfigError(f"a group has {name!r}, which means nothing here; expected {_FOREIGN[name]}")
+        if near := get_close_matches(name, known, 1, 0.85):
+            raise ConfigError(f"a group has {name!r}; did you mean {near[0]!r}?")
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -30,7 +30,15 @@ from quintic.linalg.coefficients import Coefficients
 from quintic.linalg.workspace import Workspace
 from quintic.optim.adamw import new_state, state_dtype, update_with_adamw
 from quintic.optim.cap import cap_step_
-from quintic.optim.groups import check_group, check_still_matrices, groups_of, matrices_in, name_of, warn_about_small_lr
+from quintic.optim.groups import (
+    check_group,
+    check_names,
+    check_still_matrices,
+    groups_of,
+    matrices_in,
+    name_of,
+    warn_about_small_lr,
+)
 from quintic.optim.matrices import Piece, chunks, pieces_of, update_matrices
 from quintic.optim.nonfinite import NONFINITE, any_nonfinite, sift_nonfinite_
 from quintic.optim.routing import RoleTable, roles
@@ -208,6 +216,7 @@ class Muon(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         try:
+            check_names(param_group, self.defaults)
             check_group(self.param_groups[-1])
         except ConfigError:
             self.param_groups.pop()
@@ -283,18 +292,19 @@ class Muon(torch.optim.Optimizer):
         buckets: dict[Any, tuple[dict[str, Any], list[Piece]]] = {}
         ready: list[tuple[dict[str, Any], dict[str, Any], Any, dict[str, Tensor], Sequence[Tensor]]] = []
         divided: list[Divided] = []
-        for group, params in active:
-            key = _key(group)
-            for p in params:
-                assert p.grad is not None
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = new_state(p)
-                tensors = (p.detach(), p.grad, state["momentum_buffer"])
-                if holds_whole_matrices(p):
-                    ready.append((group, group, key, state, [local(t) for t in tensors]))
-                else:
-                    divided.append(Divided(group, p, *tensors[1:]))
+        # All gradients before any state: compiled code would know those of parameters that it has met as keys of the
+        # state by their identity, and be compiled again for the new ones of the next step.
+        members = [(group, _key(group), p, p.grad) for group, params in active for p in params]
+        for group, key, p, gradient in members:
+            assert gradient is not None
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = new_state(p)
+            tensors = (p.detach(), gradient, state["momentum_buffer"])
+            if holds_whole_matrices(p):
+                ready.append((group, group, key, state, [local(t) for t in tensors]))
+            else:
+                divided.append(Divided(group, p, *tensors[1:]))
         gathered = assemble(divided, bad, self.distributed)
         for (group, p, *_), stand_in in zip(divided, gathered, strict=True):
             if stand_in is not None:
