@@ -80,19 +80,20 @@ def test_safety_keeps_inputs_above_one_in_range():
 
 # Range of [1e-3, 1] and of [1e-2, 1], slope at 0: section 1.3 of the notes, exact arithmetic.
 @pytest.mark.parametrize(
-    ("name", "low3", "low2", "high", "slope"),
+    ("name", "low3", "low2", "high", "high2", "slope"),
     [
-        ("keller", 0.471, 0.682, 1.202, 485),
-        ("quintic", 0.475, 0.978, 1.145, 493),
-        ("su", 0.612, 0.951, 1.050, 662),
+        ("keller", 0.471, 0.682, 1.202, 1.134, 485),
+        ("quintic", 0.475, 0.978, 1.145, 1.032, 493),
+        ("su", 0.612, 0.951, 1.050, 1.050, 662),
     ],
 )
-def test_presets_have_their_published_ranges(name, low3, low2, high, slope):
+def test_presets_have_their_published_ranges(name, low3, low2, high, high2, slope):
     schedule = resolve_schedule(name)
     y = run(schedule, np.geomspace(1e-3, 1, 20_001))
     assert y.min() == pytest.approx(low3, abs=2e-3)
     assert y.max() == pytest.approx(high, abs=2e-3)
-    assert run(schedule, np.geomspace(1e-2, 1, 20_001)).min() == pytest.approx(low2, abs=2e-3)
+    y = run(schedule, np.geomspace(1e-2, 1, 20_001))
+    assert (y.min(), y.max()) == pytest.approx((low2, high2), abs=6e-4)
     assert np.prod([a for a, _, _ in schedule]) == pytest.approx(slope, rel=0.01)
 
 
@@ -122,6 +123,9 @@ def test_explicit_coefficients():
 
 def test_divergent_schedules_are_refused():
     resolve_schedule(polar_express_coefficients(1e-3, 5, safety=1.01))
+    resolve_schedule([(1.98, 0.0, 0.0)])  # 1.01 goes to 1.9998
+    with pytest.raises(ConfigError, match="must stay in"):
+        resolve_schedule([(1.99, 0.0, 0.0)])
     with pytest.raises(ConfigError, match="singular value"):
         resolve_schedule(polar_express_coefficients(1e-3, 5, safety=1.0))
     with pytest.raises(ConfigError, match="singular value"):

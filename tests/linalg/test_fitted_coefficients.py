@@ -38,6 +38,7 @@ def test_the_spectrum_is_that_of_gaussian_matrices():
         sample = sample / np.linalg.norm(sample)
         assert np.abs(gaussian_spectrum(n, m) - sample).max() < 0.05 * sample.max()
         assert np.linalg.norm(gaussian_spectrum(n, m)) == pytest.approx(1.0)
+        assert np.array_equal(gaussian_spectrum(n, m), gaussian_spectrum(m, n))
 
 
 def test_a_fit_is_a_schedule_for_msign():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from quintic.core import ConfigError
-from quintic.linalg import choose_method, msign
+from quintic.linalg import choose_method, msign, polar
 from quintic.linalg.coefficients import PRESETS, resolve_schedule
 from quintic.linalg.polar import msign_
 
@@ -283,6 +283,22 @@ def test_half_precision_rounds_the_iterates_and_nothing_larger(shape):
     assert torch.linalg.norm(error) < 0.0085 * torch.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("method", ["gram", "svd"])
+def test_what_half_precision_cannot_do_is_done_in_float32_where_bfloat16_is_fast(monkeypatch, method):
+    M = randn(6, 24)
+    expected = msign(M, method=method)
+    monkeypatch.setattr(polar, "fast_dtype", lambda _: torch.bfloat16)
+    assert torch.equal(msign(M, method=method), expected)
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (7, 6, 20), (5, 20, 6)])
+def test_matrices_larger_than_the_cache_go_one_by_one(monkeypatch, shape):
+    M = randn(*shape)
+    expected = msign(M)
+    monkeypatch.setattr(polar, "_CACHED_BYTES", 1)
+    torch.testing.assert_close(msign(M), expected, atol=1e-6, rtol=0)
+
+
 def test_gram_is_refused_in_half_precision():
     with pytest.raises(ConfigError, match="newton-schulz"):
         msign(randn(4, 16), method="gram", dtype=torch.bfloat16)
@@ -320,9 +336,11 @@ def test_svd_has_the_derivative_at_constant_rank():
     assert not gradient.any()
 
 
-def test_gradient_tracking_does_not_change_the_result():
-    M = randn(5, 30)
-    assert torch.equal(msign(M.clone().requires_grad_()).detach(), msign(M))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_tracking_does_not_change_the_result(dtype):
+    M = randn(5, 30, dtype=dtype)
+    out = msign(M.clone().requires_grad_())
+    assert out.dtype == dtype and torch.equal(out.detach(), msign(M))
 
 
 def test_autocast_does_not_reach_the_products():
@@ -341,6 +359,9 @@ def test_autocast_does_not_reach_the_products():
         (torch.zeros(3, 3, dtype=torch.complex64), {}, "real"),
         (torch.zeros(3, 3), {"method": "newton"}, "did you mean 'newton-schulz'"),
         (torch.zeros(3, 3), {"coefficients": "kellar"}, "did you mean 'keller'"),
+        (torch.zeros(3, 3), {"dtype": torch.int32}, "real floating dtype"),
+        (torch.zeros(3, 3), {"dtype": "bfloat16"}, r"dtype = 'bfloat16'; expected .* torch\.bfloat16"),
+        (np.zeros((3, 3)), {}, "found ndarray"),
     ],
 )
 def test_wrong_arguments(M, arguments, message):

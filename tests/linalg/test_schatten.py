@@ -71,7 +71,9 @@ def test_zero_rank_deficient_and_non_finite(p):
     assert schatten_direction(torch.zeros(0, 3), p).shape == (0, 3)
 
 
-@pytest.mark.parametrize("name", ["schatten", "schatten:", "schatten:0.5", "schatten:x", "schatten:nan", "spectral", 3])
+@pytest.mark.parametrize(
+    "name", ["schatten", "schatten:", "schatten:0.5", "schatten:x", "schatten:nan", "spectral", "ky-fan:4", 3]
+)
 def test_other_names_are_refused(name):
     with pytest.raises(ConfigError, match="schatten:p with p from 1 to inf"):
         schatten_exponent(name)

@@ -1,18 +1,21 @@
 """Sketches keep lengths, find ranges and measure norms; what they draw depends on shape, seed and dtype alone."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from tests.lowrank.matrices import randn
 
+from quintic.core import ConfigError
 from quintic.linalg.sketch import (
     Operator,
     adjoint_times,
     dominant,
     gaussian,
     probe_norm,
+    safe_range,
     safe_scale,
     sketch_rows,
     times,
@@ -47,6 +50,12 @@ def test_gaussian_has_unit_variance_and_depends_on_the_seed(dtype):
     assert abs(G.mean().item()) < 0.02
     assert torch.equal(G, gaussian(200, 300, 3, dtype))
     assert not torch.equal(G, gaussian(200, 300, 4, dtype))
+
+
+@pytest.mark.parametrize("seed", [1.5, "1", None, 2**70])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ConfigError, match=re.escape(f"seed = {seed!r}; expected an integer")):
+        gaussian(2, 2, seed, torch.float32)
 
 
 def test_drawing_leaves_the_global_generator_alone():
@@ -118,6 +127,13 @@ def test_probes_measure_the_frobenius_norm_and_know_their_spread(dtype):
     real = dtype == torch.float64
     # The formula is for real probes; complex ones have half of that variance.
     assert 0.85 < spreads.mean() / (means.std() * (1 if real else math.sqrt(2))) < 1.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_within_the_safe_range_squares_keep_their_rounding_errors(dtype):
+    least, most = safe_range(dtype)
+    info = torch.finfo(dtype)
+    assert least**2 * info.eps > info.tiny and 1e6 * most**2 < info.max
 
 
 def test_safe_scale_is_a_power_of_two_only_where_squares_could_overflow():

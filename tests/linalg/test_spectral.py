@@ -8,7 +8,13 @@ from tests.lowrank.matrices import randn, with_spectrum
 from torch.nn import functional as F
 
 from quintic.core import ConfigError
-from quintic.linalg.spectral import conv_spectral_norm, spectral_norm, spectral_norm_grad, top_singular
+from quintic.linalg.spectral import (
+    conv_spectral_norm,
+    gaussian_start,
+    spectral_norm,
+    spectral_norm_grad,
+    top_singular,
+)
 
 METHODS = ["power", "lanczos", "svd"]
 
@@ -103,9 +109,34 @@ def test_the_top_vector_may_be_orthogonal_to_the_vector_of_ones(method):
         assert spectral_norm(W, method=method, seed=seed).item() == pytest.approx(2**0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize(("method", "iterations"), [("power", 30), ("lanczos", 16)])
+def test_defaults_are_those_of_the_documentation_and_the_seed_counts(method, iterations):
+    A = randn(300, 200)
+    first = top_singular(A, method=method)
+    for ours, theirs in zip(first, top_singular(A, method=method, iterations=iterations), strict=True):
+        assert torch.equal(ours, theirs)
+    assert first.sigma == pytest.approx(torch.linalg.svdvals(A)[0].item(), rel=0.01)
+    for find in (spectral_norm, spectral_norm_grad):
+        one, two = (find(A, method=method, iterations=2, seed=seed) for seed in (0, 1))
+        assert not torch.allclose(one, two)
+    assert torch.equal(spectral_norm(A), spectral_norm(A, method="power"))
+    assert torch.equal(spectral_norm_grad(A), spectral_norm_grad(A, method="svd"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_second_start_finds_what_is_orthogonal_to_the_first(seed):
+    """With one start power iterations are left at the second singular value."""
+    first, second = gaussian_start(9, 2, seed, randn(9, 9)).T
+    A = torch.linalg.qr(randn(12, 2)).Q @ torch.stack([first, 2.0 * second])
+    assert spectral_norm(A, method="power", seed=seed).item() == pytest.approx(2.0, rel=1e-9)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_residual_tells_convergence(method):
     A = randn(30, 20)
+    top = top_singular(A, method=method, iterations=3)
+    misses = (A @ top.v - top.sigma * top.u).norm(), (A.T @ top.u - top.sigma * top.v).norm()
+    assert top.residual.item() == pytest.approx(max(misses).item() / top.sigma.item(), rel=1e-6, abs=1e-12)
     loose, tight = (top_singular(A, method=method, iterations=i).residual.item() for i in (2, 2000))
     assert tight < 1e-7
     if method != "svd":
@@ -142,6 +173,7 @@ def test_empty_axes(shape):
     [
         (lambda: spectral_norm(torch.zeros(3)), "expected real floating matrices"),
         (lambda: spectral_norm(torch.zeros(3, 3, dtype=torch.complex64)), "complex"),
+        (lambda: spectral_norm([[1.0]]), r"found list; convert it with torch\.as_tensor"),
         (lambda: spectral_norm(torch.zeros(3, 3), method="lanczoz"), "did you mean 'lanczos'"),
         (lambda: spectral_norm(torch.zeros(3, 3), iterations=0), "iterations = 0"),
         (lambda: conv_spectral_norm(torch.zeros(3, 3), size=(4,)), "kernel"),

@@ -25,6 +25,7 @@ from torch import Tensor
 from quintic.core import ConfigError, suggest
 from quintic.core.machine import fast_dtype
 from quintic.linalg.coefficients import Coefficients, Schedule, resolve_schedule
+from quintic.linalg.spectral import check_matrices
 from quintic.linalg.workspace import Workspace
 
 __all__ = ["METHODS", "choose_method", "msign", "msign_"]
@@ -126,14 +127,12 @@ def _resolved(
     M: Tensor, method: str, steps: int | None, coefficients: Coefficients, dtype: torch.dtype | None
 ) -> tuple[_Form, Schedule, torch.dtype]:
     """How, with what polynomials, and in which dtype; all arguments checked."""
-    if M.ndim < 2 or not M.is_floating_point():
-        raise ConfigError(
-            f"msign needs real floating matrices (..., n, m), found shape {tuple(M.shape)} of {M.dtype}; "
-            "reshape, or view a complex matrix as a real one"
-        )
+    check_matrices(M)
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}{suggest(method, METHODS)}")
     schedule = resolve_schedule(coefficients, steps)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype = {dtype!r}; expected None or a real floating dtype, such as torch.bfloat16")
     if dtype is None:
         dtype = _accurate_dtype(M, method)
     if method == "auto":

@@ -67,8 +67,6 @@ def schatten_direction(G: Tensor, p: float) -> Tensor:
     """
     if not p >= 1:
         raise ConfigError(f"p = {p}; expected a number from 1 to inf")
-    if not G.numel():
-        return G.clone()
     X, _ = wide_and_scaled(G)
     finite = X.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     X = X.masked_fill(~finite, 0.0)  # LAPACK refuses a whole batch for one non-finite element

@@ -29,6 +29,7 @@ from quintic.core import ConfigError, suggest
 __all__ = [
     "NORM_METHODS",
     "TopSingular",
+    "check_matrices",
     "conv_spectral_norm",
     "gaussian_start",
     "spectral_norm",
@@ -72,7 +73,7 @@ def top_singular(A: Tensor, *, method: str = "power", iterations: int | None = N
     Raises:
         ConfigError: A is not a floating (..., n, m) tensor, or the method or the number of iterations is unusable.
     """
-    _check(A)
+    check_matrices(A)
     if method not in NORM_METHODS:
         raise ConfigError(f"unknown method {method!r}{suggest(str(method), NORM_METHODS)}")
     if iterations is None:
@@ -179,7 +180,7 @@ def conv_spectral_norm(weight: Tensor, *, kind: str = "operator", size: Sequence
         >>> round(conv_spectral_norm(blur, kind="reshaped").item(), 4)
         0.3333
     """
-    _check(weight)
+    check_matrices(weight)
     if weight.ndim < 3:
         raise ConfigError(f"a convolution has a weight (out, in, *kernel), found shape {tuple(weight.shape)}")
     kernel = tuple(weight.shape[2:])
@@ -218,7 +219,10 @@ def wide_and_scaled(A: Tensor) -> tuple[Tensor, Tensor]:
     return X / peak, peak
 
 
-def _check(A: Tensor) -> None:
+def check_matrices(A: Tensor) -> None:
+    """Raise ConfigError for what is no floating (..., n, m) tensor."""
+    if not isinstance(A, Tensor):
+        raise ConfigError(f"expected a tensor (..., n, m), found {type(A).__name__}; convert it with torch.as_tensor")
     if A.ndim < 2 or not A.is_floating_point():
         raise ConfigError(
             f"expected real floating matrices (..., n, m), found shape {tuple(A.shape)} of {A.dtype}; "
