@@ -44,6 +44,8 @@ def test_nystrom_is_differentiable():
 def test_nystrom_of_an_ill_conditioned_kernel_keeps_its_accuracy():
     assert nystrom(hilbert(200), rank=20).error() < 1e-12
     assert nystrom(hilbert(200, torch.float32), rank=20).error() < 3e-5
+    F = randn(30, 3)
+    assert nystrom(F @ F.T, indices=[4, 1, 7, 20, 9, 11]).error() < 1e-12  # more landmarks than the rank
 
 
 def test_quality_landmarks_beat_uniform_ones():
@@ -77,8 +79,16 @@ def test_svd_is_exact_for_small_matrices_and_near_the_best_for_large_ones(dtype)
     assert svd(large, rank=12, power=0).error() > found.error()
 
 
+def test_svd_of_a_batch_of_any_scales():
+    A, scale = randn(3, 6, 5), torch.tensor([1e200, 1.0, 1e-200], dtype=torch.float64)[:, None, None]
+    found = svd(A * scale, rank=5)
+    torch.testing.assert_close(found.S / scale[..., 0], torch.linalg.svdvals(A))
+    torch.testing.assert_close(found.reconstruct() / scale, A)
+
+
 def test_svd_mistakes():
     with pytest.raises(ConfigError, match="exactly one"):
         svd(randn(3, 3))
-    with pytest.raises(ConfigError, match="power = -1"):
-        svd(randn(3, 3), rank=1, power=-1)
+    for power in (-1, 1.5, "2", None, True):
+        with pytest.raises(ConfigError, match=f"power = {power!r}; expected a whole number, 0 or more"):
+            svd(randn(3, 3), rank=1, power=power)

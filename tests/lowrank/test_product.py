@@ -8,7 +8,7 @@ import torch
 from tests.lowrank.matrices import randn, relative
 
 from quintic.core import ConfigError, DataError
-from quintic.lowrank import cr
+from quintic.lowrank import cr, cur
 
 
 def pair(n=12, terms=9, m=10, dtype=torch.float64, seed=0):
@@ -38,7 +38,7 @@ def test_draws_are_unbiased_with_the_least_variance():
     X, Y = pair()
     X = X * torch.logspace(-1, 1, 9, dtype=torch.float64)
     v = terms(X, Y)
-    made = [cr(X, Y, 3, method="sampled", seed=s) for s in range(3000)]
+    made = [cr(X, Y, 3, method="sampled", seed=s) for s in range(1000)]
     mean = sum(each.reconstruct() for each in made) / len(made)
     size = v.norm(dim=1)
     variance = (size.sum() ** 2 - (X @ Y).norm() ** 2) / 3
@@ -49,9 +49,13 @@ def test_draws_are_unbiased_with_the_least_variance():
     torch.testing.assert_close(one.weights, 1 / (3 * size[one.indices] / size.sum()))
 
 
-@pytest.mark.parametrize(("rank", "size"), [(5, 2), (4, 2), (3, 3), (9, 2), (4, 1), (8, 3)])
-def test_tuples_throw_away_the_smallest_sums(rank, size):
-    X, Y = pair(seed=3)
+@pytest.mark.parametrize(
+    ("rank", "size", "dtype"),
+    [(5, 2, torch.float64), (4, 2, torch.complex128), (3, 3, torch.complex128), (9, 2, torch.float64),
+     (4, 1, torch.float64), (8, 3, torch.float64)],
+)  # fmt: skip
+def test_tuples_throw_away_the_smallest_sums(rank, size, dtype):
+    X, Y = pair(seed=3, dtype=dtype)
     v = terms(X, Y)
     alive = set(range(9))
     while len(alive) > rank:
@@ -104,21 +108,46 @@ def test_repeated_draws_and_dependent_terms_do_no_harm():
     X = torch.ones(4, 3, dtype=torch.float64)
     Y = torch.ones(3, 5, dtype=torch.float64)
     for middle in ("as chosen", "diagonal", "full"):
-        assert cr(X, Y, 3, method="sampled", middle=middle).error() < 1e-12
+        found = cr(X, Y, 3, method="sampled", middle=middle)
+        assert found.error() < 1e-12
+        if middle != "as chosen":  # each once
+            assert len(found.indices.unique()) == len(found.indices) < 3
     zero = torch.zeros(4, 3)
     for method in ("top", "sampled", "tuples"):
-        assert cr(zero, torch.zeros(3, 2), 2, method=method).error() == 0.0
+        for middle in ("as chosen", "diagonal", "full"):
+            assert cr(zero, torch.zeros(3, 2), 2, method=method, middle=middle).error() == 0.0
 
 
 def test_numpy_scale_and_gradients():
     X, Y = pair()
     found = cr(X.numpy() * 1e200, Y.numpy() * 1e-250, 5, middle="diagonal")
     assert isinstance(found.C, np.ndarray)
+    np.testing.assert_allclose(found.C, X.numpy()[:, found.indices] * 1e200)
+    np.testing.assert_allclose(found.R, Y.numpy()[found.indices] * 1e-250)
     assert found.error() == pytest.approx(cr(X, Y, 5, middle="diagonal").error())
     np.testing.assert_allclose(found.reconstruct() * 1e50, cr(X, Y, 5, middle="diagonal").reconstruct(), rtol=1e-9)
     np.testing.assert_allclose(found.C * found.weights @ found.R, found.reconstruct(), rtol=1e-9)
     X.requires_grad_()
     assert torch.autograd.gradcheck(lambda X: cr(X, Y, 5, middle="full").reconstruct(), X)
+
+
+def test_factors_of_two_kinds_are_computed_in_the_wider_one():
+    X, Y = pair()
+    found = cr(X.float(), Y, 4)
+    assert found.C.dtype == found.R.dtype == torch.float64
+    torch.testing.assert_close(found.left @ found.right, X.float().double()[:, found.indices] @ Y[found.indices])
+
+
+def test_the_product_itself_can_be_decomposed_without_being_formed():
+    X, Y = pair(dtype=torch.complex128)
+    A, at = X @ Y, torch.tensor([3, 0])
+    source = cr(X * 1e200, Y * 1e-250, 4).source
+    scaled = A * 1e-50
+    torch.testing.assert_close(source.columns(at) * 1e50, A[:, at])
+    torch.testing.assert_close(source.rows(at) * 1e50, A[at])
+    for product, expected in ((source.matmat(Y.mH), scaled @ Y.mH), (source.rmatmat(X), scaled.mH @ X)):
+        torch.testing.assert_close(product * source.scale * 1e50, expected * 1e50)
+    assert cur(source, rank=9).error() < 1e-10
 
 
 def test_mistakes_are_named():

@@ -195,6 +195,8 @@ def test_ridge_leverage_is_its_definition(ridge):
     assert leverage_ridge(A, 6, ridge=ridge).tolist() == np.argsort(-scores)[:6].tolist()
     with pytest.raises(ConfigError, match="positive"):
         leverage_ridge(A, 6, ridge=-1.0)
+    large = A.float() * 2.0**90  # computed at scale 1, and the ridge with it
+    assert leverage_ridge(large, 6, ridge=ridge * 2.0**180).tolist() == np.argsort(-scores)[:6].tolist()
 
 
 def test_k_means_takes_one_column_of_each_cluster():

@@ -222,7 +222,9 @@ def test_an_operator_shows_its_scale(scale):
     torch.testing.assert_close(found.R / scale, A[found.rows])
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(np.float64, 1e200), (np.float64, 1e-200), (np.float32, 1e30)])
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(np.float64, 1e200), (np.float64, -1e200), (np.float64, 1e-200), (np.float32, 1e30)]
+)
 def test_rows_out_of_range_are_refused(dtype, scale):
     """A single pass cannot know the scale before the end."""
     A = (np.ones((6, 5)) * scale).astype(dtype)

@@ -90,7 +90,8 @@ def leverage_ridge(A: Tensor, k: int, *, seed: int = 0, ridge: float | None = No
         weight = left.unsqueeze(-1) / k
     else:
         scale = safe_scale(A.detach())
-        weight = ridge / (scale.squeeze(-1).square() if isinstance(scale, Tensor) else scale**2)
+        root = ridge**0.5 / scale  # the square of the scale itself may be out of range
+        weight = root.squeeze(-1).square() if isinstance(root, Tensor) else ridge
     tiny = torch.finfo(power.dtype).eps * power[..., :1]  # a matrix of rank k leaves no ridge
     share = torch.where(power > tiny, power / (power + weight), 0.0)
     return _largest((share.unsqueeze(-1) * Vh.abs().square()).sum(-2), k)

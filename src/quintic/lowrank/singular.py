@@ -55,8 +55,8 @@ def svd(A: Any, rank: int | None = None, *, tol: float | None = None, power: int
     """
     if (rank is None) == (tol is None):
         raise ConfigError("expected exactly one of rank and tol")
-    if power < 0:
-        raise ConfigError(f"power = {power}; expected 0 or more")
+    if isinstance(power, bool) or not isinstance(power, int) or power < 0:
+        raise ConfigError(f"power = {power!r}; expected a whole number, 0 or more")
     source = as_source(A)
 
     def attempt(k: int) -> SVD:
