@@ -141,3 +141,17 @@ def test_sparse_gradients_are_refused():
     p.grad = torch.eye(3, 2).to_sparse()
     with pytest.raises(ConfigError, match="sparse"):
         clip_grad_norm_(p)
+
+
+def test_a_small_scale_is_not_lost_in_half_precision():
+    p = nn.Parameter(torch.zeros(8, dtype=torch.float16))
+    p.grad = torch.full((8,), 6e4, dtype=torch.float16)
+    clip_grad_norm_(p, 1e-3)  # by 6e-9, which float16 does not have
+    torch.testing.assert_close(p.grad, torch.full((8,), 1e-3 / 8**0.5, dtype=torch.float16))
+
+
+def test_gradients_of_two_precisions_keep_each_its_own():
+    p, q = with_grads(torch.ones(3, dtype=torch.float64), torch.ones(4))
+    clip_grad_norm_([p, q], 1.0)
+    torch.testing.assert_close(p.grad, torch.full((3,), 7**-0.5, dtype=torch.float64), rtol=1e-14, atol=0)
+    torch.testing.assert_close(q.grad, torch.full((4,), 7**-0.5))

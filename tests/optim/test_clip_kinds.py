@@ -146,7 +146,7 @@ def test_empty_missing_and_repeated():
 @pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_spectral_])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_policies_for_what_is_not_finite(clip, bad):
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
     grads = {name: randn(*p.shape, seed=i) * 100 for i, (name, p) in enumerate(model.named_parameters())}
     grads["1.weight"][0, 1] = bad
 
@@ -250,6 +250,13 @@ def test_adaptive_threshold_follows_growing_norms():
 def test_adaptive_threshold_of_zero_does_not_stop_training():
     clip = GradientClipping("adaptive", quantile=0.5, window=10)
     assert run(clip, [0.0] * 10 + [0.5])[-1] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", CLIPPING)
+def test_every_kind_treats_what_is_not_finite_as_asked(kind):
+    (p,) = with_grads(torch.full((3, 4), math.nan))
+    GradientClipping(kind, nonfinite="zero")(p)
+    assert not p.grad.any()
 
 
 def test_norms_that_are_not_finite_are_counted_and_not_remembered():

@@ -104,6 +104,28 @@ def test_muon_gets_the_settings():
         assert group["ns_dtype"] is None
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("decay", "spectral"), ("decay_rank", 3), ("momentum_form", "sum"), ("norm", "schatten:4")],
+)
+def test_every_setting_of_a_group_arrives(name, value):
+    optimizer = build_optimizer(model(), OptimConfig(**{name: value}))
+    assert {group[name] for group in optimizer.param_groups} == {value}
+
+
+def test_settings_of_the_optimizer_and_of_clipping_arrive():
+    optimizer = build_optimizer(
+        model(), OptimConfig(cap=0.7, distributed="gather", vectors="sign", embeddings="row-l2")
+    )
+    assert (optimizer.cap, optimizer.distributed) == (0.7, "gather")
+    assert {group["layout"] for group in optimizer.param_groups} == {"stack", "elements", "rows"}
+    assert build_optimizer(model(), OptimConfig()).cap is None
+    clip = OptimConfig(clip="adaptive", clip_norm=3.0, clip_quantile=0.5, clip_window=7).make_clipping()
+    assert (clip.kind, clip.max_norm, clip.quantile) == ("adaptive", 3.0, 0.5)
+    clip.load_state_dict({"steps": 9, "clipped": 0, "nonfinite": 0, "norms": [float(i) for i in range(9)]})
+    assert clip.norms == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+
+
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 def test_the_precision_of_the_matrix_sign_can_be_chosen(name):
     assert {g["ns_dtype"] for g in build_optimizer(model(), OptimConfig(ns_dtype=name)).param_groups} == {name}

@@ -230,6 +230,10 @@ def test_rows_of_matrices():
     # 0.2 sqrt(max) RMS(O) with all singular values near 1
     assert rows["conv.weight"].update_rms == pytest.approx(0.2, rel=0.1)
     assert rows["conv.weight"].residual < 0.3
+    elements = {name: row.matrices * math.prod(row.shape) for name, row in rows.items()}
+    for name in ("weight_rms", "update_rms"):  # over all elements
+        squares = sum(getattr(row, name) ** 2 * elements[row.name] for row in rows.values())
+        assert found.metrics[name] == pytest.approx(math.sqrt(squares / sum(elements.values())), rel=1e-12)
     assert sum(found.layers.values()) == pytest.approx(1.0)
     assert set(found.layers) == {"embed", "fused", "experts", "first", "conv", "lm_head"}
 
@@ -311,12 +315,37 @@ def test_matrices_under_adamw_have_spectra_but_no_residual():
     assert take_step(model, optimizer)[0].metrics["signal_to_noise"] > 0
 
 
+def test_signal_to_noise_does_not_depend_on_the_form_of_the_momentum():
+    found = []
+    for form in ("average", "sum"):
+        linear = nn.Linear(12, 8, bias=False, dtype=torch.float64)
+        optimizer = Muon([linear.weight], lr=0.0, momentum=0.8, momentum_form=form)
+        for step in range(30):
+            linear.weight.grad = 0.7 + randn(8, 12, seed=step, dtype=torch.float64)
+            before = snapshot(optimizer)
+            optimizer.step()
+        found.append(diagnose(linear, optimizer, before).metrics["signal_to_noise"])
+    assert found[0] == pytest.approx(found[1], rel=1e-9) == pytest.approx(0.49, rel=0.5)
+
+
+def test_a_group_says_how_its_matrices_are_read_and_the_cap_is_told():
+    linear = nn.Linear(12, 8, bias=False)
+    optimizer = Muon([{"params": [linear.weight], "orientation": "in_out", "split": {"blocks": 3}}], cap=1e-3)
+    linear.weight.grad = randn(8, 12)
+    before = snapshot(optimizer)
+    optimizer.step()
+    found = diagnose(linear, optimizer, before)
+    assert [(row.matrices, row.shape) for row in found.matrices] == [(3, (4, 8))]
+    assert found.metrics["cap_factor"] == float(optimizer.cap_factor) < 1
+    assert found.metrics["orthogonalized_matrices"] == 3
+
+
 @pytest.mark.parametrize("form", ["average", "sum"])
 def test_signal_to_noise_of_both_halves(form):
     """The same gradient each time is all signal; momentum 0 tells nothing."""
     model = Net().double()
     optimizer = Muon(model, lr=0.0, momentum=0.5, momentum_form=form)
-    for _ in range(60):
+    for _ in range(25):
         found, _ = take_step(model, optimizer)
     assert found.metrics["signal_to_noise"] > 1e6
     assert math.isnan(found.metrics["update_rms"])  # no rate, no update

@@ -118,7 +118,8 @@ def test_closure_hooks_and_schedulers():
         return loss
 
     before = p.detach().square().sum()
-    assert optimizer.step(closure) == before
+    loss = optimizer.step(closure)
+    assert loss == before and loss.requires_grad  # as it is: no number of it
     assert seen == ["pre", "post"]
     one_cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
     momenta = set()
@@ -218,6 +219,20 @@ def test_a_state_loads_again_and_again():
     for _ in range(2):
         y.load_state_dict(copy.deepcopy(state))
     assert torch.equal(x.state[a[0]]["momentum_buffer"], y.state[b[0]]["momentum_buffer"])
+
+
+def test_a_copy_keeps_its_counts_and_settings():
+    (p,) = parameters((4, 6))
+    optimizer = Muon([p], cap=1e-3, nonfinite="skip", distributed="gather")
+    run([p], optimizer, 1)
+    p.grad = torch.full_like(p, float("inf"))
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert (twin.skipped_steps, twin.cap, twin.nonfinite, twin.distributed) == (1, 1e-3, "skip", "gather")
+        assert twin.cap_factor == optimizer.cap_factor
+        run(twin.param_groups[0]["params"], twin, 1)
+        assert optimizer.skipped_steps == 1
 
 
 def test_settings_younger_than_a_state_keep_their_values():

@@ -1,5 +1,6 @@
 """Matrices of one shape go through one product: the same numbers, in any order, in bounded memory."""
 
+import pytest
 import torch
 from tests.optim.toy import parameters, run, set_grads, snapshot
 
@@ -86,3 +87,44 @@ def test_deterministic():
         run(params, Muon(params), 4)
         results.append(snapshot(params))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("lr", (0.1, 0.2)),
+        ("lr", (torch.tensor(0.1), torch.tensor(0.2))),
+        ("weight_decay", (0.1, 0.9)),
+        ("momentum", (0.9, 0.5)),
+        ("momentum_form", ("average", "sum")),
+        ("nesterov", (True, False)),
+        ("scale", ("moonlight", "keller")),
+        ("ns_steps", (5, 9)),
+        ("coefficients", ("quintic", "su")),
+        ("method", ("newton-schulz", "svd")),
+        ("ns_dtype", (torch.float32, torch.bfloat16)),
+        ("maximize", (False, True)),
+        ("decay", ("frobenius", "spectral")),
+        ("decay_rank", (1, 2)),
+        ("norm", ("schatten:inf", "schatten:2")),
+    ],
+)
+def test_matrices_of_one_shape_keep_the_settings_of_their_groups(name, values):
+    common = {"lr": 0.1, "weight_decay": 0.5, "decay": "spectral"} if name == "decay_rank" else {"lr": 0.1}
+    together, apart = parameters((6, 4), (6, 4)), parameters((6, 4), (6, 4))
+    one = Muon(
+        [{"params": [p], name: value} for p, value in zip(together, _plain(name, values), strict=True)], **common
+    )
+    two = [Muon([p], **{**common, name: value}) for p, value in zip(apart, values, strict=True)]
+    for step in range(2):
+        set_grads(together, step)
+        set_grads(apart, step)
+        for optimizer in (one, *two):
+            optimizer.step()
+    for p, q in zip(together, apart, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+def _plain(name, values):
+    """In groups dtypes are plain data."""
+    return [str(value).removeprefix("torch.") for value in values] if name == "ns_dtype" else values

@@ -1,6 +1,7 @@
 """Gradients of every kind: absent, late, zero, strided, sparse, not finite; and half precision."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -93,6 +94,17 @@ def test_a_non_finite_gradient_changes_nothing_and_is_counted(bad, where):
     assert (a.skipped_steps, b.skipped_steps) == (1, 0)
 
 
+def test_steps_left_out_are_warned_of_once():
+    (p,) = parameters((3, 4))
+    optimizer = Muon([p])
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            p.grad = torch.full_like(p, float("nan"))
+            optimizer.step()
+    assert len(warned) == 1 and optimizer.skipped_steps == 3
+
+
 def test_a_non_finite_first_gradient_leaves_no_trace():
     model = Model()
     optimizer = Muon(model)
@@ -105,14 +117,15 @@ def test_a_non_finite_first_gradient_leaves_no_trace():
     assert all(v.count_nonzero() == 0 for s in optimizer.state.values() for v in s.values())
 
 
-def test_zero_gradients_move_nothing_but_decay():
+@pytest.mark.parametrize("scale", ["moonlight", "rms"])
+def test_zero_gradients_move_nothing_but_decay(scale):
     for wd in (0.0, 0.1):
         params = parameters((4, 6), (2, 4, 6))
         before = snapshot(params)
         for p in params:
             p.grad = torch.zeros_like(p)
         params[1].grad[1] = 1.0
-        Muon(params, lr=0.5, weight_decay=wd).step()
+        Muon(params, lr=0.5, weight_decay=wd, scale=scale).step()
         torch.testing.assert_close(params[0].detach(), before[0] * (1 - 0.5 * wd))
         torch.testing.assert_close(params[1].detach()[0], before[1][0] * (1 - 0.5 * wd))
         assert params[1].isfinite().all()
@@ -206,6 +219,8 @@ def test_half_precision_weights_have_float32_state_and_follow_float32(dtype, nes
             p.grad = q.grad.float()
         a.step()
         b.step()
+        if step == 0:  # rounded once
+            assert all(torch.equal(p, q.to(dtype)) for p, q in zip(half.parameters(), full.parameters(), strict=True))
     for (name, p), q in zip(half.named_parameters(), full.parameters(), strict=True):
         assert p.dtype == dtype
         for key, value in a.state[p].items():

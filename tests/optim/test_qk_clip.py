@@ -44,7 +44,9 @@ def test_max_logits_matches_all_logits(b, g, per_group, t, longer, d, causal, pi
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("heads", [1, 4])
-def test_max_logits_of_allowed_pairs(batch, heads):
+@pytest.mark.parametrize("piece", [1, 60, 2**20])
+def test_max_logits_of_allowed_pairs(monkeypatch, batch, heads, piece):
+    monkeypatch.setattr("quintic.optim.qk_clip._LOGITS", piece)
     q, k = randn(2, 4, 6, 3), randn(2, 4, 6, 3, seed=1)
     allowed = randn(batch, heads, 6, 6, seed=2) > 0
     logits = (q @ k.mT).abs() * 0.3
@@ -79,6 +81,7 @@ def test_max_logits_edges():
     assert found[0].isfinite()
     assert not found[1].isfinite()
     assert max_logits(q[:, :, :0], q[:, :, :0]).tolist() == [0.0, 0.0]
+    assert max_logits(q, q[:, :, :0]).tolist() == [0.0, 0.0]
     with pytest.raises(ConfigError, match="g dividing h"):
         max_logits(randn(1, 3, 2, 2), randn(1, 2, 2, 2))
     with pytest.raises(ConfigError, match="g dividing h"):
