@@ -13,6 +13,7 @@ from rich.console import Console
 
 from quintic.assets import preset_names, preset_text
 from quintic.core import ConfigError, DataError
+from quintic.core.counter_rng import Stream
 from quintic.data.images import ImageConfig, as_pixels, image_grid, prepare_images
 from quintic.diffusion import DDPMConfig, Denoiser, UNet
 from quintic.diffusion.task import DDPMTask, derived_fields, unet_arguments
@@ -79,6 +80,41 @@ def test_classes_reach_the_network_and_are_withheld_sometimes():
     withheld = seen[0] == 10
     assert 60 < int(withheld.sum()) < 140
     assert torch.equal(seen[0][~withheld], batch["labels"][~withheld])
+
+
+def test_levels_of_a_batch_are_one_in_each_equal_part_of_the_time():
+    task, seen = small_task(replace(SMALL, shift=0.5), drawn=100), []
+    spy = UNet(**unet_arguments(task.config))
+    spy.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    task.loss(spy, task.batch(np.arange(64)))
+    times = sorted(task.schedule.time(float(level)) for level in seen[0])
+    schedule = task.schedule
+    assert (schedule.minimum, schedule.maximum, schedule.shift) == (SMALL.log_snr_min, SMALL.log_snr_max, 0.5)
+    for part, time in enumerate(times):
+        low, high = (schedule.time(schedule.log_snr(edge / 64)) for edge in (part, part + 1))
+        assert low - 1e-5 <= time <= high + 1e-5
+    assert not torch.equal(seen[0], seen[0].sort().values)  # and in no order
+
+
+def test_validation_noise_levels_and_classes_belong_to_the_image():
+    task = small_task(replace(SMALL, classes=-1), drawn=60)
+    model = task.build(0).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        batch = task.batch(np.arange(7))
+        noise = Stream(0, "noise of a test")
+        whole = task.evaluation_loss(model, batch, noise, 10)
+        parts = [
+            task.evaluation_loss(model, {name: value[part] for name, value in batch.items()}, noise, 10 + part.start)
+            for part in (slice(0, 3), slice(3, 7))
+        ]
+        assert sum(part.total for part in parts).item() == pytest.approx(whole.total.item(), rel=1e-6)
+        assert sum(part.count for part in parts) == whole.count
+        shuffled = batch | {"labels": batch["labels"].roll(1)}
+        assert task.evaluation_loss(model, shuffled, noise, 10).total.item() != pytest.approx(
+            whole.total.item(), rel=1e-5
+        )
 
 
 def test_validation_is_a_function_of_the_weights():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from quintic.core import CheckpointError, ConfigError, DataError
 from quintic.diffusion import Denoiser, GaussianDenoiser, alpha_sigma
+from quintic.diffusion.denoiser import tensors_fingerprint
 
 SHAPE = (2, 2, 3)
 D = 12
@@ -96,6 +97,34 @@ def test_it_is_a_denoiser_with_a_stable_fingerprint(tmp_path):
     assert again.fingerprint == model.fingerprint
     x = torch.randn(2, *SHAPE)
     assert torch.equal(again.predict_x0(x, 0.3), model.predict_x0(x, 0.3))
+    low = GaussianDenoiser.fit(images(), rank=3)
+    low.save(tmp_path / "low.safetensors")
+    assert torch.equal(GaussianDenoiser.load(tmp_path / "low.safetensors").spectrum, low.spectrum)
+
+
+def test_fingerprints_tell_names_types_and_shapes_apart_but_no_order():
+    zeros = torch.zeros(4)
+    some = {"a": zeros, "b": torch.ones(4)}
+    assert tensors_fingerprint(some) == tensors_fingerprint(dict(reversed(some.items())))
+    others = [
+        tensors_fingerprint({"a": zeros, "b": zeros}),
+        tensors_fingerprint({"a": some["b"], "b": zeros}),
+        tensors_fingerprint({"a": zeros.int(), "b": some["b"]}),
+        tensors_fingerprint({"a": zeros.view(2, 2), "b": some["b"]}),
+        tensors_fingerprint(some, "with a description"),
+    ]
+    assert len({tensors_fingerprint(some), *others}) == 6
+
+
+def test_directions_have_one_sign_whatever_the_solver_says(monkeypatch):
+    expected, solve = GaussianDenoiser.fit(images()), torch.linalg.eigh
+
+    def turned(matrix):
+        values, vectors = solve(matrix)
+        return values, vectors * torch.tensor([1.0, -1.0] * (D // 2), dtype=vectors.dtype)
+
+    monkeypatch.setattr(torch.linalg, "eigh", turned)
+    assert GaussianDenoiser.fit(images()).fingerprint == expected.fingerprint
 
 
 def test_mistakes_are_named(tmp_path):

@@ -62,3 +62,5 @@ def test_curves_that_cannot_be_are_refused():
     for levels, errors in (((0.0,), (1.0,)), ((1.0, 0.0), (1.0, 1.0)), ((0.0, 1.0), (1.0, 0.0)), ((0.0, 1.0), (1.0,))):
         with pytest.raises(ConfigError):
             ErrorCurve(levels, errors, 4)
+    with pytest.raises(ConfigError, match="values > 0"):
+        ErrorCurve((0.0, 1.0), (1.0, 0.5), 0)

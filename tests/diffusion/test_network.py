@@ -69,6 +69,15 @@ def test_a_file_gives_back_the_rounded_network(tmp_path):
     assert second.fingerprint == again.fingerprint
 
 
+def test_a_network_from_a_file_is_for_use_and_not_for_training(tmp_path):
+    arguments = ARGUMENTS | {"dropout": 0.5}
+    NetworkDenoiser(network(dropout=0.5), "v", arguments).save(tmp_path / "net.safetensors")
+    again = load_denoiser(tmp_path / "net.safetensors")
+    x = torch.randn(1, 1, 8, 12)
+    assert torch.equal(again.predict_x0(x, 1.0), again.predict_x0(x, 1.0))
+    assert not any(parameter.requires_grad for parameter in again.network.parameters())
+
+
 def test_a_denoiser_tells_what_it_is_for():
     network = UNet((1, 4, 4), width=8, levels=1, heads=0, seed=None)
     count = sum(p.numel() for p in network.parameters())

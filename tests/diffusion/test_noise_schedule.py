@@ -81,3 +81,13 @@ def test_mistakes_are_named():
         NoiseSchedule().log_snr(1.5)
     with pytest.raises(ConfigError, match="at least 2"):
         NoiseSchedule().grid(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scales_have_the_precision_and_the_axes_of_what_they_multiply(dtype):
+    like = torch.zeros(3, 2, 4, 4, dtype=dtype)
+    alpha, sigma = alpha_sigma(torch.tensor([-1.0, 0.0, 2.0]), like)
+    assert alpha.dtype == sigma.dtype == dtype and alpha.shape == sigma.shape == (3, 1, 1, 1)
+    expected = [1 / math.sqrt(1 + math.exp(-level)) for level in (-1.0, 0.0, 2.0)]
+    assert alpha.flatten().tolist() == pytest.approx(expected, rel=4 * torch.finfo(dtype).eps)
+    assert alpha_sigma(1.0, like)[0].dtype == dtype and alpha_sigma(1.0, like)[0].ndim == 0

@@ -105,6 +105,14 @@ def test_sizes_follow_the_predicted_value():
         np.testing.assert_allclose(np.array(bands) / 256, 1.0, atol=0.1)  # white once their size is taken out
 
 
+def test_what_is_predicted_beyond_the_range_counts_as_its_end():
+    images = 0.5 * torch.randn(200, 1, 4, 4, generator=torch.Generator().manual_seed(2)).clamp(-1, 1)
+    loud, clipped = Known(images.clone()), Known(images.clone())
+    loud.said = 3.0 * loud.said
+    clipped.said = 2.0 * clipped.said  # -1 and 1
+    assert measure_residuals(loud, images, batch=200) == measure_residuals(clipped, images, batch=200)
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 5, 12)])
 def test_transforms_are_orthogonal_and_their_entries_lie_far_from_ties(shape):
     for matrix, exact in zip(transforms(shape), (None, cosines(shape[1]), cosines(shape[2])), strict=True):

@@ -53,6 +53,13 @@ def test_images_depend_on_seed_and_number_alone():
         assert not torch.allclose(few, sampler(model, 2, levels, seed=6))
 
 
+def test_no_number_of_the_noise_is_used_twice():
+    noise = seeded_noise(3, 4, (2, 3, 5))
+    drawn = torch.cat([noise(step).flatten() for step in range(6)])
+    assert len(drawn.unique()) == len(drawn) == 6 * 4 * 30
+    assert drawn.mean().abs() < 0.1 and drawn.std() == pytest.approx(1.0, abs=0.1)
+
+
 def test_ddim_uses_noise_once_and_ancestral_at_every_step():
     model, _ = gaussian()
     asked = []
@@ -80,8 +87,9 @@ def test_mistakes_are_named():
     model, _ = gaussian()
     with pytest.raises(ConfigError, match="must rise"):
         ddim_sample(model, 1, [1.0, 0.0])
-    with pytest.raises(ConfigError, match="must rise"):
-        ddim_sample(model, 1, [])
+    for levels in ([], [0.0, 0.0], [0.0, math.inf], [-math.inf, 0.0], [math.nan]):
+        with pytest.raises(ConfigError, match="must rise"):
+            ddim_sample(model, 1, levels)
     with pytest.raises(ConfigError, match="at least 1"):
         ddim_sample(model, 0, [0.0])
     with pytest.raises(ConfigError, match="larger log_snr"):

@@ -33,6 +33,19 @@ def test_a_fresh_network_says_zero():
     assert not net(torch.randn(2, 1, 8, 8), torch.zeros(2)).any()
 
 
+def test_a_fresh_network_keeps_the_size_of_what_passes_through():
+    """Matrices and convolutions of unit gain, and blocks and attention that add nothing yet."""
+    net = UNet((1, 16, 16), **(SMALL | {"width": 32}))
+    block, halve, attention = net.down[0], net.down[1], net.middle[1]
+    x, embedded = torch.randn(4, 32, 8, 8, generator=torch.Generator().manual_seed(0)), torch.randn(4, 128)
+    assert torch.equal(block(x, embedded), x)
+    small = halve(x, embedded)
+    assert torch.equal(attention(small, embedded), small)
+    for out in (small, block.conv_in(x)[..., 1:-1, 1:-1], net.level_out(embedded)):
+        assert out.square().mean().sqrt().item() == pytest.approx(1.0, abs=0.15)
+    assert block.film(embedded).square().mean().sqrt().item() == pytest.approx(0.1, abs=0.02)
+
+
 def test_noise_level_and_every_pixel_matter():
     net = awake(UNet((1, 8, 8), **SMALL))
     x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
@@ -72,6 +85,7 @@ def test_every_parameter_has_a_role_and_inner_convolutions_go_to_muon():
     table = {row.name: row for row in roles(net, strict=True)}
     assert table["down.0.conv_in.weight"].algorithm == "muon"
     assert sum(part.matrices for part in table["middle.1.qkv.weight"].parts) == 3
+    assert sum(part.matrices for part in table["down.0.film.weight"].parts) == 2
     assert table["enter.weight"].role is Role.EMBEDDING and table["enter.weight"].algorithm == "adamw"
     assert table["leave.weight"].role is Role.HEAD and table["leave.weight"].algorithm == "adamw"
 

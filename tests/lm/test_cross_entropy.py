@@ -34,6 +34,29 @@ def test_value_and_gradients_are_torch_s(tokens, width, vocabulary, chunk, seed,
             assert linear_cross_entropy(x, w, targets) == found
 
 
+def test_any_mark_of_tokens_that_are_not_predicted():
+    x, w = torch.randn(6, 3), torch.randn(5, 3)
+    targets = torch.tensor([0, -100, 4, 2, -100, 1])
+    expected = F.cross_entropy(x @ w.t(), targets, ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(linear_cross_entropy(x, w, targets, ignore=-100), expected)
+
+
+def test_bfloat16_weights_are_summed_up_in_float32():
+    """Many chunks, each a small part of the sums: in bfloat16 they would be lost."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 16, generator=g).bfloat16().requires_grad_() for n in (3000, 8))
+    targets = torch.randint(0, 8, (3000,), generator=g)
+    expected = F.cross_entropy(x.double() @ w.double().t(), targets, reduction="sum")
+    grads = torch.autograd.grad(expected, (x, w))
+    with mock.patch.multiple(module, _CHUNK_ELEMENTS={"cpu": 8}, _LEAST_ROWS=10):
+        found = linear_cross_entropy(x, w, targets)
+        found_grads = torch.autograd.grad(found, (x, w))
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), rel=2e-3)
+    for one, other in zip(found_grads, grads, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one - other).float().norm() < 0.01 * other.float().norm()
+
+
 def test_huge_logits_do_not_overflow():
     x, w = torch.full((1, 1), 1e4), torch.tensor([[1.0], [-1.0]])
     assert linear_cross_entropy(x, w, torch.tensor([0])) == 0.0

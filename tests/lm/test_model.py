@@ -83,6 +83,24 @@ def test_initial_weights_are_a_pure_function_of_seed_and_name():
     assert torch.equal(a.state_dict()["head.weight"], deeper["head.weight"])
 
 
+def test_initial_weights_keep_the_residual_stream_of_order_one():
+    """Each of the 2 L branches adds 1 / (2 L) of the variance: outputs are scaled down, inputs have unit gain."""
+    config = LMConfig(num_layers=4, num_shared=2)
+    blocks = LanguageModel(config).blocks
+    for block in blocks:
+        attention, ffn = block.attention, block.ffn
+        outputs = [attention.out.weight] + (
+            [ffn.experts.down, ffn.shared.down] if block is not blocks[0] else [ffn.down]
+        )
+        for weight in outputs:
+            assert weight.std().item() == pytest.approx((8 * weight.shape[-1]) ** -0.5, rel=0.05)
+        inputs = [attention.q.weight, attention.kv_down.weight, attention.kv_up.weight]
+        for weight in inputs + ([ffn.router.weight, ffn.experts.gate_up] if block is not blocks[0] else [ffn.gate_up]):
+            assert weight.std().item() == pytest.approx(weight.shape[-1] ** -0.5, rel=0.07)
+    dense = LanguageModel(replace(config, dense=True)).blocks[1].ffn.down
+    assert dense.std().item() == pytest.approx((8 * dense.shape[1]) ** -0.5, rel=0.05)
+
+
 def test_every_parameter_declares_its_role():
     model = LanguageModel(replace(TINY, q_rank=16))
     roles = declared_roles(model)

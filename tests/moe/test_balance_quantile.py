@@ -86,6 +86,16 @@ def test_groups_that_are_closed_and_scores_that_are_not_numbers(k):
     assert cut.isfinite().all() and cut.abs().max() <= 1
 
 
+def test_a_cut_far_from_zero_is_found_within_its_bin():
+    """Margins of the first expert spread evenly from 0.4 to 0.8, where a bin is 0.015 wide."""
+    scores = torch.zeros(20_001, 2)
+    scores[:, 0] = torch.linspace(0.8, 1.6, 20_001)  # the margin is half of the lead
+    histogram = margin_histogram(scores, 1)
+    for share in (0.3, 0.55, 0.8):
+        cut = quantile_cut(histogram, torch.tensor([share, 0.5]))[0].item()
+        assert cut == pytest.approx(0.8 - 0.4 * share, abs=5e-4)
+
+
 def test_a_token_without_a_runner_up_chooses_at_any_bias():
     """Two open experts of four and two choices: the cutoff is the second score itself, and no closed expert matters."""
     open_scores = torch.tensor([[0.75, 0.25]])

@@ -29,6 +29,19 @@ def test_against_sorting(decay):
         assert cuts[s, t, e] == pytest.approx(exact.item(), abs=0.0101)  # one of 100 bins
 
 
+def test_cuts_are_found_within_a_bin():
+    even = (torch.arange(2000.0) + 0.5) / 2000
+    cuts, _ = moving_quantile(even.view(1, -1, 1), 0.345, decay=1.0)
+    assert cuts[0, -1, 0].item() == pytest.approx(0.655, abs=1e-3)  # a bin is 0.01 wide
+
+
+def test_the_shift_is_a_part_of_the_cut_of_the_share_that_is_chosen():
+    x = scores(2, 20, 4)
+    for strength, k in ((0.3, 1), (1.0, 2)):
+        shift = MovingQuantile(strength, decay=0.9).shift((2, 20), k)(x.view(40, 4))
+        torch.testing.assert_close(shift.view(2, 20, 4), -strength * moving_quantile(x, k / 4, decay=0.9)[0])
+
+
 def test_causal_and_may_be_cut_anywhere():
     x = scores()
     whole, end = moving_quantile(x, 0.3)
@@ -36,7 +49,9 @@ def test_causal_and_may_be_cut_anywhere():
     changed[:, 40:] = 0.9
     assert torch.equal(moving_quantile(changed, 0.3)[0][:, :40], whole[:, :40])
     first, state = moving_quantile(x[:, :25], 0.3)
+    before = state.clone()
     second, again = moving_quantile(x[:, 25:], 0.3, state_seb=state)
+    assert torch.equal(state, before)  # it may be gone on with again
     torch.testing.assert_close(torch.cat([first, second], 1), whole)
     torch.testing.assert_close(again, end)
 

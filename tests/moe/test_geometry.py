@@ -12,6 +12,7 @@ from quintic.core import ConfigError, DataError
 from quintic.core.initial import initialize_
 from quintic.moe import geometry, split_dense
 from quintic.moe.feedforward import FeedForward
+from quintic.moe.splitting import DenseSplit
 
 
 def vectors(tokens, n, d, seed=0):
@@ -134,6 +135,15 @@ def test_the_router_finds_norms_that_are_linear_in_the_input():
     y = ffn(x)
     rebuilt = split.to_moe(4, normalize_experts="l2")(x)
     assert (rebuilt - y).norm() / y.norm() < 0.15
+
+
+def test_r2_is_around_the_mean_of_each_expert():
+    """A router that knows the means alone predicts nothing, however far apart they are."""
+    true = torch.tensor([[1.0, 11.0], [3.0, 9.0]])
+    make = lambda predicted: DenseSplit(*torch.zeros(2, 2, 1, 1), "relu", *torch.zeros(2, 2), true, predicted)  # noqa: E731
+    assert make(true.mean(0).expand(2, 2)).r2 == pytest.approx(0.0)
+    assert make(true).r2 == 1.0
+    assert make(torch.tensor([[1.0, 11.0], [3.0, 10.0]])).r2 == pytest.approx(1 - 1 / 4)
 
 
 def test_few_tokens_for_the_width_do_not_fit_their_noise():

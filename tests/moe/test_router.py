@@ -162,6 +162,10 @@ def test_smooth_topk_sums_to_k_orders_like_its_input_and_has_the_right_gradient(
         torch.testing.assert_close(score.sum(1), torch.full((6,), float(k)).double())
         assert torch.equal(score.argsort(1), x.argsort(1))
     assert torch.autograd.gradcheck(lambda x: smooth_topk(x, 3), x.requires_grad_())
+    flat = torch.tensor([[900.0, 800.0, -900.0]], requires_grad=True)  # every sigmoid is flat at the cut
+    score = smooth_topk(flat, 2)
+    score.square().sum().backward()
+    assert score[0].tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-6) and flat.grad.abs().max() < 1e-5
 
 
 def test_select_with_one_score_and_gate_with_another():

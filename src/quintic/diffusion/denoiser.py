@@ -65,7 +65,7 @@ def check_noisy(x: Tensor, shape: tuple[int, int, int]) -> None:
     Raises:
         ConfigError: ``x`` is not (b, *shape).
     """
-    if x.ndim != 4 or tuple(x.shape[1:]) != tuple(shape):
+    if tuple(x.shape[1:]) != tuple(shape):
         raise ConfigError(f"expected images of shape (b, {', '.join(map(str, shape))}), found {tuple(x.shape)}")
 
 
