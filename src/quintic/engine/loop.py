@@ -206,7 +206,7 @@ def _train(
                 elif state.skipped_in_a_row > engine.max_skips:
                     raise TrainingError(
                         f"{state.skipped_in_a_row} steps in a row were not finite (engine.max_skips = "
-                        f"{engine.max_skips}); the last checkpoint is intact. Lower optim.lr or lengthen the warm-up"
+                        f"{engine.max_skips}); what was saved before is intact. Lower optim.lr or lengthen the warm-up"
                     )
                 if (state.row.get("spike") or 0.0) > SPIKE:
                     display.note(f"step {state.step}: the loss is {state.row['spike']:.0f} sigma above the last steps'")

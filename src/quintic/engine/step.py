@@ -74,7 +74,7 @@ def take_step(parts: StepParts, state: TrainState) -> None:
         raise TrainingError(
             f"step {state.step + 1}: loss {total / count:.4g}, gradient norm {norm:.4g} - not finite; nothing was "
             f"updated. Its examples were {', '.join(map(str, examples.tolist()))}. "
-            "The last checkpoint is intact; start a new run with a lower optim.lr or a longer warm-up, "
+            "What was saved before is intact; start a new run with a lower optim.lr or a longer warm-up, "
             "or leave such steps out with engine.on_nonfinite=skip"
         )
     lr = optim.lr * lr_factor(state.step, engine.steps, optim)
