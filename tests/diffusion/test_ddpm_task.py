@@ -65,7 +65,7 @@ def test_a_step_depends_on_the_generator_and_nothing_else():
 
 
 def test_classes_reach_the_network_and_are_withheld_sometimes():
-    task = small_task(replace(SMALL, classes=-1, class_dropout=0.5), drawn=200)
+    task = small_task(replace(SMALL, classes=-1, class_dropout=0.2), drawn=200)
     seen = []
 
     class Spy(UNet):
@@ -78,7 +78,7 @@ def test_classes_reach_the_network_and_are_withheld_sometimes():
     batch = task.batch(np.arange(200))
     task.loss(spy, batch)
     withheld = seen[0] == 10
-    assert 60 < int(withheld.sum()) < 140
+    assert 20 < int(withheld.sum()) < 65
     assert torch.equal(seen[0][~withheld], batch["labels"][~withheld])
 
 

@@ -117,3 +117,11 @@ def test_fractional_steps_lie_between_their_neighbours():
     between = 0.25 * levels[300] + 0.75 * levels[301]
     model.predict_x0(torch.zeros(4, 1, 2, 2), torch.tensor([levels[300], between, 50.0, -50.0]))
     assert seen[0].tolist() == pytest.approx([300.0, 300.75, 0.0, 999.0], abs=1e-3)
+    steps = np.arange(len(abar))
+    assert np.abs(model.step(torch.from_numpy(levels)).numpy() - steps).max() < 1e-6  # in float64: 1e-3 in float32
+
+
+@pytest.mark.parametrize("abar", [[0.9], [0.5, 0.9], [0.9, 0.9, 0.5], [[0.9, 0.5]]])
+def test_products_that_do_not_fall_are_no_schedule(abar):
+    with pytest.raises(CheckpointError, match="must fall"):
+        StepwiseDenoiser(lambda x, step, labels: x, np.array(abar), "eps", (1, 2, 2), "print")

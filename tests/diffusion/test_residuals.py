@@ -105,6 +105,23 @@ def test_sizes_follow_the_predicted_value():
         np.testing.assert_allclose(np.array(bands) / 256, 1.0, atol=0.1)  # white once their size is taken out
 
 
+def test_bands_are_those_of_errors_of_one_size():
+    """Errors alike all over a picture, but thrice as large in one half: what is left without the size is one number."""
+    images = torch.zeros(3000, 1, 4, 4)
+    known = Known(images)
+    one = torch.randn(3000, 1, 1, 1, generator=torch.Generator().manual_seed(5))
+    images[:] = known.said + 0.02 * torch.where(known.said > 0, 3.0, 1.0) * one
+    for row in measure_residuals(known, images, batch=3000).bands:
+        assert row[0] / 256 == pytest.approx(16.0, rel=0.05) and max(row[1:]) <= 3
+
+
+def test_a_band_without_errors_has_the_smallest_number():
+    squares = np.full((1, 4, 4), 1e-6)
+    squares[0, 0, 0] = 16.0
+    tables = Residuals.from_squares([np.ones(PARTS)] * len(KNOTS), [squares] * len(KNOTS))
+    assert set(tables.bands[0]) == {16 * 256, 1}
+
+
 def test_what_is_predicted_beyond_the_range_counts_as_its_end():
     images = 0.5 * torch.randn(200, 1, 4, 4, generator=torch.Generator().manual_seed(2)).clamp(-1, 1)
     loud, clipped = Known(images.clone()), Known(images.clone())

@@ -50,6 +50,21 @@ def test_images_are_the_same_with_it(fitted, method, guidance):
     assert torch.allclose(*drawn, rtol=0, atol=1e-9)
 
 
+def test_every_block_that_guesses_is_given_one(fitted):
+    flow, guess = fitted
+    asked = []
+
+    def spy(block, z):
+        asked.append((block, len(z)))
+        return guess(block, z)
+
+    blocks = list(reversed(range(len(flow.stack))))
+    flow.sample(3, 1, method="jacobi", guess=spy, batch=2)
+    assert asked == [(block, size) for size in (2, 1) for block in blocks]
+    flow.sample(3, 1, method="sequential", guess=spy)
+    assert len(asked) == 2 * len(blocks)
+
+
 def test_it_saves_sweeps(fitted):
     flow, guess = fitted
     z, rows = to_tokens(latents(flow, 8), flow.patch), flow.rows(None, 8)

@@ -10,7 +10,8 @@ from torch import nn
 
 from quintic.core import ConfigError, DataError
 from quintic.core.initial import initialize_
-from quintic.moe import geometry, split_dense
+from quintic.moe import geometry, split_dense, splitting
+from quintic.moe.activation import ACTIVATIONS
 from quintic.moe.feedforward import FeedForward
 from quintic.moe.splitting import DenseSplit
 
@@ -135,6 +136,33 @@ def test_the_router_finds_norms_that_are_linear_in_the_input():
     y = ffn(x)
     rebuilt = split.to_moe(4, normalize_experts="l2")(x)
     assert (rebuilt - y).norm() / y.norm() < 0.15
+
+
+def test_the_ridge_is_that_of_generalised_cross_validation():
+    """Against the hat matrix written out, for every ridge that is tried."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 12, generator=g, dtype=torch.float64) * torch.logspace(-2, 0, 12, dtype=torch.float64) + 1.0
+    norms = x @ torch.randn(12, 3, generator=g, dtype=torch.float64) + 0.3 * torch.randn(40, 3, generator=g).double()
+    centred, target = x - x.mean(0), norms - norms.mean(0)
+    found = []
+    for size in splitting._RIDGES:
+        ridge = size * 40 * centred.square().mean() * torch.eye(12, dtype=torch.float64)
+        weight = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ target)
+        hat = centred @ torch.linalg.solve(centred.T @ centred + ridge, centred.T)
+        score = (target - hat @ target).square().sum() / (40 - 1 - hat.trace()) ** 2
+        found.append((score.item(), weight.T))
+    best = min(range(len(found)), key=lambda i: found[i][0])
+    assert 0 < best < len(found) - 1
+    weight, offset = splitting._fit(x, norms)
+    torch.testing.assert_close(weight, found[best][1])
+    torch.testing.assert_close(x.mean(0) @ weight.T + offset, norms.mean(0))
+
+
+@pytest.mark.parametrize("name", ["silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_python"])
+def test_activations_of_transformers_are_understood(name):
+    act = pytest.importorskip("transformers.activations").ACT2FN[name]
+    z = torch.linspace(-3, 3, 50)
+    torch.testing.assert_close(ACTIVATIONS[splitting._activation_name(act)].function(z), act(z))
 
 
 def test_r2_is_around_the_mean_of_each_expert():
