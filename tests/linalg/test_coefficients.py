@@ -72,6 +72,11 @@ def test_degree_three_has_no_fifth_power_and_converges():
     assert np.abs(1 - run(schedule, np.geomspace(1e-2, 1, 1001))).max() < 1e-6
 
 
+def test_the_last_stage_is_not_damped():
+    damped, whole = (polar_express_coefficients(1e-3, 4, safety=s) for s in (1.01, 1.0))
+    assert damped[-1] == whole[-1] and damped[0] != whole[0]
+
+
 def test_safety_keeps_inputs_above_one_in_range():
     x = np.linspace(1e-3, 1.02, 5001)
     assert run(polar_express_coefficients(1e-3, 5, safety=1.02), x).max() < 1.2
@@ -118,6 +123,7 @@ def test_explicit_coefficients():
     assert resolve_schedule(triple, 3) == (triple,) * 3
     assert resolve_schedule(triple) == (triple,) * 5
     assert resolve_schedule([triple, list(triple)]) == (triple,) * 2
+    assert resolve_schedule([triple, triple], 4) == (triple,) * 2 + resolve_schedule("taylor", 2)
     assert resolve_schedule(np.array([triple])) == (triple,)
 
 

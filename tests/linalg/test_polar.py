@@ -328,6 +328,12 @@ def test_svd_is_differentiable_where_singular_values_are_equal(shape):
     assert torch.autograd.gradcheck(lambda x: msign(x, method="svd"), (M,))
 
 
+def test_svd_has_a_whole_jacobian_at_once():
+    M = randn(3, 5, dtype=torch.float64)
+    sign = lambda x: msign(x, method="svd")  # noqa: E731
+    torch.testing.assert_close(torch.func.jacrev(sign)(M), torch.autograd.functional.jacobian(sign, M))
+
+
 def test_svd_has_the_derivative_at_constant_rank():
     a, b = (randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((5, 2), (2, 6)))
     assert torch.autograd.gradcheck(lambda a, b: msign(a @ b, method="svd"), (a, b))

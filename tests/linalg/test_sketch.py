@@ -114,6 +114,10 @@ def test_dominant_of_a_large_matrix_is_near_the_best(wrap):
     error = torch.linalg.vector_norm(A - U * S @ Vh)
     assert error < 1.01 * torch.linalg.vector_norm(torch.linalg.svdvals(A)[20:])
     torch.testing.assert_close(U.mH @ U, torch.eye(20, dtype=torch.float64))
+    first, default, other = (
+        dominant(wrap(A), 20, **options).S for options in ({"power": 1, "seed": 0}, {}, {"power": 1, "seed": 1})
+    )
+    assert torch.equal(first, default) and not torch.equal(first, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -142,5 +146,6 @@ def test_safe_scale_is_a_power_of_two_only_where_squares_could_overflow():
     assert scale[0] == scale[3] == 1
     assert ((A / scale)[1:3].abs() >= 1).all() and ((A / scale)[1:3].abs() < 2).all()
     assert torch.equal(torch.log2(scale).round(), torch.log2(scale))
+    assert safe_scale(torch.tensor([[-3e30, 1.0]])).item() > 1e30
     assert safe_scale(A[0]) == 1.0 and isinstance(safe_scale(A[0]), float)
     assert safe_scale(torch.tensor([1e200j, 0], dtype=torch.complex128)).item() > 1e199

@@ -244,6 +244,12 @@ def test_a_state_dict_loads_back(method, tmp_path):
         load_compressed(nn.Sequential(nn.ReLU(), nn.Linear(5, 4)).double(), made.state_dict())
 
 
+def test_what_was_frozen_stays_frozen():
+    net = mlp(4, 8, 3).requires_grad_(False)
+    smaller = compress(net, [randn(20, 4)], keep=0.5).module
+    assert not any(p.requires_grad for p in smaller.parameters())
+
+
 def test_a_seed_decides_everything():
     net, x = mlp(6, 40, 40, 5), randn(100, 6)
 

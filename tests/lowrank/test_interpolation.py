@@ -10,6 +10,7 @@ from tests.lowrank.matrices import best, randn, relative, with_spectrum
 
 from quintic.core import ConfigError, DataError
 from quintic.lowrank import RULES, interpolative
+from quintic.lowrank.interpolation import apply_inverse
 
 
 @pytest.mark.parametrize("method", RULES)
@@ -170,3 +171,12 @@ def test_indices_that_do_not_fit():
     with pytest.raises(ConfigError, match="list of positions"):
         interpolative(A, indices=["a"])
     assert interpolative(torch.stack([A, A]), indices=[[0, 1], [2, 3]]).cols.tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_a_triangle_without_an_inverse_has_its_pseudo_inverse(adjoint):
+    T = torch.triu(randn(5, 5))
+    T[2:] = 0  # of rank 2
+    B = randn(5, 3, seed=1)
+    expected = np.linalg.pinv((T.T if adjoint else T).numpy()) @ B.numpy()
+    torch.testing.assert_close(apply_inverse(T, B, adjoint=adjoint), torch.from_numpy(expected))

@@ -86,6 +86,17 @@ def test_every_rule_works_by_products(method):
     assert error < (6 if method in one_by_one else 300) * svd(A, rank=6).error()
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.float16, None])
+def test_operators_of_other_dtypes_are_computed_in_double_precision(dtype):
+    A = np.arange(12.0).reshape(4, 3)
+    operator = scipy.sparse.linalg.LinearOperator(
+        A.shape, matvec=lambda x: A @ x, rmatvec=lambda x: A.T @ x, dtype=dtype
+    )
+    found = interpolative(operator, rank=2)
+    assert found.C.dtype == np.float64
+    np.testing.assert_allclose(found.reconstruct(), A, atol=1e-12)
+
+
 def test_operators_are_asked_for_blocks_not_vectors():
     given = ByProducts(with_spectrum(500, 400, 0.9 ** np.arange(400)))
     interpolative(given, rank=40, method="fast")

@@ -155,6 +155,17 @@ def test_it_takes_the_place_of_a_warmup():
     assert capped[-1] < 1.05 * warm[-1] < 0.5 * warm[0]
 
 
+def test_a_factor_that_was_read_keeps_its_value():
+    p = nn.Parameter(randn(4, 3))
+    optimizer = Muon([p], cap=1e-3)
+    p.grad = randn(4, 3, seed=1) * 100
+    optimizer.step()
+    factor = optimizer.cap_factor
+    p.grad = randn(4, 3, seed=1) * 1e-6
+    optimizer.step()
+    assert factor < optimizer.cap_factor == 1
+
+
 def test_settings_copies_and_diagnosis():
     for wrong in (0.0, -1.0, math.nan):
         with pytest.raises(ConfigError, match="cap ="):

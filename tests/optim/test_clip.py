@@ -155,3 +155,10 @@ def test_gradients_of_two_precisions_keep_each_its_own():
     clip_grad_norm_([p, q], 1.0)
     torch.testing.assert_close(p.grad, torch.full((3,), 7**-0.5, dtype=torch.float64), rtol=1e-14, atol=0)
     torch.testing.assert_close(q.grad, torch.full((4,), 7**-0.5))
+
+
+def test_gradients_of_one_sign_beyond_the_range_of_squares():
+    for value in (1e30, -1e30):
+        (p,) = with_grads(torch.full((4,), value))
+        assert clip_grad_norm_(p).norm == pytest.approx(2e30)
+        torch.testing.assert_close(p.grad, torch.full((4,), math.copysign(0.5, value)))

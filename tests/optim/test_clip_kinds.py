@@ -72,6 +72,7 @@ def test_one_exploding_matrix_leaves_the_others_their_size():
     assert torch.equal(stack[[0, 2]], kept[2][[0, 2]])
     assert sigma(stack[1]) == pytest.approx(1.0, rel=1e-5)
     assert result.fraction.item() == pytest.approx(1 / 5)
+    assert result.scale.item() == pytest.approx(1 / sigma(kept[2][1]), rel=1e-5)  # the smallest
     assert result.clipped
     assert result.threshold == 1.0
     # The global norm would have made all of them vanish.
@@ -265,6 +266,14 @@ def test_norms_that_are_not_finite_are_counted_and_not_remembered():
     assert clip.norms == pytest.approx([1.0, 2.0, 3.0])
     assert clip.nonfinite_steps == 2
     assert clip.steps == 5
+    run(clip, [9.0, 0.1, math.nan])
+    assert clip.clip_fraction == 2 / 8  # of all calls: 3 and 9
+
+
+def test_the_shortest_window_that_knows_the_quantile():
+    clip = GradientClipping("adaptive", max_norm=math.inf, quantile=0.9, window=10)
+    run(clip, [1.0] * 10)
+    assert float(clip.threshold) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("kind", CLIPPING)

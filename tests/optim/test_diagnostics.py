@@ -176,6 +176,7 @@ def test_gradient_descent_form(clip):
     norm = raw_gradient().norm().item()
     assert norm > 0.02
     assert found.metrics["gradient_descent_change"] == pytest.approx(-0.1 * norm**2)
+    assert found.metrics["sign_change"] == pytest.approx(-0.1 * raw_gradient().abs().sum().item())
     assert found.metrics["predicted_change"] == pytest.approx(-0.1 * norm**2 * min(1.0, clip / norm))
 
 
@@ -234,6 +235,8 @@ def test_rows_of_matrices():
     for name in ("weight_rms", "update_rms"):  # over all elements
         squares = sum(getattr(row, name) ** 2 * elements[row.name] for row in rows.values())
         assert found.metrics[name] == pytest.approx(math.sqrt(squares / sum(elements.values())), rel=1e-12)
+    entropy = sum(row.svd_entropy * row.matrices for row in rows.values()) / 6  # over matrices
+    assert found.metrics["svd_entropy"] == pytest.approx(entropy, rel=1e-12)
     assert sum(found.layers.values()) == pytest.approx(1.0)
     assert set(found.layers) == {"embed", "fused", "experts", "first", "conv", "lm_head"}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.optim.toy import parameters, run, set_grads, snapshot
+from tests.optim.toy import parameters, randn, run, set_grads, snapshot
 
 import quintic.optim.matrices as matrices_module
 from quintic.linalg.polar import msign_
@@ -128,3 +128,12 @@ def test_matrices_of_one_shape_keep_the_settings_of_their_groups(name, values):
 def _plain(name, values):
     """In groups dtypes are plain data."""
     return [str(value).removeprefix("torch.") for value in values] if name == "ns_dtype" else values
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (6, 1), (3, 1, 6)])
+@pytest.mark.parametrize("method", ["newton-schulz", "gram"])
+def test_rows_and_columns_are_exactly_normalised_by_every_method(shape, method):
+    (p,) = parameters(shape)
+    p.grad, before = randn(*shape, seed=5), p.detach().clone()
+    Muon([p], lr=0.1, weight_decay=0.0, scale="none", method=method).step()
+    torch.testing.assert_close(before - p.detach(), 0.1 * p.grad / p.grad.norm(dim=(-2, -1), keepdim=True))

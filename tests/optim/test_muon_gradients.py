@@ -12,10 +12,11 @@ from quintic.core import ConfigError
 from quintic.optim import Muon
 
 
-def test_gradients_are_only_read():
+@pytest.mark.parametrize("options", [{}, {"maximize": True}, {"nesterov": False}, {"momentum_form": "sum"}])
+def test_gradients_are_only_read(options):
     """Keller's Muon and pytorch_optimizer overwrite p.grad under Nesterov."""
     model = Model()
-    optimizer = Muon(model)
+    optimizer = Muon(model, **options)
     for step in range(2):
         set_grads(list(model.parameters()), step + 1)
         before = {n: (p.grad.clone(), p.grad._version, p.grad.data_ptr()) for n, p in model.named_parameters()}
@@ -230,9 +231,10 @@ def test_half_precision_weights_have_float32_state_and_follow_float32(dtype, nes
         torch.testing.assert_close(p.float(), q, atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
 
 
-def test_parameters_of_one_shape_may_differ_in_dtype():
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.float32, torch.float64)])
+def test_parameters_of_one_shape_may_differ_in_dtype(dtypes):
     def mixed():
-        return [nn.Parameter(randn(4, 6, seed=i).to(d)) for i, d in enumerate((torch.float32, torch.bfloat16) * 2)]
+        return [nn.Parameter(randn(4, 6, seed=i).to(d)) for i, d in enumerate(dtypes * 2)]
 
     together, alone = mixed(), mixed()
     run(together, Muon(together), 2)

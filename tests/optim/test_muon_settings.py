@@ -33,6 +33,8 @@ from quintic.optim import Muon, convert_lr
         ({"adamw_betas": 0.9}, "adamw_betas = 0.9; expected two numbers"),
         ({"adamw_betas": (0.9,)}, "expected two numbers"),
         ({"cap": "10"}, "cap = '10'; expected a positive number"),
+        ({"norm": "spectral"}, "unknown norm 'spectral'"),
+        ({"coefficients": "quintc"}, "did you mean 'quintic'"),
     ],
 )
 def test_wrong_settings_are_refused_at_construction(keywords, message):

@@ -151,6 +151,23 @@ def test_convolutions():
     optimizer.step()
 
 
+def test_a_convolution_behind_a_linear_layer_sees_features():
+    assert algorithms(nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 8, 3), nn.ReLU()))["1.weight"] == "muon"
+
+
+def test_experts_are_known_by_the_name_of_their_place_or_of_their_class():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.zeros(4, 8, 6))
+
+    class MoEStack(Stack):
+        pass
+
+    table = roles(nn.ModuleDict({"experts": Stack(), "a": MoEStack(), "b": Stack()}))
+    assert [table[f"{n}.up"].role is Role.EXPERT_STACK for n in ("experts", "a", "b")] == [True, True, False]
+
+
 def test_experts_and_routers_of_other_libraries():
     class SomeExperts(nn.Module):
         def __init__(self):
