@@ -52,6 +52,11 @@ def test_files_are_never_larger_than_asked_and_decode_to_what_the_encoder_saw(wi
     assert same(codec.decode(made.data), made.image)
 
 
+def test_a_codec_tells_its_model_and_preset():
+    assert repr(Codec(preset="fast")) == "Codec(shipped models, preset='fast')"
+    assert repr(toy_codec()).startswith("Codec(<") and repr(toy_codec()).endswith(", preset='standard')")
+
+
 def test_more_bytes_give_a_better_picture_and_most_of_a_target_is_used():
     codec, original = toy_codec(), picture(12, 12)
     made = [codec.code(original, target_bytes=n) for n in (16, 25, 40, 70, 120)]

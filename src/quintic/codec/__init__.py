@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from quintic.codec.container import Header, Parts, read_parts
-from quintic.codec.schedule import Curve, Plan, paper_plan
+from quintic.codec.curve import Curve
+from quintic.codec.schedule import Plan, paper_plan
 
 if TYPE_CHECKING:
     from quintic.codec.image import Codec as Codec

@@ -27,9 +27,9 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from quintic.codec.arithmetic import LN2, UNIT, exact_exp
+from quintic.codec.arithmetic import LN2, UNIT
 from quintic.codec.codebook import Array, precision
-from quintic.codec.schedule import Curve
+from quintic.codec.curve import LAST, Curve, snr_at
 from quintic.diffusion.residuals import KNOTS, ONE, PARTS, Residuals, band_of, transforms
 
 __all__ = ["Between", "Errors"]
@@ -70,7 +70,7 @@ class Errors:
         knots = knots[:, 0]
         whole = sizes[knots] * (_GAP - beyond) + sizes[knots + 1] * beyond
         parts = (bands[knots] * (_GAP - beyond) + bands[knots + 1] * beyond) * _SIZE
-        rates = np.array([[curve.bits_per_snr(min(level, 10 * UNIT - 1))] for level in known])
+        rates = np.array([[curve.bits_per_snr(min(level, LAST - 1))] for level in known])
         errors = (_WIDER * 2.0 * LN2 * rates / len(band) * parts).astype(number).take(band, 1)
         rows = zip(np.square(whole), (whole * _SIZE).astype(number), errors, strict=True)
         self._at = dict(zip(known, rows, strict=True))
@@ -113,7 +113,7 @@ class Between:
     def __init__(self, errors: Errors, x0: NDArray[np.float32], x: Array, level: int) -> None:
         self._shape = errors.shape
         self._x0 = x0.reshape(x.shape).astype(precision(errors.single))
-        self._snr = _snr(level)
+        self._snr = snr_at(level)
         self._eta = _eta(x, self._snr)
         squares, sizes, self._errors = errors.at(level)
         # A value of 1 has a place of its own at the end.
@@ -124,7 +124,7 @@ class Between:
 
     def predict(self, x: Array, level: int) -> NDArray[np.float32]:
         """The prediction at a later level: (n, d) to (n, c, h, w), in [-1, 1]."""
-        snr = _snr(level)
+        snr = snr_at(level)
         delta = snr - self._snr
         # In place as far as can be: what a step touches, the network's next call has to fetch again.
         news = _eta(x, snr)
@@ -142,10 +142,6 @@ class Between:
         np.maximum(x0, -_ONE, out=x0)
         np.minimum(x0, _ONE, out=x0)
         return x0.reshape(-1, *self._shape)
-
-
-def _snr(level: int) -> float:
-    return exact_exp(level / UNIT)
 
 
 def _eta(x: Array, snr: float) -> Array:

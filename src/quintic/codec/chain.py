@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from quintic.codec.arithmetic import UNIT, step_coefficients
 from quintic.codec.between import Between, Errors
 from quintic.codec.codebook import Array, Codebook, precision, start_noise
+from quintic.codec.curve import Curve
 from quintic.codec.exact import ExactArithmetic
-from quintic.codec.schedule import Curve, Plan
+from quintic.codec.schedule import Plan
 from quintic.codec.selection import Ids, Single
 from quintic.core import ConfigError
 from quintic.core.counter_rng import Stream

@@ -20,10 +20,11 @@ from torch import Tensor
 from quintic.codec.arithmetic import UNIT
 from quintic.codec.chain import Choose, Direction, aim, replay, run_chain
 from quintic.codec.container import MODES, Header, Parts, join, read_parts
+from quintic.codec.curve import Curve
 from quintic.codec.guidance import Operator
 from quintic.codec.models import Model, as_model, name_for, shipped_model
 from quintic.codec.rate import Coded, Sizes, largest_payload, meet_psnr, psnr
-from quintic.codec.schedule import Curve, Plan, atoms_that_fit, preset_number, preset_plan
+from quintic.codec.schedule import Plan, atoms_that_fit, preset_number, preset_plan
 from quintic.codec.selection import Ids
 from quintic.codec.symbols import from_bytes, from_sequence, payload_size, to_bytes, to_sequence
 from quintic.codec.tiles import Layout, read_image, to_image, to_values
@@ -92,6 +93,10 @@ class Codec:
         self.preset = preset
         self.batch = batch
         self.max_pixels = max_pixels
+
+    def __repr__(self) -> str:
+        model = "shipped models" if self._own is None else repr(self._own.denoiser)
+        return f"Codec({model}, preset={self.preset!r})"
 
     # -- pictures to files
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from quintic.codec.arithmetic import UNIT
 from quintic.codec.chain import First
-from quintic.codec.schedule import PRESETS, Curve
+from quintic.codec.curve import Curve
+from quintic.codec.schedule import PRESETS
 from quintic.core import CodecError, ConfigError, DataError
 from quintic.diffusion import GaussianDenoiser, shipped_denoiser, shipped_names
 from quintic.diffusion.denoiser import Denoiser

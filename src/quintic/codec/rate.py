@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from quintic.codec.container import Header, checksum_size
-from quintic.codec.schedule import Curve, atoms_that_fit, most_atoms, preset_plan
+from quintic.codec.curve import Curve
+from quintic.codec.schedule import atoms_that_fit, most_atoms, preset_plan
 from quintic.codec.symbols import payload_size
 from quintic.codec.transparency import looks
 from quintic.core import ConfigError

@@ -1,45 +1,36 @@
 """Where the steps are: noise levels at equal gains of information, and how many atoms each step gets.
 
-What a noisy image tells about the clean one grows with the signal-to-noise ratio by half the denoiser's squared error,
-
-    dI / d snr = 1/2 E |x_0 - E[x_0 | x]|^2   (Guo, Shamai, Verdu 2005),   snr = exp(log_snr),
-
-so that a denoiser's own errors on validation images are its information curve; a Gaussian's is known exactly. One call
-of the denoiser serves a whole step, so a step costs what it would if that error stayed as it is where the step begins
-(the Kullback-Leibler divergence of the true step from DDPM's): 1/2 E |x_0 - E[x_0 | x]|^2 times the gain of snr, more
-than the curve says. Each step goes as far as its bits pay for; atoms carry about three quarters of theirs. Evenly
+What a noisy image tells about the clean one is the model's information curve (:mod:`quintic.codec.curve`). One call of
+the denoiser serves a whole step, so a step costs what it would if the denoiser's error stayed as it is where the step
+begins (the Kullback-Leibler divergence of the true step from DDPM's): 1/2 E |x_0 - E[x_0 | x]|^2 times the gain of snr,
+more than the curve says. Each step goes as far as its bits pay for; atoms carry about three quarters of theirs. Evenly
 spaced steps, the paper's, spend a third of the stream where a step has nothing to learn, and skip the levels where it
 has much. The prediction where the bits end is the image.
 
-Noise levels are whole numbers of 1/256 log_snr and a curve is whole numbers of 1/64 bit; levels follow from both by
-arithmetic that is the same on every platform.
+Noise levels are whole numbers of 1/256 log_snr; they follow from the curve by arithmetic that is the same on every
+platform.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
-import hashlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from quintic.codec.arithmetic import UNIT, exact_exp
+from quintic.codec.arithmetic import UNIT
 from quintic.codec.codebook import Codebook, GaussianCodebook, OrthogonalCodebook
+from quintic.codec.curve import FIRST, LAST, Curve, snr_at
 from quintic.codec.packing import digit_bits
 from quintic.codec.selection import Grouped, Pursuit, Rule, Signed, Single
 from quintic.core import ConfigError, suggest
-
-if TYPE_CHECKING:  # reading a file's header takes no torch
-    from quintic.diffusion.residuals import Residuals
 
 __all__ = [
     "BOOKS",
     "PRESETS",
     "RULES",
-    "Curve",
     "Plan",
     "Preset",
     "atoms_that_fit",
@@ -53,83 +44,8 @@ __all__ = [
 BOOKS = ("orthogonal", "gaussian", "shared")
 RULES = ("signed", "single", "pursuit", "grouped")
 
-_KNOT = UNIT // 4
-_FIRST, _LAST = -10 * UNIT, 10 * UNIT
-_FRACTION = 64
-_UNITS = _FRACTION * _KNOT
 _KEPT = 1 << 14
 """Orthogonal codebooks up to this dimension are kept, 32 bytes a value: 64 MB at most."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Information of a noisy image about the clean one at log_snr -10, -9.75, ... 10.
-
-    Example:
-        >>> curve = Curve.from_information(lambda log_snr: 100.0 * math.log1p(math.exp(log_snr)))
-        >>> [round(curve.level(bits) / 256, 2) for bits in (100, 200, 400)]
-        [0.0, 1.09, 2.71]
-    """
-
-    knots: tuple[int, ...]
-    """In 1/64 bit per image, rising from 0."""
-    residuals: Residuals | None = None
-    """What the model's errors look like; presets of fewer calls than steps need it."""
-
-    def __post_init__(self) -> None:
-        if len(self.knots) != 81 or self.knots[0] != 0 or any(a > b for a, b in itertools.pairwise(self.knots)):
-            raise ConfigError("an information curve is 81 whole numbers that rise from 0")
-        if not self.knots[-1]:
-            raise ConfigError("an information curve must rise: this one says that images tell nothing")
-
-    @classmethod
-    def from_information(cls, nats: Callable[[float], float], residuals: Residuals | None = None) -> Curve:
-        """From nats per image at a log_snr: the ``information`` of a GaussianDenoiser or of an ErrorCurve."""
-        start = nats(_FIRST / UNIT)
-        values = [(nats(level / UNIT) - start) / math.log(2.0) for level in cls.levels()]
-        return cls(tuple(round(_FRACTION * value) for value in values), residuals)
-
-    @staticmethod
-    def levels() -> range:
-        """The noise levels of the knots, in 1/256 of log_snr."""
-        return range(_FIRST, _LAST + 1, _KNOT)
-
-    @property
-    def bits(self) -> float:
-        """Information at the last knot."""
-        return self.knots[-1] / _FRACTION
-
-    @property
-    def digest(self) -> str:
-        """Hexadecimal SHA-256 of the knots."""
-        return hashlib.sha256(",".join(map(str, self.knots)).encode()).hexdigest()
-
-    def at(self, level: int) -> int:
-        """Information at a noise level, linear between knots, in 1/4096 bit."""
-        if level >= _LAST:
-            return self.knots[-1] * _KNOT
-        i, beyond = divmod(level - _FIRST, _KNOT)
-        return self.knots[i] * _KNOT + (self.knots[i + 1] - self.knots[i]) * beyond
-
-    def level(self, bits: int, parts: int = 1) -> int:
-        """The noise level at which ``bits / parts`` bits are reached, linear between knots, at most the last."""
-        wanted = bits * _FRACTION
-        i = bisect.bisect_left(self.knots, wanted, key=lambda knot: knot * parts)
-        if i == 0:
-            return _FIRST
-        if i == len(self.knots):
-            return _LAST
-        low, high = self.knots[i - 1] * parts, self.knots[i] * parts
-        return _FIRST + _KNOT * (i - 1) + _KNOT * (wanted - low) // (high - low)
-
-    def bits_per_snr(self, level: int) -> float:
-        """Half the squared error at a noise level below the last, in bits.
-
-        A difference over a quarter of log_snr, or more if the curve gains less than 2 bits there.
-        """
-        start = self.at(level)
-        end = min(_LAST, max(level + _KNOT, self.level(start + 2 * _UNITS, _UNITS)))
-        return (self.at(end) - start) / _UNITS / (_snr(end) - _snr(level))
 
 
 @dataclass(frozen=True)
@@ -317,14 +233,14 @@ def matched_levels(curve: Curve, bits: Sequence[int], carried: tuple[int, int] =
         carried: Numerator and denominator of the part of them that counts. Two thirds: three quarters are carried, and
             the rate, past the level, is a tenth too low. A tenth more or less costs 0.2 dB at most.
     """
-    levels = [_FIRST]
+    levels = [FIRST]
     for budget in bits:
         level = levels[-1]
         following = level + 1
-        if following < _LAST:
-            rate, here = carried[1] * curve.bits_per_snr(level), _snr(level)
-            reach = range(following, _LAST)
-            following += bisect.bisect_left(reach, carried[0] * budget, key=lambda to: rate * (_snr(to) - here))
+        if following < LAST:
+            rate, here = carried[1] * curve.bits_per_snr(level), snr_at(level)
+            reach = range(following, LAST)
+            following += bisect.bisect_left(reach, carried[0] * budget, key=lambda to: rate * (snr_at(to) - here))
         levels.append(following)
     return tuple(levels)
 
@@ -403,7 +319,3 @@ def _robust_bits(total: int, steps: int, dimension: int) -> int:
 @functools.lru_cache(1 << 12)
 def _step_bits(atoms: int, dimension: int) -> int:
     return sum(map(digit_bits, Grouped(atoms).radices(dimension, joint=False)))
-
-
-def _snr(level: int) -> float:
-    return exact_exp(level / UNIT)
