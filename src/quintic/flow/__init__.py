@@ -8,7 +8,8 @@ from quintic.flow.loading import load_flow, save_flow, shipped_flow, shipped_flo
 from quintic.flow.outliers import ImageScores, score_images
 from quintic.flow.planning import SamplingPlan, plan_sampling
 from quintic.flow.reference import load_reference
-from quintic.flow.tarflow import Samples, TarFlow
+from quintic.flow.samples import Samples
+from quintic.flow.tarflow import TarFlow
 
 __all__ = [
     "Guidance",

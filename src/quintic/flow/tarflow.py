@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,25 +33,12 @@ from quintic.flow.labels import class_rows
 from quintic.flow.likelihood import bits, dequantise, log_normal, logit_forward, logit_inverse
 from quintic.flow.patches import check_patch, to_image, to_tokens
 from quintic.flow.planning import SamplingPlan
+from quintic.flow.samples import Samples, great_circle
 from quintic.flow.spline import Spline
 
-__all__ = ["Samples", "TarFlow"]
+__all__ = ["TarFlow"]
 
 _TRIES = 4
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Images of a flow, with what vouches for them."""
-
-    images: Tensor
-    """(n, c, h, w), pixels from about -1 to 1, denoised if that was asked for."""
-    latents: Tensor
-    """(n, c, h, w): where they came from."""
-    inversions: tuple[Inversion, ...]
-    """Certificates, one per batch."""
-    redrawn: int
-    """Images that were not finite and were drawn again."""
 
 
 class TarFlow(nn.Module):
@@ -355,14 +341,7 @@ class TarFlow(nn.Module):
         """
         with torch.no_grad():
             a, b = self(torch.stack([one, other]), labels)[0]
-        cosine = (a * b).sum() / (a.norm() * b.norm())
-        angle = torch.arccos(cosine.clamp(-1, 1))
-        t = torch.linspace(0, 1, steps).to(a)[:, None, None, None]
-        if angle.sin() < 1e-6:
-            path = (1 - t) * a + t * b
-        else:
-            path = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
-        return self.decode(path, labels, **options)[0]
+        return self.decode(great_circle(a, b, steps), labels, **options)[0]
 
     def rows(self, labels: Tensor | int | None, batch: int) -> Tensor | None:
         """Rows (b,) of the class tables (:func:`quintic.flow.labels.class_rows`)."""
