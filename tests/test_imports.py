@@ -99,3 +99,12 @@ def test_torch_is_not_imported(code):
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["codec", "--help"], ["--version"]])
+def test_help_imports_nothing_that_computes(arguments):
+    program = (
+        f"import sys\ntry:\n    from quintic.cli.app import main; main({arguments!r})\nexcept SystemExit as end:\n"
+        "    assert not end.code\nassert not {'numpy', 'PIL', 'torch'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=120)

@@ -14,8 +14,6 @@ from rich.table import Table
 
 from quintic.cli.picture_files import PICTURES, each_file, find_files, open_picture, png_bytes, progress, target_paths
 from quintic.cli.printing import say
-from quintic.codec.container import MODES, read_parts
-from quintic.codec.schedule import PRESETS
 from quintic.core import ConfigError, suggest
 from quintic.core.files import atomic_write, check_folder
 
@@ -158,6 +156,8 @@ def info(*paths: str | Path, as_json: Annotated[bool, Parameter(name="--json", n
     quintic codec info photo.qdc
     quintic codec info coded/ --json
     """
+    from quintic.codec.container import MODES, read_parts
+    from quintic.codec.schedule import PRESETS
 
     def show(path: Path) -> None:
         data = path.read_bytes()
