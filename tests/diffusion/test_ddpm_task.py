@@ -136,7 +136,9 @@ def test_a_sample_leaves_the_model_as_it_was(tmp_path):
     task = small_task(replace(SMALL, dropout=0.5))
     model = task.build(0).train()
     with torch.no_grad():
-        model.leave.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+        for parameter in model.parameters():
+            if not parameter.any():  # else nothing that dropout reaches matters
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
     assert isinstance(task.denoiser(model), Denoiser)
     for name in ("one", "two"):
         task.sample(model, tmp_path / name, 0, lambda: False)
@@ -144,7 +146,10 @@ def test_a_sample_leaves_the_model_as_it_was(tmp_path):
     # In evaluation mode, or dropout would make them differ.
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert task.sample(model, tmp_path / "three", 0, lambda: True) == ""
+    asked = []
+    assert task.sample(model, tmp_path / "three", 0, lambda: asked.append(1) or len(asked) > 2) == ""  # midway, too
     assert not (tmp_path / "three.png").exists()
+    assert not torch.equal(*(model(torch.ones(1, 1, 8, 8), torch.zeros(1)) for _ in range(2)))  # dropout reaches it
 
 
 def test_double_precision_weights():

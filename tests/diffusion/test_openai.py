@@ -65,6 +65,7 @@ def test_openai_networks_say_what_their_own_code_says(name, tmp_path):
 def test_named_betas_are_those_of_the_papers():
     linear = named_betas("linear", 1000)
     assert (linear[0], linear[-1]) == pytest.approx((1e-4, 0.02))
+    assert named_betas("linear", 4000)[[0, -1]] == pytest.approx((2.5e-5, 0.005))  # as much noise in all
     cosine = np.cumprod(1 - named_betas("cosine", 4000))
     # The products telescope to the cosine itself, until beta is cut at 0.999.
     for t in (0.1, 0.5, 0.9):

@@ -60,6 +60,16 @@ def test_of_noisy_images_the_known_pixels_come_back_clean(make_flow):
     assert not torch.equal(one.images[..., ~known], images[..., ~known])
 
 
+def test_the_class_is_that_of_the_density_that_is_drawn_from(make_flow):
+    flow = make_flow((1, 4, 6), num_classes=2, noise="uniform", spread=0.2)
+    images, known = torch.zeros(2, 1, 4, 6, dtype=F64), torch.arange(6) < 3
+    found = [
+        inpaint(flow, images, known, label, steps=6, step_size=0.05).images for label in (0, 1, torch.tensor([0, 1]))
+    ]
+    assert not torch.allclose(found[0], found[1])
+    assert torch.allclose(found[2], torch.stack([found[0][0], found[1][1]]))
+
+
 def test_an_impossible_start_is_refused(make_flow):
     flow = make_flow(noise="uniform", preprocess="logit")
     with pytest.raises(DataError, match="no density"):

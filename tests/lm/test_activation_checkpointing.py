@@ -56,6 +56,27 @@ def test_less_is_kept():
     assert saved_numbers_per_token(replace(config, checkpoint=True)) < saved_numbers_per_token(config) / 3
 
 
+def kept_per_token(config):
+    ids = torch.randint(64, (8, 33), generator=torch.Generator().manual_seed(0))
+    return kept_bytes(LanguageModel(config).train(), ids) / 4 / 256
+
+
+def test_the_estimate_counts_what_each_part_keeps():
+    plain, estimate = kept_per_token(CONFIG), saved_numbers_per_token(CONFIG)
+    assert estimate == pytest.approx(plain, rel=0.05)
+    for changes in ({"q_rank": 64}, {"kv_rank": 128}, {"num_shared": 3}, {"num_heads": 6}):
+        more = replace(CONFIG, **changes)
+        assert saved_numbers_per_token(more) - estimate == pytest.approx(kept_per_token(more) - plain, rel=0.05)
+
+
+@pytest.mark.parametrize("larger", [{"d_ff": 1024}, {"d_expert": 256}])
+def test_with_checkpoints_the_estimate_is_of_inputs_and_the_largest_block(larger):
+    config = replace(CONFIG, **larger)
+    blocks = [kept_per_token(replace(config, num_layers=1, num_dense_layers=dense)) for dense in (0, 1)]
+    inputs = config.num_layers * config.d_model
+    assert saved_numbers_per_token(replace(config, checkpoint=True)) - inputs == pytest.approx(max(blocks), rel=0.12)
+
+
 def test_generation_does_not_mind():
     plain, checkpointed = models()
     texts = [list(generate(model, [1, 2, 3], max_tokens=10, temperature=0.0)) for model in (plain, checkpointed)]
