@@ -6,7 +6,7 @@ import torch
 from tests.lowrank.matrices import best, hilbert, randn, relative, with_spectrum
 
 from quintic.core import ConfigError, DataError
-from quintic.lowrank import RULES, nystrom, svd
+from quintic.lowrank import RULES, cur, interpolative, nystrom, svd
 
 
 def kernel(n=60, d=3, width=4.0, seed=0):
@@ -77,6 +77,14 @@ def test_svd_is_exact_for_small_matrices_and_near_the_best_for_large_ones(dtype)
     assert torch.linalg.vector_norm(large - found.reconstruct()) < 1.03 * best(large, 12)
     torch.testing.assert_close(found.U.mH @ found.U, torch.eye(12, dtype=dtype), atol=1e-5, rtol=0)
     assert svd(large, rank=12, power=0).error() > found.error()
+    assert not torch.equal(svd(large, rank=12, power=0).S, svd(large, rank=12, power=0, seed=1).S)
+
+
+def test_the_rule_is_quality_unless_another_is_asked_for():
+    A = kernel(30, 4, 8.0)
+    for decompose in (interpolative, cur, nystrom):
+        usual, quality = decompose(A, 5), decompose(A, 5, method="quality")
+        assert usual.method == "quality" and torch.equal(usual.left, quality.left)
 
 
 def test_svd_of_a_batch_of_any_scales():

@@ -21,7 +21,7 @@ from tests.lowrank.matrices import (
 from quintic.core import ConfigError
 from quintic.lowrank import RULES, cur, select_columns, select_rows
 from quintic.lowrank.pivots import cross_pivots, greedy_error, lu_pivots
-from quintic.lowrank.scores import leverage, leverage_ridge, leverage_top, subsampled
+from quintic.lowrank.scores import leverage, leverage_ridge, leverage_sampled, leverage_top, subsampled
 
 rules = pytest.mark.parametrize("method", RULES)
 DRAWN = {"quality", "fast", "norms-sampled", "leverage-sampled", "k-means", "uniform", "subsampled", "greedy-error"}
@@ -248,3 +248,25 @@ def test_quality_keeps_the_bound_of_osinsky():
     for seed in range(20):
         A = with_spectrum(20, 25, 0.5 ** np.arange(20), seed=seed)
         assert column_error(A, select_columns(A, 4)) <= 5**0.5 * best(A, 4)
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_a_rule_by_itself_takes_any_scale(method):
+    A = randn(12, 10)
+    assert torch.equal(RULES[method](A, 4, seed=1), RULES[method](A * 2.0**900, 4, seed=1))
+
+
+def test_sampled_leverages_are_of_the_directions_asked_for():
+    """The first direction has two columns, the others eight."""
+    A = torch.zeros(9, 10, dtype=torch.float64)
+    A[0, [3, 7]] = 10.0
+    A[1:, [0, 1, 2, 4, 5, 6, 8, 9]] = torch.eye(8, dtype=torch.float64)
+    for seed in range(5):
+        assert set(leverage_sampled(A, 2, seed=seed, gamma=1).tolist()) == {3, 7}
+    assert any(set(leverage_sampled(A, 2, seed=seed, gamma=9).tolist()) != {3, 7} for seed in range(5))
+
+
+def test_a_matrix_of_the_rank_asked_for_leaves_no_ridge():
+    A = torch.zeros(5, 6, dtype=torch.float64)
+    A[[0, 1, 2], [4, 1, 5]] = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    assert set(leverage_ridge(A, 3).tolist()) == {1, 4, 5}

@@ -321,7 +321,7 @@ def test_matrices_under_adamw_have_spectra_but_no_residual():
 def test_signal_to_noise_does_not_depend_on_the_form_of_the_momentum():
     found = []
     for form in ("average", "sum"):
-        linear = nn.Linear(12, 8, bias=False, dtype=torch.float64)
+        linear = nn.Linear(12, 8, bias=False, dtype=torch.float64)  # its values do not matter
         optimizer = Muon([linear.weight], lr=0.0, momentum=0.8, momentum_form=form)
         for step in range(30):
             linear.weight.grad = 0.7 + randn(8, 12, seed=step, dtype=torch.float64)
@@ -332,15 +332,32 @@ def test_signal_to_noise_does_not_depend_on_the_form_of_the_momentum():
 
 
 def test_a_group_says_how_its_matrices_are_read_and_the_cap_is_told():
-    linear = nn.Linear(12, 8, bias=False)
-    optimizer = Muon([{"params": [linear.weight], "orientation": "in_out", "split": {"blocks": 3}}], cap=1e-3)
-    linear.weight.grad = randn(8, 12)
+    linear = nn.Linear(12, 8, bias=False, dtype=torch.float64)
+    linear.weight.data = randn(8, 12, seed=1, dtype=torch.float64)
+    group = {"params": [linear.weight], "orientation": "in_out", "split": {"blocks": 3}}
+    optimizer = Muon([group], cap=1e-3, method="svd")
+    linear.weight.grad = randn(8, 12, dtype=torch.float64)
     before = snapshot(optimizer)
     optimizer.step()
     found = diagnose(linear, optimizer, before)
     assert [(row.matrices, row.shape) for row in found.matrices] == [(3, (4, 8))]
     assert found.metrics["cap_factor"] == float(optimizer.cap_factor) < 1
     assert found.metrics["orthogonalized_matrices"] == 3
+
+
+def test_matrices_in_our_adamw_half_are_measured_like_those_of_torch():
+    found = []
+    for make in (
+        lambda model: Muon([{"params": list(model.parameters()), "algorithm": "adamw"}], adamw_betas=(0.8, 0.9)),
+        lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.8, 0.9), weight_decay=0.1),
+    ):
+        model = Net().double()
+        optimizer = make(model)
+        for _ in range(3):
+            last, _ = take_step(model, optimizer)
+        found.append(last.metrics)
+    assert found[0]["signal_to_noise"] > 0
+    assert found[0] == pytest.approx(found[1], rel=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("form", ["average", "sum"])

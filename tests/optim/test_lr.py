@@ -56,6 +56,11 @@ def test_wsd_by_hand():
     assert [lr_factor(step, 10, root) for step in range(6, 10)] == pytest.approx(expected)
 
 
+def test_decay_takes_what_warm_up_leaves_where_rounding_gives_both_a_step():
+    config = OptimConfig(warmup_fraction=0.5, decay_fraction=0.5)
+    assert [lr_factor(step, 3, config) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1 - 0.5**0.5])
+
+
 def test_cosine_by_hand():
     config = OptimConfig(schedule="cosine", warmup_fraction=0.0, final_lr_fraction=0.1)
     assert lr_factor(0, 100, config) == 1.0

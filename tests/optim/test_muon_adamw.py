@@ -9,13 +9,13 @@ from quintic.optim import Muon
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("maximize", [False, True])
-def test_adamw_half_is_torch_adamw(dtype, maximize):
+@pytest.mark.parametrize(("maximize", "eps"), [(False, 1e-8), (True, 1e-2)])
+def test_adamw_half_is_torch_adamw(dtype, maximize, eps):
     shapes = [(7,), (5, 3), (), (4, 3, 2)]
     ours, fused, plain = (parameters(*shapes, dtype=dtype) for _ in range(3))
-    keywords = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "maximize": maximize}
+    keywords = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": eps, "weight_decay": 0.1, "maximize": maximize}
     optimizers = (
-        Muon([{"params": ours, "algorithm": "adamw"}], lr=3e-3, weight_decay=0.1, maximize=maximize),
+        Muon([{"params": ours, "algorithm": "adamw"}], lr=3e-3, weight_decay=0.1, maximize=maximize, adamw_eps=eps),
         torch.optim.AdamW(fused, fused=True, **keywords),
         torch.optim.AdamW(plain, foreach=False, **keywords),
     )

@@ -108,6 +108,7 @@ def test_adams_rate_under_a_scale_of_order_one_is_warned_of_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Muon(parameters((3, 3)), lr=1e-3)
+        Muon([{"params": parameters((3, 3)), "algorithm": "adamw"}], lr=1e-3, scale="keller")
         Muon(parameters((3, 3)), lr=convert_lr(1e-3, 0.1, "moonlight", "keller", 1024).lr, scale="keller")
 
 

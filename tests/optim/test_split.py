@@ -108,6 +108,8 @@ def test_what_is_no_matrix_is_read_as_many():
         ({"sizes": (2, 1), "groups": 3}, "9 rows; the matrix has 12"),
         ({"groups": 5}, "the matrix has 12"),
         ({"groups": 0}, "the matrix has 12"),
+        ({"sizes": (12, 0)}, "the matrix has 12"),
+        ({"sizes": (14, -2)}, "the matrix has 12"),
         ({"blocks": 5}, "do not split into"),
         ({"sizes": (8, 4), "blocks": (2,)}, "do not split into"),
         ({"sizes": (2, 4), "groups": 2, "axis": "columns"}, "columns; the matrix has 6"),
