@@ -164,7 +164,7 @@ def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: st
         raise DataError(f"there are no {split} images to evaluate on in {folder}")
     prefix = "val" if split == "validation" else split
     loss, bits = values[f"{prefix}_loss"], values.get(f"{prefix}_bits_per_dim")
-    line = f"{what}: loss {loss:.5f}" + ("" if bits is None else f", {bits:.4f} bits per dimension")
+    line = f"{what}: {_told(loss, header['task'])}" + ("" if bits is None else f", {bits:.4f} bits per dimension")
     return [line], {"data": what, "loss": loss, **({} if bits is None else {"bits_per_dim": bits})}
 
 
@@ -225,6 +225,12 @@ def _flow(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) -> ND
     return as_pixels(found.images.float().cpu().numpy())
 
 
+def _told(loss: float, task: str) -> str:
+    from quintic.report.records import loss_unit
+
+    return f"loss {loss:.5f} ({loss_unit(task)})"
+
+
 def _score_others(loaded: LoadedModel, images: ImageData) -> tuple[list[str], dict[str, Any]]:
     """Likelihood and strangeness of images under a flow; the loss under a diffusion model."""
     import numpy as np
@@ -235,7 +241,7 @@ def _score_others(loaded: LoadedModel, images: ImageData) -> tuple[list[str], di
             values = _task(task, loaded.settings, images).evaluate(loaded.model, "test", lambda: False)
         assert values is not None
         loss = values["test_loss"]
-        return [f"{len(split)} images: loss {loss:.5f}"], {"images": len(split), "loss": loss}
+        return [f"{len(split)} images: {_told(loss, task)}"], {"images": len(split), "loss": loss}
     from quintic.flow import score_images
 
     scores = score_images(loaded.model, split.images, None)  # type: ignore[arg-type]
