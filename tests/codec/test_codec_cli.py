@@ -117,14 +117,18 @@ def test_eval_names_the_picture_that_is_too_large_for_a_size(folder):
 
 
 def test_restore_writes_the_file_and_what_it_decodes_to(folder):
-    mask = np.zeros((11, 15), np.uint8)
-    mask[:, ::2] = 255
+    mask = np.full((11, 15), 127, np.uint8)  # the darkest and the lightest that are taken for black and white
+    mask[:, ::2] = 128
     Image.fromarray(mask).save(folder / "mask.png")
+    Image.fromarray(np.where(mask > 127, 255, 0).astype(np.uint8)).save(folder / "clear.png")
     run("restore", "in/p1.png", "--task", "inpaint", "--mask", "mask.png", "--out", "r.qdc",
         "--model", "model.safetensors")  # fmt: skip
     run("decode", "r.qdc", "--out", "again.png", "--model", "model.safetensors")
     assert (folder / "again.png").read_bytes() == (folder / "r.png").read_bytes()
     assert read_parts((folder / "r.qdc").read_bytes()).header.width == 15
+    run("restore", "in/p1.png", "--task", "inpaint", "--mask", "clear.png", "--out", "other.qdc",
+        "--model", "model.safetensors")  # fmt: skip
+    assert (folder / "other.qdc").read_bytes() == (folder / "r.qdc").read_bytes()
     with pytest.raises(ConfigError, match="--mask"):
         run("restore", "in/p1.png", "--task", "inpaint", "--model", "model.safetensors")
     with pytest.raises(ConfigError, match="did you mean 'deblur'"):

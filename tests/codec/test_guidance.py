@@ -34,6 +34,15 @@ def observations(x):
     }
 
 
+def test_a_blur_keeps_what_is_even_and_is_that_of_scipy_within():
+    ndimage = pytest.importorskip("scipy.ndimage")
+    assert np.allclose(blur_matrix(20, 1.5).sum(1), 1.0)
+    x = np.random.default_rng(0).normal(size=(30, 26))
+    ours = blur_matrix(30, 1.2) @ x @ blur_matrix(26, 1.2).T
+    theirs = ndimage.gaussian_filter(x, 1.2, truncate=8.0)
+    assert np.allclose(ours[10:20, 10:16], theirs[10:20, 10:16], atol=1e-6)
+
+
 @pytest.mark.parametrize("task", ["inpaint", "enlarge", "deblur"])
 def test_what_is_seen_in_part_is_restored_and_compressed_at_once(task):
     codec, original = toy_codec(12), picture(24, 18)

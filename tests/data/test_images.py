@@ -73,6 +73,7 @@ def test_damaged_idx_files_are_named(tmp_path):
     whole = file.read_bytes()
     for content, words in (
         (whole[:-1], "should hold 1920 values"),
+        (whole + b"x", "should hold 1920 values.*found 1921"),
         (b"PNG" + whole, "is not an idx file"),
         (gzip.compress(whole)[:-20], "cannot read"),
         (struct.pack(">I3I", 0x803, 2**31, 2**31, 2**31), "should hold"),
@@ -100,6 +101,7 @@ def test_the_first_subfolder_is_the_class(tmp_path):
         save(tmp_path / "cat" / "old" / f"{i}.png")
         save(tmp_path / "dog" / f"{i}.jpg")
     save(tmp_path / ".hidden" / "x.png")
+    (tmp_path / "folder.png").mkdir()
     (tmp_path / "dog" / "notes.txt").write_text("not a picture")
     data = prepare_images([tmp_path], ImageConfig())
     assert data.class_names == ("cat", "dog")
@@ -199,6 +201,13 @@ def test_of_files_with_frames_the_first_is_taken_and_that_is_said(tmp_path):
     data = prepare_images([tmp_path], every)
     assert np.abs(data.train.images.astype(int) - 30).max() < 3
     assert data.notes["frames"] == "the first one of each of 1 files that have several"
+
+
+def test_a_picture_that_claims_to_be_huge_is_refused(tmp_path, monkeypatch):
+    save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)  # half of its pixels, from where it is an error
+    with pytest.raises(DataError, match=r"cannot read .*a\.png as a picture: Image size \(64 pixels\)"):
+        prepare_images([tmp_path], ImageConfig())
 
 
 def test_bad_files_are_named(tmp_path):

@@ -83,10 +83,11 @@ def from_sequence(sequence: Ids, plan: Plan, count: int, dimension: int) -> list
     for step in range(len(plan.atoms)):
         rule = plan.step_rule(step)
         radices = [] if rule is None else rule.radices(plan.size or dimension, joint=False)
-        part = sequence[first : first + count * len(radices)].reshape(-1, len(radices))
+        own = sequence[first : first + count * len(radices)]
         first += count * len(radices)
-        if len(part) != count or (part < 0).any() or (part >= np.array(radices)).any():
+        if len(own) != count * len(radices) or (own < 0).any() or (own >= np.array(radices * count)).any():
             raise ConfigError(f"the tokens of step {step} are not {count} x {len(radices)} numbers of this plan")
+        part = own.reshape(count, len(radices))
         if plan.rule == "signed" and (np.diff(part >> 1, axis=1) <= 0).any():
             raise ConfigError(f"the tokens of step {step} must name each atom once, in rising order")
         codes.append(part.astype(np.int64))
