@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quintic.moe import MoE
-from quintic.moe.experts import routed_experts
+from quintic.moe.routed import routed_experts
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 40])

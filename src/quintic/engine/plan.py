@@ -28,7 +28,7 @@ from quintic.core import ConfigError
 from quintic.core.roles import Role, declared_roles
 from quintic.optim import roles as route
 
-__all__ = ["Plan", "check_batch", "make_plan"]
+__all__ = ["Plan", "as_rows", "check_batch", "make_plan"]
 
 _GIB = 2**30
 

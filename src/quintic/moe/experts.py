@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from quintic.core.roles import Normal, Role, declare
 from quintic.moe.activation import check_activation
-from quintic.moe.feedforward import SwiGLU
 from quintic.moe.routed import routed_experts
 
-__all__ = ["Experts", "SwiGLU", "routed_experts"]
+__all__ = ["Experts"]
 
 
 class Experts(nn.Module):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import CheckpointError, ConfigError, suggest
+from quintic.optim.adamw import state_dtype
 from quintic.optim.momentum import gradient_weight
 from quintic.optim.muon import Muon
 
@@ -179,7 +180,6 @@ def _convert(
                 f"half with a group of algorithm={other!r}, or leave it out of the state"
             )
         raise CheckpointError(f"the state of {name} has {found}; expected {', '.join(wanted)}")
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
     converted = {}
     for key in wanted:
         value = torch.as_tensor(entry[key])
@@ -191,7 +191,7 @@ def _convert(
                 f"{key} of {name} has shape {tuple(value.shape)} in the state and {tuple(p.shape)} here; "
                 "the state is of another model, or names are in another order"
             )
-        converted[key] = value.to(p.device, dtype, copy=True).contiguous()
+        converted[key] = value.to(p.device, state_dtype(p.dtype), copy=True).contiguous()
     if algorithm == "muon":
         mu = theirs["momentum"]
         factor = gradient_weight(ours["momentum_form"], mu) / gradient_weight(_FORMS[source], mu)
