@@ -88,3 +88,19 @@ def test_folders_that_are_no_denoiser_are_named(tmp_path):
     (tmp_path / "p" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="diffusers cannot read"):
         load_denoiser(tmp_path / "p")
+    for part, name, change, words in (
+        ("scheduler", "scheduler_config.json", {"prediction_type": "flow"}, "unknown prediction_type 'flow'"),
+        ("unet", "config.json", {"sample_size": None}, "no sample_size"),
+    ):
+        tiny_pipeline(tmp_path / part)
+        path = tmp_path / part / part / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(CheckpointError, match=words):
+            load_denoiser(tmp_path / part)
+    # Pickled weights are not opened, where diffusers alone would.
+    unet, _ = tiny_pipeline(tmp_path / "pickled", size=(4, 8))
+    assert load_denoiser(tmp_path / "pickled").shape == (3, 4, 8)
+    (tmp_path / "pickled" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(unet.state_dict(), tmp_path / "pickled" / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="diffusers cannot read"):
+        load_denoiser(tmp_path / "pickled")

@@ -62,6 +62,18 @@ def test_openai_networks_say_what_their_own_code_says(name, tmp_path):
     assert found == pytest.approx(expected, abs=2e-5)
 
 
+def test_heads_of_the_way_up_may_be_others():
+    flags = {"image_size": 32, "num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "16", "num_heads": 2}
+    network = _UNet(3, 0, OpenAIFlags(**flags, num_heads_upsample=4))
+    down, middle, up = (
+        [layer.heads for layer in part.modules() if hasattr(layer, "heads")]
+        for part in (network.input_blocks, network.middle_block, network.output_blocks)
+    )
+    assert set(down) == set(middle) == {2} and set(up) == {4}
+    same = _UNet(3, 0, OpenAIFlags(**flags))
+    assert {layer.heads for layer in same.modules() if hasattr(layer, "heads")} == {2}
+
+
 def test_named_betas_are_those_of_the_papers():
     linear = named_betas("linear", 1000)
     assert (linear[0], linear[-1]) == pytest.approx((1e-4, 0.02))
