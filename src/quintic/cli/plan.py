@@ -75,11 +75,7 @@ def plan(
     paths, overrides = split_arguments(arguments)
     if paths:
         raise ConfigError(f"plan takes settings only, found the path {paths[0]}")
-    if mfu is not None and mfu_of is not None:
-        raise ConfigError("give either --mfu or --mfu-of")
-    mfu = _reached(mfu_of) if mfu_of is not None else 0.4 if mfu is None else mfu
-    if not 0 < mfu <= 1:
-        raise ConfigError(f"--mfu must be in (0, 1], found {mfu}")
+    mfu = _share_of_peak(mfu, mfu_of)
     if ranks < 1:
         raise ConfigError(f"--ranks must be at least 1, found {ranks}")
     for name, value in (
@@ -95,17 +91,10 @@ def plan(
     import torch
 
     from quintic.core.machine import matmul_peak, pick_device, pick_dtype
-    from quintic.data.tokenizer import vocab_size_for
-    from quintic.engine.plan import as_rows
 
     engine = settings["engine"]
     budget = tokens or float(engine.steps * engine.batch_size * settings["lm"].context)
-    assumed = ""
-    if settings.sources["lm.vocab_size"] == "default":
-        vocabulary = -(-(settings["data"].vocab_size or vocab_size_for(int(_BYTES_A_TOKEN * budget))) // 8) * 8
-        settings = settings.derive("lm.vocab_size", vocabulary, "assumed")
-        assumed = f"the text decides the vocabulary; {vocabulary:,} tokens assumed, lm.vocab_size=N for another"
-    c = settings["lm"]
+    settings, notes = _with_vocabulary(settings, budget)
     device = pick_device("auto")
     dtype = pick_dtype(engine.dtype, device)
     found = _plan_of(settings, ranks, shards, 2 if dtype == torch.bfloat16 else 4, "cuda")
@@ -113,43 +102,64 @@ def plan(
     hours = found.hours(budget, peak, mfu)
     advice = found.advice(memory_gib * 2**30) if memory_gib else []
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "parameters": found.parameters,
-                    "bytes_per_rank": found.bytes_per_rank,
-                    "sent_per_step": found.sent_per_step,
-                    "muon_overhead": found.muon_overhead,
-                    "vocabulary": c.vocab_size,
-                    "tokens_per_step": found.tokens_per_step,
-                    "flops_per_token": found.flops_per_token,
-                    "tokens": budget,
-                    "mfu": mfu,
-                    "hours": hours,
-                    "advice": advice,
-                }
-            )
-        )
+        facts = {
+            "parameters": found.parameters,
+            "bytes_per_rank": found.bytes_per_rank,
+            "sent_per_step": found.sent_per_step,
+            "muon_overhead": found.muon_overhead,
+            "vocabulary": settings["lm"].vocab_size,
+            "tokens_per_step": found.tokens_per_step,
+            "flops_per_token": found.flops_per_token,
+            "tokens": budget,
+            "mfu": mfu,
+            "hours": hours,
+            "advice": advice,
+        }
+        say(json.dumps(facts))
         return
-    console = Console()
+    _print(found, size)
     say(
-        f"{size}: {_count(ranks, 'rank')}, {_count(shards or ranks, 'shard')}, "
-        f"{_count(found.micro_batch, 'example')} a forward pass",
-        console=console,
+        f"{budget:.3g} tokens take {hours:,.1f} hours at {mfu:.0%} of {peak / 1e12:,.2f} TFLOP/s a rank; "
+        "activations are an estimate, and what the communication costs in time depends on the network"
+    )
+    for line in [*notes, *advice]:
+        say(line)
+
+
+def _print(found: Plan, size: str) -> None:
+    from quintic.engine.plan import as_rows
+
+    say(
+        f"{size}: {_count(found.ranks, 'rank')}, {_count(found.shards, 'shard')}, "
+        f"{_count(found.micro_batch, 'example')} a forward pass"
     )
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for row in as_rows(found):
         table.add_row(*row)
-    console.print(table)
-    say(
-        f"{budget:.3g} tokens take {hours:,.1f} hours at {mfu:.0%} of {peak / 1e12:,.2f} TFLOP/s a rank; "
-        "activations are an estimate, and what the communication costs in time depends on the network",
-        console=console,
-    )
-    for line in [*([assumed] if assumed else []), *advice]:
-        say(line, console=console)
+    Console().print(table)
+
+
+def _share_of_peak(given: float | None, run: Path | None) -> float:
+    """The MFU to count with: as given, as a run has reached it, or the usual one."""
+    if given is not None and run is not None:
+        raise ConfigError("give either --mfu or --mfu-of")
+    share = _reached(run) if run is not None else 0.4 if given is None else given
+    if not 0 < share <= 1:
+        raise ConfigError(f"--mfu must be in (0, 1], found {share}")
+    return share
+
+
+def _with_vocabulary(settings: Settings, tokens: float) -> tuple[Settings, list[str]]:
+    """Settings whose vocabulary is that of a text as long as the training, unless it is given; and what was assumed."""
+    from quintic.data.tokenizer import vocab_size_for
+
+    if settings.sources["lm.vocab_size"] != "default":
+        return settings, []
+    vocabulary = -(-(settings["data"].vocab_size or vocab_size_for(int(_BYTES_A_TOKEN * tokens))) // 8) * 8
+    note = f"the text decides the vocabulary; {vocabulary:,} tokens assumed, lm.vocab_size=N for another"
+    return settings.derive("lm.vocab_size", vocabulary, "assumed"), [note]
 
 
 def _plan_of(settings: Settings, ranks: int, shards: int, compute_bytes: int, device_type: str) -> Plan:
