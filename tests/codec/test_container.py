@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quintic.codec import Header, Plan, paper_plan, read_parts
-from quintic.codec.container import join
+from quintic.codec.container import checksum_size, join
 from quintic.core import CodecError
 
 SIDES = st.integers(1, 1 << 21)
@@ -106,3 +106,14 @@ def test_a_cut_file_can_be_read_when_not_strict():
     file = join(Header(28, 28, 0, 40, b"ab"), bytes(range(40)))
     parts = read_parts(file[:30], strict=False)
     assert (parts.complete, parts.intact, parts.data) == (False, False, bytes(range(20)))
+
+
+def test_a_side_has_an_end():
+    header = Header(1 << 21, 1, 0, 0, b"ab")
+    assert read_parts(join(header, b"")).header == header
+    with pytest.raises(CodecError, match="more than 2097152 a side"):
+        read_parts(join(dataclasses.replace(header, width=(1 << 21) + 1), b""))
+
+
+def test_short_files_have_short_checksums():
+    assert [checksum_size(1, 255), checksum_size(1, 256), checksum_size(0, 3)] == [2, 4, 4]

@@ -92,3 +92,10 @@ def test_sums_and_products_do_not_depend_on_the_order_of_their_terms():
 def test_what_is_not_known_to_be_exact_is_refused(words, operation):
     with ExactArithmetic(), pytest.raises(CodecError, match=words):
         operation()
+
+
+def test_a_softmax_of_large_scores_does_not_overflow():
+    x = torch.tensor([[2000.0, 1999.0, -2000.0]])
+    with torch.no_grad(), ExactArithmetic():
+        found = torch.softmax(x, -1)
+    torch.testing.assert_close(found, torch.softmax(x, -1))

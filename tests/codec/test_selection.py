@@ -172,3 +172,8 @@ def test_what_does_not_exist_is_refused():
         Signed(5).choose(np.zeros((1, 4)), OrthogonalCodebook(4, 0, 0))
     with pytest.raises(ConfigError, match="5 groups of a codebook of 4"):
         Grouped(5).choose(np.zeros((1, 4)), OrthogonalCodebook(4, 0, 0))
+
+
+def test_an_atom_taken_with_both_signs_is_no_division_by_zero():
+    """As two flipped bits of a robust file may have it."""
+    assert not Signed(2).noise(np.array([[6, 7]]), OrthogonalCodebook(12, 0, 0)).any()

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from quintic.core import ConfigError, DataError
 from quintic.data.drawings import SHAPES, draw
-from quintic.data.images import ImageConfig, as_pixels, as_signed, prepare_images
+from quintic.data.images import ImageConfig, as_pixels, as_signed, image_grid, prepare_images
 
 
 def write_idx(folder, part, images, labels, suffix=""):
@@ -58,6 +59,14 @@ def test_idx_classes_and_licence_are_read_from_beside(tmp_path):
     data = prepare_images([tmp_path], ImageConfig())
     assert data.class_names == ("shirt", "coat", "boot", "bag")
     assert data.licence == "MIT"
+
+
+def test_an_empty_test_part_of_idx_files_is_a_warning(tmp_path):
+    images, labels = idx_folder(tmp_path)
+    write_idx(tmp_path, "t10k", images[:0], labels[:0])
+    data = prepare_images([tmp_path], ImageConfig(size=5))
+    assert len(data.test) == 0 and data.class_names == ("0", "1", "2", "3")
+    assert any("test split" in warning for warning in data.warnings)
 
 
 def test_idx_images_are_scaled_and_coloured_on_request(tmp_path):
@@ -165,6 +174,25 @@ def test_transparency_becomes_white_and_grey_is_found_out(tmp_path):
     assert data.shape[0] == 3
     assert (data.train.images == 255).all(axis=(1, 2, 3)).any()
     assert prepare_images([tmp_path], ImageConfig(channels="grey")).shape[0] == 1
+
+
+def test_black_and_white_is_grey(tmp_path):
+    save(tmp_path / "a.png", colour=1, mode="1")
+    data = prepare_images([tmp_path], ImageConfig(validation_fraction=0.0, test_fraction=0.0))
+    assert data.shape == (1, 8, 8) and (data.train.images == 255).all()
+
+
+def test_a_picture_that_is_named_twice_counts_once(tmp_path, monkeypatch):
+    save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    every = ImageConfig(validation_fraction=0.0, test_fraction=0.0)
+    assert len(prepare_images([tmp_path, Path("a.png")], every).train) == 1
+
+
+def test_one_name_of_an_emoji_among_others_makes_no_groups(tmp_path):
+    for name in ("1f44b-1f3fd", "wave"):
+        save(tmp_path / f"{name}.png")
+    assert prepare_images([tmp_path], ImageConfig()).notes["groups"] == "every file by itself"
 
 
 def test_pictures_are_turned_upright(tmp_path):
@@ -290,7 +318,15 @@ def test_mirror_images_are_examples_of_their_own():
     assert (split.images[0] == data.train.images[3]).all()
     assert (split.images[1] == data.train.images[3, :, ::-1]).all()
     assert split.labels.tolist() == [3, 3]
-    assert (data.train.images == prepare_images(None, ImageConfig(size=16, drawn=20)).train.images).all()
+    plain = prepare_images(None, ImageConfig(size=16, drawn=20))
+    assert (data.train.images == plain.train.images).all()
+    assert data.fingerprint != plain.fingerprint  # of the examples, which a resumed run must have again
+
+
+def test_a_grid_is_white_where_images_end():
+    grid = np.asarray(image_grid(np.zeros((3, 2, 4, 1), np.uint8), smallest=8))
+    assert grid.tolist() == [[0] * 8] * 2 + [[0] * 4 + [255] * 4] * 2
+    assert image_grid(np.zeros((3, 2, 4, 3), np.uint8), smallest=9).size == (16, 8)
 
 
 def test_bytes_and_signed_numbers():
@@ -305,6 +341,7 @@ def test_bytes_and_signed_numbers():
 def test_settings_out_of_range_are_named():
     for wrong, words in (
         ({"size": 2}, "data.size"),
+        ({"size": 1025}, "data.size"),
         ({"channels": "cmyk"}, "data.channels"),
         ({"test_fraction": -0.1}, "data.test_fraction"),
         ({"test_fraction": 0.6, "validation_fraction": 0.6}, "add up to more than 1"),
