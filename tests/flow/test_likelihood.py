@@ -72,6 +72,12 @@ def test_noise_belongs_to_the_image_not_to_the_batch(make_flow):
     assert torch.allclose(whole, parts, rtol=1e-12)
 
 
+def test_no_picture_takes_no_bits(make_flow):
+    flow = make_flow((1, 4, 6), num_classes=2)
+    nothing, labels = torch.zeros(0, 1, 4, 6, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    assert flow.bits_per_dim(nothing, labels).shape == flow.log_prob(nothing.double(), labels).shape == (0,)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_constants_are_right_for_any_number_of_channels(make_flow, channels):
     # The identity flow is a standard normal of x in [-1, 1), bins of 2 / 256: known without the code under test.

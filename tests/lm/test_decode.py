@@ -196,6 +196,18 @@ def test_models_without_a_quick_step_write_what_they_would_uncached(changes):
     assert logits[2:-1].argmax(-1).tolist() == text[3:]
 
 
+def test_a_batch_without_a_quick_step_says_what_each_would_say_alone():
+    """Padding before the shorter prompts stays out of sight when one token after the other goes through the model."""
+    model = LanguageModel(replace(LMConfig(), q_rank=16, context=24)).double()
+    with torch.no_grad():
+        model.head.weight.mul_(30)
+    prompts = [[1, 2, 3], [9], [5, 4, 3, 2, 1, 0, 7, 8, 9, 10]]
+    assert not suits(model)
+    made = generate_batch(model, prompts, seed=[4, 5, 6], max_tokens=12, temperature=1.0)
+    for prompt, seed, row in zip(prompts, (4, 5, 6), made, strict=True):
+        assert row == list(generate(model, prompt, seed=seed, max_tokens=12, temperature=1.0))
+
+
 def test_what_has_no_quick_step():
     model = LanguageModel(LMConfig())
     with torch.autocast("cpu", dtype=torch.bfloat16):

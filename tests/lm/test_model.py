@@ -86,7 +86,10 @@ def test_initial_weights_are_a_pure_function_of_seed_and_name():
 def test_initial_weights_keep_the_residual_stream_of_order_one():
     """Each of the 2 L branches adds 1 / (2 L) of the variance: outputs are scaled down, inputs have unit gain."""
     config = LMConfig(num_layers=4, num_shared=2)
-    blocks = LanguageModel(config).blocks
+    model = LanguageModel(config)
+    assert model.embedding.weight.std().item() == pytest.approx(1.0, rel=0.05)
+    assert model.head.weight.std().item() == pytest.approx(0.1 * config.d_model**-0.5, rel=0.05)
+    blocks = model.blocks
     for block in blocks:
         attention, ffn = block.attention, block.ffn
         outputs = [attention.out.weight] + (

@@ -97,7 +97,7 @@ class Layer(nn.Module):
     def forward(self, x_bnw: Tensor, temperature: float = 1.0) -> Tensor:
         """(b, n, w) -> (b, n, w); attention logits are divided by ``temperature``."""
         b, n, w = x_bnw.shape
-        q, k, v = self.qkv(self.attention_norm(x_bnw)).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.attention_norm(x_bnw)).view(b, n, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
         scale = 1.0 / (math.sqrt(w // self.heads) * temperature)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         x_bnw = x_bnw + self.mix(mixed.transpose(1, 2).reshape(b, n, w))
