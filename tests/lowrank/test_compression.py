@@ -244,6 +244,14 @@ def test_a_state_dict_loads_back(method, tmp_path):
         load_compressed(nn.Sequential(nn.ReLU(), nn.Linear(5, 4)).double(), made.state_dict())
 
 
+def test_a_share_of_neurons_is_rounded_and_a_number_of_weights_refused():
+    net, x = mlp(4, 3, 2), randn(20, 4)
+    assert compress(net, [x], keep=0.6).layers[0].after == (4, 2, 2)
+    assert compress(net, [x], keep=0.01).layers[0].after == (4, 1, 2)
+    with pytest.raises(ConfigError, match=r"keep = 2 for layer '0'; expected a share of its weights up to 1\.0$"):
+        compress(net, [x], keep=2, method="magnitude")
+
+
 def test_what_was_frozen_stays_frozen():
     net = mlp(4, 8, 3).requires_grad_(False)
     smaller = compress(net, [randn(20, 4)], keep=0.5).module

@@ -180,3 +180,10 @@ def test_a_triangle_without_an_inverse_has_its_pseudo_inverse(adjoint):
     B = randn(5, 3, seed=1)
     expected = np.linalg.pinv((T.T if adjoint else T).numpy()) @ B.numpy()
     torch.testing.assert_close(apply_inverse(T, B, adjoint=adjoint), torch.from_numpy(expected))
+
+
+def test_complex_results_are_plain_tensors():
+    """A tensor that is conjugated only when it is read cannot become an array."""
+    found = interpolative(randn(6, 5, dtype=torch.complex128), rank=2, side="rows")
+    for part in (found.left, found.right, found.R, found.Z):
+        assert not part.is_conj() and part.numpy().shape == part.shape

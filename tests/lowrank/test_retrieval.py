@@ -215,8 +215,9 @@ def test_bad_numbers_are_named():
     for none in ("ab", [1.5], [True, False], None):
         with pytest.raises(ConfigError, match="numbers of items"):
             index.search(lambda items: S[0][items], proposed=none) if none else index.remove_items(none)
-    with pytest.raises(DataError, match="new items"):
-        index.add_items(S[:5])
+    for none in (S[:5], torch.full((20, 2), math.nan)):
+        with pytest.raises(DataError, match="new items"):
+            index.add_items(none)
     for items, error, message in (([], ConfigError, "one or more"), ([30], ConfigError, "numbered 0 to 29"),
                                   ([1, 1], ConfigError, "different"), ([1], DataError, "of 1 items")):  # fmt: skip
         with pytest.raises(error, match=message):
