@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from quintic.cli.wiring import LoadedModel
     from quintic.data.images import ImageData
+    from quintic.diffusion import UNet
     from quintic.engine import Settings, Task
     from quintic.flow import TarFlow
 
@@ -34,6 +35,7 @@ __all__ = [
     "prepare",
     "sections",
     "shipped",
+    "with_shape",
 ]
 
 EMBEDDED = "Drawn shapes"
@@ -102,7 +104,7 @@ def build(task: str, settings: Settings) -> nn.Module:
     return TarFlow(**flow_arguments(settings[task]), seed=None)
 
 
-def shipped(task: str, name: str) -> nn.Module:
+def shipped(task: str, name: str) -> UNet | TarFlow:
     """A trained model that comes with the package."""
     if task == "ddpm":
         from quintic.diffusion import NetworkDenoiser, shipped_denoiser

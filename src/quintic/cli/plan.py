@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quintic.cli.printing import say
-from quintic.cli.wiring import build_settings, kind_of, split_arguments
+from quintic.cli.wiring import build_settings, split_arguments
 from quintic.core import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -166,13 +166,14 @@ def _plan_of(settings: Settings, ranks: int, shards: int, compute_bytes: int, de
     """What a language model of these settings needs, its vocabulary known."""
     import torch
 
+    from quintic.cli.language import build
     from quintic.engine.plan import make_plan
     from quintic.lm.cross_entropy import rows_at_a_time
     from quintic.lm.memory import saved_numbers_per_token
 
     c, engine = settings["lm"], settings["engine"]
     with torch.device("meta"):
-        model = kind_of("lm").build("lm", settings)
+        model = build("lm", settings)
     return make_plan(
         model,
         ranks=ranks,

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from rich.console import Console
 
@@ -26,10 +26,14 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from quintic.cli import images, language
     from quintic.engine import Run, Settings, Task
+
+    _KINDS: tuple[Kind, ...] = (images, language)  # for the type checker, which sees no import by name
 
 __all__ = [
     "KINDS",
+    "Kind",
     "LoadedModel",
     "build_settings",
     "build_task",
@@ -45,12 +49,69 @@ __all__ = [
 ]
 
 KINDS = {"lm": "quintic.cli.language", "tarflow": "quintic.cli.images", "ddpm": "quintic.cli.images"}
-"""Task: the module with its ``sections``, ``prepare``, ``build``, ``generate`` and ``evaluate``, and its words."""
+"""Task: its module, a :class:`Kind`."""
 
 _OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+=")
 
 
-def kind_of(task: str) -> Any:
+class Kind(Protocol):
+    """What the module of a kind of task has; each function is told the task, since a kind may have several."""
+
+    @property
+    def EMBEDDED(self) -> str:
+        """Title of the data that comes with the package."""
+        ...
+
+    @property
+    def READING(self) -> str:
+        """What is going on while data is read."""
+        ...
+
+    @property
+    def OF_FILES(self) -> tuple[str, ...]:
+        """Settings that say how files are read."""
+        ...
+
+    @property
+    def UNIT(self) -> str:
+        """Of the loss."""
+        ...
+
+    @property
+    def NEXT(self) -> str:
+        """What one would do with a finished run."""
+        ...
+
+    def sections(self, task: str) -> dict[str, type]:
+        """The task's own sections."""
+        ...
+
+    def prepare(
+        self, task: str, paths: Sequence[Path], settings: Settings, progress: Callable[[str], None]
+    ) -> tuple[Task, Settings, list[str]]:
+        """Read the data; see :func:`build_task`."""
+        ...
+
+    def with_shape(self, task: str, settings: Settings) -> Settings:
+        """Settings of a model that can be built without data."""
+        ...
+
+    def build(self, task: str, settings: Settings) -> nn.Module:
+        """The model, uninitialised."""
+        ...
+
+    def generate(self, loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None:
+        """Make something and show or write it."""
+        ...
+
+    def evaluate(
+        self, loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str
+    ) -> tuple[list[str], dict[str, Any]]:
+        """The loss on a split or on other data: for a person, and for a script."""
+        ...
+
+
+def kind_of(task: str) -> Kind:
     """The module of a task.
 
     Raises:
@@ -58,7 +119,7 @@ def kind_of(task: str) -> Any:
     """
     if task not in KINDS:
         raise ConfigError(f"unknown task {task!r}{suggest(task, KINDS)}")
-    return import_module(KINDS[task])
+    return cast(Kind, import_module(KINDS[task]))
 
 
 def split_arguments(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
@@ -194,7 +255,9 @@ def _load_shipped(name: str) -> tuple[nn.Module, Settings, dict[str, Any]]:
             f"there is no folder {name}, and no such model comes with the package{suggest(name, known)}"
         )
     task, size = name.split("/")
-    settings, model = build_settings(task, size, []), kind_of(task).shipped(task, size)
+    from quintic.cli.images import shipped
+
+    settings, model = build_settings(task, size, []), shipped(task, size)  # there are none of language
     values = dict(zip(("channels", "height", "image_width"), model.shape, strict=True), classes=model.num_classes)
     for field, value in values.items():
         settings = settings.derive(f"{task}.{field}", value, f"the weights {name}")
