@@ -95,6 +95,8 @@ def test_the_uniform_density_costs_all_the_bits():
     dims = 12
     assert float(bits(torch.tensor([-dims * math.log(2.0)]), dims, 256)) == pytest.approx(8.0)
     assert float(bits(torch.tensor([-dims * math.log(2.0)]), dims, 4)) == pytest.approx(2.0)
+    # Of several draws it is the mean density that counts, not that of its logarithms: (1 + 7) / 2 = 4.
+    assert bits(torch.tensor([[1.0], [7.0]]).log(), 1, 2).tolist() == pytest.approx([-2.0])
 
 
 @pytest.mark.parametrize(
