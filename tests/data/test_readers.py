@@ -134,7 +134,9 @@ def test_json_lines_in_other_encodings(tmp_path):
 
 MISTAKES = {
     "nothing.txt": (None, "no such file or folder"),
-    "binary.txt": (b"GIF89a\0\0", "looks binary"),
+    "binary.txt": (b"GIF89a\0\0", r"looks binary.*what it is$"),
+    "picture.png": (b"\x89PNG\r\n\x1a\n\0\0\0", r"looks binary.*for pictures take --task tarflow or --task ddpm$"),
+    "paper.pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", r"paper\.pdf is a PDF; give its text"),
     "latin.txt": ("für".encode("latin-1"), r"not utf-8 text: byte 0xfc at offset 1.*data\.encoding=gb18030|cp1252"),
     "chinese.txt": ("你好世界".encode("gb18030"), r"data\.encoding=gb18030"),
     "late.txt": (b"x" * 3_000_000 + b"\xe4\xbd!", r"byte 0xe4 at offset 3000000.*data\.encoding="),
@@ -175,7 +177,9 @@ def test_mistakes_say_what_and_where(tmp_path, name):
 
 def test_empty_folder_and_unknown_codec(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"holds no text; looked for \.txt.*found 1 other files"):
+    with pytest.raises(
+        DataError, match=r"holds no text; looked for \.txt.*found 1 other files.*; for pictures take --task tarflow"
+    ):
         find_sources([tmp_path])
     (tmp_path / "a.txt").write_text("x")
     for name in ("klingon", "hex"):  # the second is a codec, but none of text

@@ -175,9 +175,11 @@ def test_non_finite_stops_before_the_update(tmp_path):
     assert [row["step"] for row in rows_of(run)] == list(range(1, 8))
     weights = load_file(run.checkpoints / "step-5" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
-    assert json.loads((run.folder / "run.json").read_text())["status"] == "failed"
+    facts = json.loads((run.folder / "run.json").read_text())
+    assert (facts["status"], facts["error"]) == ("failed", str(stopped.value))
     assert go(toy.ToyTask(), settings, Run.open(run.folder)).finished
-    assert json.loads((run.folder / "run.json").read_text())["status"] == "finished"
+    facts = json.loads((run.folder / "run.json").read_text())
+    assert facts["status"] == "finished" and "error" not in facts
 
 
 def test_micro_batches_give_the_same_training(tmp_path):

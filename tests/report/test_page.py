@@ -169,9 +169,10 @@ def test_the_best_validation_is_named_where_it_was_not_the_last(tmp_path):
 
 @pytest.mark.parametrize("status", ["stopped", "failed"])
 def test_a_run_that_stopped_early_says_so(tmp_path, status):
-    folder = make_run(tmp_path / "run", [row(s) for s in range(1, 61)], run={"task": "lm", "status": status})
-    text = Document(page_of(folder)).text
+    facts = {"task": "lm", "status": status, "error": "step 61: loss <nan>" if status == "failed" else None}
+    text = Document(page_of(make_run(tmp_path / "run", [row(s) for s in range(1, 61)], run=facts))).text
     assert f"{status} at step 60" in text and "of 200" in text
+    assert ("It ended with an error: step 61: loss <nan>" in text) == (status == "failed")
 
 
 def test_a_dense_image_run_has_only_the_sections_it_has_data_for(tmp_path):

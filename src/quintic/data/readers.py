@@ -35,6 +35,9 @@ _MARKS = (
 )
 _WIDE = ("utf-16", "utf-32", "utf16", "utf32")
 _GZIP = b"\x1f\x8b"
+_PDF = b"%PDF-"
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+_FOR_PICTURES = "; for pictures take --task tarflow or --task ddpm"
 _HEAD = 8192
 """Bytes by which binary files are told from text."""
 _PART = 1 << 20
@@ -67,10 +70,11 @@ def find_sources(paths: Iterable[Path]) -> Source:
         if not path.is_dir():
             found.setdefault(path.resolve(), path)
             continue
-        inside = 0
+        inside, pictures = 0, False
         for file in _walk(path):
             if not _known(file) or not file.exists():
                 skipped += 1
+                pictures = pictures or file.name.lower().endswith(_PICTURES)
                 continue
             inside += 1
             found.setdefault(file.resolve(), file)
@@ -78,6 +82,7 @@ def find_sources(paths: Iterable[Path]) -> Source:
             raise DataError(
                 f"folder {path} holds no text; looked for {', '.join(EXTENSIONS)} (also with .gz) in it and below"
                 + (f", found {skipped} other files; name a file directly to read it as text" if skipped else "")
+                + (_FOR_PICTURES if pictures else "")
             )
     return Source(list(found.values()), skipped)
 
@@ -215,9 +220,12 @@ def _encoding(path: Path, head: bytes, encoding: str) -> str:
         encoding = marked or "utf-8"
     elif (name := codecs.lookup(encoding).name) in ("utf-16", "utf-32") and marked != name:
         encoding = f"{name}-{sys.byteorder[0]}e"  # without a mark, a stream has to be told
+    if head.startswith(_PDF):
+        raise DataError(f"{path} is a PDF; give its text, as pdftotext or a PDF viewer's export makes it")
     if b"\0" in head and not encoding.lower().startswith(_WIDE):
         raise DataError(
             f"{path} looks binary (it has zero bytes); give text files, or data.encoding=utf-16 if that is what it is"
+            + (_FOR_PICTURES if path.name.lower().endswith(_PICTURES) else "")
         )
     return encoding
 

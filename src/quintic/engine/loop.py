@@ -106,10 +106,10 @@ def train(
         ranks.together(lambda: stack.enter_context(run.locked()) if ranks.is_main else None)
         try:
             return _train(task, settings, run, console, quiet_peak, stop_at, ranks, log)
-        except Exception:
+        except Exception as error:
             if ranks.is_main:  # the disk may be what failed
                 with contextlib.suppress(OSError, QuinticError):
-                    run.record(status="failed")
+                    run.record(status="failed", error=str(error) or type(error).__name__)
             raise
 
 
@@ -132,7 +132,7 @@ def _train(
     facts = describe(device, dtype) | ({"ranks": ranks.world} if ranks.world > 1 else {})
     if ranks.is_main:
         run.record_machine(facts | _rate(peak))
-        run.record(status="running")
+        run.record(status="running", error=None)
         run.checkpoints.mkdir(exist_ok=True)
         clear_leftovers(run.checkpoints)
         run.samples.mkdir(exist_ok=True)

@@ -140,7 +140,7 @@ class Run:
         return min(losses, key=lambda step: (losses[step], -step), default=None)
 
     def record(self, **facts: Any) -> None:
-        """Merge facts into ``run.json``.
+        """Merge facts into ``run.json``; None takes one out.
 
         Raises:
             CheckpointError: The file is damaged.
@@ -150,7 +150,8 @@ class Run:
             old = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete it and repeat") from error
-        atomic_write(path, json.dumps({**old, **facts}, indent=1, ensure_ascii=False))
+        merged = {name: value for name, value in {**old, **facts}.items() if value is not None}
+        atomic_write(path, json.dumps(merged, indent=1, ensure_ascii=False))
 
     def machine(self) -> dict[str, Any]:
         """What ``machine.json`` holds; nothing if there is none, or a damaged one."""

@@ -101,7 +101,9 @@ def _summary(records: Records) -> str:
         result = f"On data it never saw its loss is <b>{significant(loss, 4)}</b>{unit}."
     else:
         result = "It was not validated yet."
-    return f"{took}. {result}"
+    why = records.run.get("error")
+    end = f" It ended with an error: {escape(str(why))}" if why and records.run.get("status") == "failed" else ""
+    return f"{took}. {result}{end}"
 
 
 def _cards(records: Records) -> list[Card]:
