@@ -127,6 +127,8 @@ def test_neighbours_of_like_load_share_a_call():
     assert plan([120, 0, 1, 3]) == [(0, 1), (1, 2), (2, 4)]
     assert plan([4000, 2500, 4000]) == [(0, 1), (1, 2), (2, 3)]
     assert plan([300, 310, 305, 300, 290]) == [(0, 4), (4, 5)]  # two threads share an even number out
+    sizes = [run.size for run in plan_runs([5, 5, 9], 64, 128, cpu=True)]
+    assert sizes == [5, 9]  # one that is left over leaves none of its padding behind
     assert plan([1, 1] + [0] * 62) == [(0, 2), (2, 64)]  # a decoded token must not read 62 idle experts
     assert plan([900, 1000], cpu=False) == [(0, 2)]
     assert plan([0, 0]) == [(0, 2)]
