@@ -19,10 +19,10 @@ demo: $(VENV)/.installed  ## train the laptop preset on Moby Dick (about five mi
 install: $(VENV)/.installed-dev  ## .venv with everything for development
 
 test: $(VENV)/.installed-dev  ## the tests (minutes)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-full: $(VENV)/.installed-dev  ## all tests, the slow ones too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

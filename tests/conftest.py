@@ -5,6 +5,11 @@ import sys
 
 import pytest
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Processes that share the cores: each takes its part, and so does what it starts. Read when torch is imported.
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def session_cache(tmp_path_factory):

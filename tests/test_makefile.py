@@ -65,7 +65,7 @@ def test_changed_requirements_are_installed_again(project):
 def test_test_leaves_out_slow_tests_and_brings_the_tools(project):
     _, calls = make(project, "test")
     assert calls[-2].endswith("--editable .[dev]")
-    assert calls[-1] == "venv -m pytest -m not slow"
+    assert calls[-1] == "venv -m pytest -n auto --dist loadfile -m not slow"
 
 
 def test_an_old_python_and_a_broken_venv_stop_before_anything_is_installed(project):
