@@ -15,7 +15,9 @@ def test_the_plan_of_a_cluster(capsys):
     words = ["plan", "--size", "moonlight-16b-a3b", "--ranks", "64", "--tokens", "5.7e12", "--peak-tflops", "989"]
     assert quintic(*words, "--memory-gib", "16") == 0
     shown = capsys.readouterr().out
-    assert "15.29 B" in shown and "2.24 B" in shown and "hours at 40% of 989.00 TFLOP/s" in " ".join(shown.split())
+    assert (
+        "15.29 B" in shown and "2.24 B" in shown and "take 49 d 4 h at 40% of 989.00 TFLOP/s" in " ".join(shown.split())
+    )
     assert "shorter lm.context" in shown and "micro_batch_size" not in shown
     assert quintic(*words, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -59,7 +61,7 @@ def test_a_training_that_does_not_fit_in_memory_says_so_before_its_first_step(tm
     monkeypatch.setattr(machine, "free_memory_bytes", lambda device: 6 * 2**20)
     assert quintic(*short, "--out", tmp_path / "b", "engine.batch_size=64") == 0
     told = capsys.readouterr().out
-    size = int(re.search(r"do not fit in 0\.0 GiB per rank: set engine\.micro_batch_size=(\d+) or less", told)[1])
+    size = int(re.search(r"do not fit in 6\.0 MiB per rank: set engine\.micro_batch_size=(\d+) or less", told)[1])
     assert 1 <= size < 64
     assert quintic(*short, "--out", tmp_path / "c", "engine.batch_size=64", f"engine.micro_batch_size={size}") == 0
     assert "do not fit" not in capsys.readouterr().out
@@ -72,7 +74,7 @@ def test_so_does_one_of_images(tmp_path, monkeypatch, capsys, task):
     monkeypatch.setattr(machine, "free_memory_bytes", lambda device: 6 * 2**20)
     assert quintic(*short, "--out", tmp_path / "a") == 0
     told = " ".join(capsys.readouterr().out.split())
-    size = int(re.search(r"do not fit in 0\.0 GiB per rank: set engine\.micro_batch_size=(\d+) or less", told)[1])
+    size = int(re.search(r"do not fit in 6\.0 MiB per rank: set engine\.micro_batch_size=(\d+) or less", told)[1])
     assert 1 <= size < 96 and "lm." not in told
     assert quintic(*short, "--out", tmp_path / "b", f"engine.micro_batch_size={size}") == 0
     assert "do not fit" not in capsys.readouterr().out

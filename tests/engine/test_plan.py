@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from quintic.core import ConfigError
-from quintic.engine.plan import make_plan
+from quintic.engine.plan import as_rows, make_plan
 from quintic.lm import LanguageModel, LMConfig
 from quintic.lm.memory import saved_numbers_per_token
 
@@ -28,6 +28,13 @@ def test_moonlight_has_its_published_size():
     plan = plan_of(LMConfig.preset("moonlight-16b-a3b"))
     assert plan.parameters["total without embedding and head"] == pytest.approx(15.29e9, rel=1e-3)
     assert plan.parameters["active without embedding and head"] == pytest.approx(2.24e9, rel=2e-3)
+
+
+def test_memory_is_shown_in_a_unit_of_its_size():
+    for name, unit, size in (("tiny", "MiB", 2**20), ("moonlight-16b-a3b", "GiB", 2**30)):
+        plan = plan_of(LMConfig.preset(name))
+        assert dict(as_rows(plan))[f"weights, {unit} a rank"] == f"{plan.bytes_per_rank['weights'] / size:,.2f}"
+        assert f"{plan.total_bytes / size:,.1f} {unit} do not fit in 1.0 {unit}" in " ".join(plan.advice(size))
 
 
 def test_bytes_and_communication_follow_their_formulas():

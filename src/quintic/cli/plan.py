@@ -91,6 +91,7 @@ def plan(
     import torch
 
     from quintic.core.machine import matmul_peak, pick_device, pick_dtype
+    from quintic.report.words import duration
 
     engine = settings["engine"]
     budget = tokens or float(engine.steps * engine.batch_size * settings["lm"].context)
@@ -119,7 +120,7 @@ def plan(
         return
     _print(found, size)
     say(
-        f"{budget:.3g} tokens take {hours:,.1f} hours at {mfu:.0%} of {peak / 1e12:,.2f} TFLOP/s a rank; "
+        f"{budget:.3g} tokens take {duration(3600 * hours)} at {mfu:.0%} of {peak / 1e12:,.2f} TFLOP/s a rank; "
         "activations are an estimate, and what the communication costs in time depends on the network"
     )
     for line in [*notes, *advice]:

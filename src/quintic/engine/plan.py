@@ -30,7 +30,7 @@ from quintic.optim import roles as route
 
 __all__ = ["Plan", "as_rows", "check_batch", "make_plan"]
 
-_GIB = 2**30
+_MIB, _GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Plan:
             return []
         b = self.bytes_per_rank
         fixed = b["weights"] + b["gradients"] + b["optimizer"]
-        found = [f"{self.total_bytes / _GIB:.1f} GiB do not fit in {memory_bytes / _GIB:.1f} GiB per rank:"]
+        size, unit = _unit(self.total_bytes)
+        found = [f"{self.total_bytes / size:,.1f} {unit} do not fit in {memory_bytes / size:,.1f} {unit} per rank:"]
         passing = b["activations"] > 0.3 * self.total_bytes
         if passing and self.micro_batch > 1:
             fits = int(self.micro_batch * (1 - (self.total_bytes - memory_bytes) / b["activations"]))
@@ -225,10 +226,18 @@ def as_rows(plan: Plan) -> list[tuple[str, str]]:
         ("parameters " + name, f"{count / 1e6:,.1f} M" if count < 1e9 else f"{count / 1e9:.2f} B")
         for name, count in plan.parameters.items()
     ]
-    rows += [(f"{name}, GiB a rank", f"{size / _GIB:,.2f}") for name, size in plan.bytes_per_rank.items()]
-    rows.append(("together, GiB a rank", f"{plan.total_bytes / _GIB:,.2f}"))
-    rows += [(f"{name} sent, GiB a step and rank", f"{size / _GIB:,.2f}") for name, size in plan.sent_per_step.items()]
+    size, unit = _unit(plan.total_bytes)
+    rows += [(f"{name}, {unit} a rank", f"{count / size:,.2f}") for name, count in plan.bytes_per_rank.items()]
+    rows.append((f"together, {unit} a rank", f"{plan.total_bytes / size:,.2f}"))
+    rows += [
+        (f"{name} sent, {unit} a step and rank", f"{count / size:,.2f}") for name, count in plan.sent_per_step.items()
+    ]
     rows.append(("Muon beyond AdamW's communication", f"{plan.muon_overhead:.1%}"))
     rows.append(("tokens a step", f"{plan.tokens_per_step:,}"))
     rows.append(("FLOPs a token", f"{plan.flops_per_token:.3g}"))
     return rows
+
+
+def _unit(most: float) -> tuple[int, str]:
+    """The unit of memory in which an amount is not less than one, and its name."""
+    return (_GIB, "GiB") if most >= _GIB else (_MIB, "MiB")
