@@ -47,6 +47,17 @@ def test_a_picture_that_cannot_be_read_does_not_stop_the_others(folder, capsys):
     assert len(list((folder / "coded").glob("*.qdc"))) == 3 and "a.png" in capsys.readouterr().err
 
 
+def test_a_file_larger_than_the_picture_is_told(folder, capsys):
+    for size, told in ((2000, True), (20, False)):
+        target = folder / f"{size}.qdc"
+        run("encode", "in/p1.png", "--out", target.name, "--target-bytes", size, "--model", "model.safetensors")
+        before = (folder / "in" / "p1.png").stat().st_size
+        assert (target.stat().st_size > before) == told
+        assert (
+            f"larger than in/p1.png, which has {before} bytes" in capsys.readouterr().err.replace("\n", " ")
+        ) == told
+
+
 def test_info_needs_no_model(folder, capsys):
     run("encode", "in/p1.png", "--out", "a.qdc", "--quality", 30, "--robust", "--model", "model.safetensors")
     (folder / "model.safetensors").unlink()

@@ -95,6 +95,12 @@ def encode(
         pixels += made.image.width * made.image.height
         coded += len(made.data)
         say(f"{target}: {len(made.data)} bytes, {made.psnr:.2f} dB")
+        if len(made.data) > (before := path.stat().st_size):
+            say(
+                f"{target} is larger than {path}, which has {before} bytes: this codec is for a few dozen or hundred "
+                "bytes a picture; --target-bytes asks for fewer",
+                console=Console(stderr=True), style="yellow",
+            )  # fmt: skip
 
     each_file(_pairs(files, targets), code, "encoding", "pictures could not be coded; the others are there")
     if len(files) > 1:
