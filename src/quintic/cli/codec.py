@@ -12,10 +12,10 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from quintic.cli.picture_files import PICTURES, each_file, find_files, open_picture, png_bytes, progress, target_paths
+from quintic.cli.picture_files import each_file, find_files, open_picture, png_bytes, progress, target_paths
 from quintic.cli.printing import say
 from quintic.core import ConfigError, suggest
-from quintic.core.files import atomic_write, check_folder
+from quintic.core.files import PICTURES, atomic_write, check_folder
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -18,10 +18,7 @@ from quintic.core.files import check_folder
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PICTURES", "each_file", "find_files", "open_picture", "png_bytes", "progress", "target_paths"]
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-"""Names of pictures end so."""
+__all__ = ["each_file", "find_files", "open_picture", "png_bytes", "progress", "target_paths"]
 
 
 def find_files(paths: Iterable[str | Path], suffixes: tuple[str, ...]) -> list[Path]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from quintic.core.errors import ConfigError
 
 __all__ = [
+    "PICTURES",
     "atomic_folder",
     "atomic_write",
     "cache_dir",
@@ -29,6 +30,9 @@ __all__ = [
 ]
 
 CACHE_VARIABLE = "QUINTIC_CACHE"
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+"""Names of pictures end so."""
 
 
 def cache_dir(*parts: str) -> Path:

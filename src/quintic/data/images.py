@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from quintic.core import ConfigError, DataError
+from quintic.core.files import PICTURES
 from quintic.core.settings import check_names, check_types
 from quintic.data.config import check_fractions
 from quintic.data.drawings import SHAPES, draw
 
 __all__ = ["ImageConfig", "ImageData", "ImageSplit", "as_pixels", "as_signed", "image_grid", "prepare_images"]
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _IDX = re.compile(r"(train|t10k)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
 _CODE_POINTS = re.compile(r"[0-9a-f]{4,5}(-[0-9a-f]{4,5})*", re.IGNORECASE)
 _VARIANTS = {"fe0f", "200d", "1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff", "2640", "2642", "1f468", "1f469", "1f9d1"}
@@ -250,7 +250,7 @@ def _from_files(paths: Sequence[Path], config: ImageConfig, progress: Callable[[
     files = _find(paths)
     if not files:
         raise DataError(
-            f"no pictures in {', '.join(map(str, paths))}; looked for {' '.join(EXTENSIONS)} there and below, "
+            f"no pictures in {', '.join(map(str, paths))}; looked for {' '.join(PICTURES)} there and below, "
             "and for idx files as of MNIST"
         )
     pictures, several = [], 0
@@ -306,7 +306,7 @@ def _find(paths: Sequence[Path]) -> list[tuple[Path, str | None]]:
         for file in sorted(path.rglob("*")):
             parts = file.relative_to(path).parts
             hidden = any(part.startswith(".") for part in parts)
-            if file.name.lower().endswith(EXTENSIONS) and not hidden and file.is_file():
+            if file.name.lower().endswith(PICTURES) and not hidden and file.is_file():
                 found.setdefault(file.resolve(), (file, parts[0] if len(parts) > 1 else None))
     return list(found.values())
 

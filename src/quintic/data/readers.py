@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TextIO
 
 from quintic.core import DataError
+from quintic.core.files import PICTURES
 
 __all__ = ["EXTENSIONS", "Source", "find_sources", "read_documents"]
 
@@ -36,8 +37,6 @@ _MARKS = (
 _WIDE = ("utf-16", "utf-32", "utf16", "utf32")
 _GZIP = b"\x1f\x8b"
 _PDF = b"%PDF-"
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-_FOR_PICTURES = "; for pictures take --task tarflow or --task ddpm"
 _HEAD = 8192
 """Bytes by which binary files are told from text."""
 _PART = 1 << 20
@@ -70,20 +69,20 @@ def find_sources(paths: Iterable[Path]) -> Source:
         if not path.is_dir():
             found.setdefault(path.resolve(), path)
             continue
-        inside, pictures = 0, False
+        inside, others = 0, []
         for file in _walk(path):
             if not _known(file) or not file.exists():
-                skipped += 1
-                pictures = pictures or file.name.lower().endswith(_PICTURES)
+                others.append(file)
                 continue
             inside += 1
             found.setdefault(file.resolve(), file)
         if not inside:
             raise DataError(
                 f"folder {path} holds no text; looked for {', '.join(EXTENSIONS)} (also with .gz) in it and below"
-                + (f", found {skipped} other files; name a file directly to read it as text" if skipped else "")
-                + (_FOR_PICTURES if pictures else "")
+                + (f", found {len(others)} other files; name a file directly to read it as text" if others else "")
+                + _for_pictures(others)
             )
+        skipped += len(others)
     return Source(list(found.values()), skipped)
 
 
@@ -225,9 +224,15 @@ def _encoding(path: Path, head: bytes, encoding: str) -> str:
     if b"\0" in head and not encoding.lower().startswith(_WIDE):
         raise DataError(
             f"{path} looks binary (it has zero bytes); give text files, or data.encoding=utf-16 if that is what it is"
-            + (_FOR_PICTURES if path.name.lower().endswith(_PICTURES) else "")
+            + _for_pictures([path])
         )
     return encoding
+
+
+def _for_pictures(files: Iterable[Path]) -> str:
+    """What to do with pictures, if there are any among the files."""
+    some = any(file.name.lower().endswith(PICTURES) for file in files)
+    return "; for pictures take --task tarflow or --task ddpm" if some else ""
 
 
 def _undecodable(path: Path, encoding: str) -> tuple[int, int] | None:
