@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from tests.distributed.processes import on_ranks
+from tests.distributed.processes import HERE, on_ranks
 
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.metrics import read_metrics
@@ -121,6 +121,14 @@ def test_float32_too(book, tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(book, tmp_path):
     done = job(2, "train", book, *SETTINGS, "engine.batch_size=15", "--out", tmp_path / "run", check=False)
     assert done.returncode and "15 does not divide among 2 ranks; use a multiple of 2" in " ".join(done.stderr.split())
+
+
+def test_a_disk_that_is_full_from_the_start_ends_all_of_them(book, tmp_path):
+    done = on_ranks(2, HERE / "full_disk.py", book, *SETTINGS, "--out", tmp_path / "run")
+    said = " ".join(done.stderr.split())
+    assert done.returncode and "cli/train.py" not in said  # torchrun shows a traceback, of its own
+    assert "error: initial.safetensors: No space left on device" in said
+    assert "rank 0: [Errno 28] No space left on device" in said
 
 
 @pytest.mark.parametrize("task", ["tarflow", "ddpm"])

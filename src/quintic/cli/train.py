@@ -138,11 +138,13 @@ def _new_run(
     if origin is not None:
         shapes = {name: tensor.shape for name, tensor in origin.weights.items()}
         check_fit(shapes, kind_of(task).build(task, settings), str(start))
-    ranks.wait()  # all have seen that the folder is free
-    if ranks.is_main:
+
+    def create() -> None:
         run = Run.create(folder, settings, header, None if origin is None else origin.weights)
         run.record(task=task, size=size, title=_title(task, paths), seed=settings["engine"].seed, **facts)
-    ranks.wait()
+
+    ranks.wait()  # all have seen that the folder is free
+    ranks.together(lambda: create() if ranks.is_main else None)
     say(f"run folder: {folder}", console=console)
     run_training(console, made, settings, Run(folder), ranks, log)
 
