@@ -7,9 +7,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quintic.lm import cross_entropy as module
 from quintic.lm.cross_entropy import linear_cross_entropy
+
+
+class Called(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 @given(
@@ -79,8 +92,6 @@ def test_autocast_and_frozen_weights():
 
 def test_no_tensor_is_as_large_as_all_logits():
     """Largest storage that autograd or the forward pass makes, watched by torch's dispatcher."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     tokens, vocabulary = 1024, 4096
     largest = 0
 
@@ -97,3 +108,22 @@ def test_no_tensor_is_as_large_as_all_logits():
     with Watch():
         linear_cross_entropy(x, w, torch.zeros(tokens, dtype=torch.int64)).backward()
     assert largest <= 4 * module._LEAST_ROWS * vocabulary < 4 * tokens * vocabulary / 7
+
+
+@pytest.mark.parametrize("no_gradients", [torch.no_grad, torch.inference_mode])
+def test_products_are_those_that_are_asked_for(no_gradients):
+    """One for the logits, one for each gradient: a head that can be trained costs no more where nothing is trained."""
+
+    def products(*, x_trained, w_trained):
+        x, w = torch.randn(300, 8, requires_grad=x_trained), torch.randn(2048, 8, requires_grad=w_trained)
+        with Called() as called, mock.patch.multiple(module, _CHUNK_ELEMENTS={"cpu": 1}, _LEAST_ROWS=100):
+            linear_cross_entropy(x, w, torch.zeros(300, dtype=torch.int64))
+        return sum(name in ("aten::mm", "aten::matmul", "aten::addmm_") for name in called.names) / 3  # chunks
+
+    assert products(x_trained=True, w_trained=True) == 3
+    assert products(x_trained=False, w_trained=True) == products(x_trained=True, w_trained=False) == 2
+    with no_gradients():
+        assert products(x_trained=False, w_trained=False) == 1
+        assert products(x_trained=False, w_trained=True) == products(x_trained=True, w_trained=True) == 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert products(x_trained=False, w_trained=True) == 1

@@ -41,6 +41,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore: 
         >>> float(linear_cross_entropy(x, w, torch.tensor([0, 4, -1])) / torch.log(torch.tensor(5.0)))
         2.0
     """
+    if not torch.is_grad_enabled():  # an autograd function is told what requires a gradient, not whether one is kept
+        x, weight = x.detach(), weight.detach()
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     total: Tensor = _LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), ignore, dtype)  # type: ignore[assignment]
     return total
