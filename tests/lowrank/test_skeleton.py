@@ -120,7 +120,8 @@ def test_a_batch_is_its_matrices_and_numpy_stays_numpy():
 def test_labels_and_repr():
     found = cur(randn(3, 4), columns=[3, 0], rows=[1], row_labels=["x", "y", "z"], column_labels=list("abcd"))
     assert found.column_names == ["d", "a"] and found.row_names == ["y"]
-    assert repr(found) == f"Skeleton(3 x 4, 2 columns and 1 rows, relative error {found.error():.3g}, method 'fixed')"
+    error = found.error()
+    assert repr(found) == f"Skeleton(3 x 4, 2 columns and 1 rows, relative error {error:.3g}, method 'fixed')"
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,10 @@ def test_a_memory_mapped_file_is_read_block_by_block_in_few_passes(tmp_path):
     assert blocks.shape == (300, 40) and blocks.passes == 0
     found = interpolative(blocks, rank=5, method="fast")
     assert blocks.passes == 5  # three to choose, one for the columns, one for the coefficients
+    assert repr(found) == "Interpolation(300 x 40, rank 5, method 'fast')"
+    assert blocks.passes == 5  # a debugger that shows a result reads no file
     assert found.error() == pytest.approx(relative(A, found.reconstruct()), rel=1e-9)
+    assert blocks.passes == 6 and f"relative error {found.error():.3g}" in repr(found) and blocks.passes == 6
     assert found.error() < 1.6 * svd(A, rank=5).error()
     skeleton = cur(blocks, rank=5)
     np.testing.assert_array_equal(skeleton.R, A[skeleton.rows])

@@ -63,6 +63,15 @@ def test_a_batch_keeps_the_tolerance_everywhere():
     assert found.rank == interpolative(A[1], tol=1e-2).rank > interpolative(A[0], tol=1e-2).rank
 
 
+def test_a_search_by_tolerance_knows_its_error_whatever_becomes_of_the_matrix():
+    A = with_spectrum(20, 15, 0.5 ** np.arange(15))
+    found = interpolative(A, tol=1e-2)
+    error = relative(A, found.reconstruct())
+    A.zero_()
+    assert f"relative error {error:.3g}" in repr(found)
+    assert found.error() == pytest.approx(error)
+
+
 def test_a_residual_in_a_single_direction_is_not_overlooked():
     # One direction is the worst case of an estimate from probes: its spread is the largest.
     for seed in range(40):

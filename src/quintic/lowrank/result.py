@@ -3,7 +3,8 @@
     A ~ left right          left (..., m, k), right (..., k, n)
 
 The pair is what to compute with: both factors are as well conditioned as the kind of decomposition allows. Everything
-is of the kind that was given: tensors for tensors, numpy arrays for the rest.
+is of the kind that was given: tensors for tensors, numpy arrays for the rest. A result keeps the matrix itself, not a
+copy, to tell its error from; keep ``left`` and ``right`` alone where the matrix is to be freed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Approximation:
     method: str
     """How the columns and rows were chosen."""
     source: Source
-    """The matrix that was decomposed; not a copy."""
+    """The matrix that was decomposed; not a copy, so it lives and changes with the caller's."""
 
     @property
     def rank(self) -> int:
@@ -71,6 +72,9 @@ class Approximation:
         Exact for matrices in memory and row blocks (one pass), from 32 Gaussian probes for operators (relative standard
         deviation at most 1/4, and far less unless a single direction dominates what is left).
 
+        The first call reads the matrix, as it is then, at the cost of a product left right; later ones repeat what it
+        said. So ask before the matrix is changed. A search by ``tol`` has asked, except of an operator.
+
         Returns:
             A float, or a tensor or array (...) of a batch.
         """
@@ -85,7 +89,9 @@ class Approximation:
 
     def __repr__(self) -> str:
         size = " x ".join(str(n) for n in self.shape)
-        return f"{type(self).__name__}({size}, {self._rank_words()}, {self._error_words()}, method '{self.method}')"
+        # Debuggers and failing tests print what they meet: nothing is computed here, and no file is read.
+        error = f", {self._error_words()}" if "_error" in self.__dict__ else ""
+        return f"{type(self).__name__}({size}, {self._rank_words()}{error}, method '{self.method}')"
 
     def _rank_words(self) -> str:
         return f"rank {self.rank}"
