@@ -5,8 +5,10 @@ import functools
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.sparse
 import torch
 from tests.lowrank.matrices import (
+    ByProducts,
     best,
     column_error,
     duplicates,
@@ -197,6 +199,33 @@ def test_ridge_leverage_is_its_definition(ridge):
         leverage_ridge(A, 6, ridge=-1.0)
     large = A.float() * 2.0**90  # computed at scale 1, and the ridge with it
     assert leverage_ridge(large, 6, ridge=ridge * 2.0**180).tolist() == np.argsort(-scores)[:6].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_ridge_far_above_the_matrix_leaves_the_longest_columns(dtype):
+    A = randn(15, 25, dtype=dtype)
+    for ridge in (1e30, 1e50, 1e300, float("inf")):
+        assert torch.equal(leverage_ridge(A, 6, ridge=ridge), RULES["norms-top"](A, 6))
+    assert torch.equal(leverage_ridge(A, 6, ridge=1e-300), leverage_ridge(A, 6, ridge=1e-12))
+
+
+def shared_and_alone(scale):
+    """Fifty long columns in one direction, and two short ones alone in theirs: a small ridge takes 5 and 40."""
+    A = torch.zeros(30, 52, dtype=torch.float64)
+    A[0] = 10.0
+    A[:, [5, 40]] = 0.0
+    A[[1, 2], [5, 40]] = 2.0
+    return A * scale
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**500, 2.0**-500])
+@pytest.mark.parametrize("given", [lambda A: A, lambda A: scipy.sparse.csr_matrix(A.numpy()), ByProducts])
+def test_a_ridge_is_of_the_matrix_as_it_was_given(given, scale):
+    # Scores are 4 / (4 + ridge) alone and 100 / (5000 + ridge) shared: equal at a ridge of 204.
+    for ridge, alone in ((20.0, True), (1000.0, False)):
+        rule = functools.partial(leverage_ridge, ridge=ridge * scale**2)
+        found = select_columns(given(shared_and_alone(scale)), 2, method=rule)
+        assert (set(found.tolist()) == {5, 40}) == alone
 
 
 def test_k_means_takes_one_column_of_each_cluster():

@@ -75,8 +75,9 @@ def leverage_ridge(A: Tensor, k: int, *, seed: int = 0, ridge: float | None = No
         A: (..., m, n).
         k: Columns to choose.
         seed: Of the sketch.
-        ridge: ``None`` takes ||A - A_k||_F^2 / k, with which the leverages sum to at most 2 k. A matrix whose shorter
-            side is above 8 k + 80 is seen through its 2 k + 20 dominant directions.
+        ridge: lambda; its scale is that of A squared. ``None`` takes ||A - A_k||_F^2 / k, with which the leverages sum
+            to at most 2 k. A matrix whose shorter side is above 8 k + 80 is seen through its 2 k + 20 dominant
+            directions.
     """
     if ridge is not None and not ridge > 0:
         raise ConfigError(f"ridge must be positive, found {ridge}")
@@ -84,17 +85,19 @@ def leverage_ridge(A: Tensor, k: int, *, seed: int = 0, ridge: float | None = No
     short = min(M.shape[-2:])
     size = 2 * (k + OVERSAMPLING)
     _, S, Vh = dominant(M, short if short <= 4 * size else size, seed=seed)
-    power = S.square()
+    top = torch.where(S[..., :1] > 0, S[..., :1], 1.0)
+    power = (S / top).square()
     if ridge is None:
-        left = (torch.linalg.vector_norm(M, dim=(-2, -1)).square() - power[..., :k].sum(-1)).clamp_min(0)
-        weight = left.unsqueeze(-1) / k
+        whole = (torch.linalg.vector_norm(M, dim=(-2, -1)).unsqueeze(-1) / top).square()
+        weight = (whole - power[..., :k].sum(-1, keepdim=True)).clamp_min(0) / k
     else:
         scale = safe_scale(A.detach())
-        root = ridge**0.5 / scale  # the square of the scale itself may be out of range
-        weight = root.squeeze(-1).square() if isinstance(root, Tensor) else ridge
-    tiny = torch.finfo(power.dtype).eps * power[..., :1]  # a matrix of rank k leaves no ridge
-    share = torch.where(power > tiny, power / (power + weight), 0.0)
-    return _largest((share.unsqueeze(-1) * Vh.abs().square()).sum(-2), k)
+        root = ridge**0.5 / (scale.squeeze(-1) if isinstance(scale, Tensor) else scale)
+        weight = (root / top).square()  # may be 0 or infinite, of which the shares are the limits
+    kept = power > torch.finfo(power.dtype).eps  # a matrix of rank k leaves no ridge
+    # Shares, times the weight where it is large: a common factor does not matter, but all of them could underflow.
+    share = torch.where(weight > 1, power / (power / weight + 1), power / (power + weight))
+    return _largest((torch.where(kept, share, 0.0).unsqueeze(-1) * Vh.abs().square()).sum(-2), k)
 
 
 def k_means(A: Tensor, k: int, *, seed: int = 0) -> Tensor:

@@ -1,8 +1,8 @@
 """The selection rules by name, and how they are applied to what is not a matrix in memory.
 
 A rule that needs products only (residual_aware, sketched_lu, deim) works on every source. All others work on the
-matrix itself where it is in memory, and on a sketch Omega A of 2 k + 10 rows where it is not: its columns have nearly
-the lengths and angles of those of A.
+matrix itself where it is in memory, and on a sketch Omega A / sqrt(l) of l = 2 k + 10 rows where it is not: its columns
+have nearly the lengths and angles of those of A.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quintic.lowrank.source import Dense, Source, as_source
 __all__ = ["RULES", "Method", "choose", "method_name", "select_columns", "select_rows"]
 
 Method = str | Callable[..., Tensor]
-"""A name out of :data:`RULES`, or a function ``rule(A, k, *, seed)`` of the same contract."""
+"""A name out of :data:`RULES`, or a function ``rule(A, k, *, seed)`` of the same contract; A comes at its scale."""
 
 RULES: dict[str, Callable[..., Tensor]] = {
     "quality": pivots.residual_aware,
@@ -79,12 +79,16 @@ def choose(source: Source, k: int, method: Method, seed: int) -> Tensor:
     """Columns of a source."""
     rule = _rule(method)
     if isinstance(source, Dense):
-        shown = source.tensor.detach()
+        # What has a size, as the ridge of ``partial(leverage_ridge, ridge=...)``, is meant of the matrix as given.
+        shown = (source.given if callable(method) else source.tensor).detach()
     elif rule in _BY_PRODUCTS:
         shown = source
     else:
+        size = min(2 * k + OVERSAMPLING, *source.shape)
         with torch.no_grad():
-            shown = sketch_rows(source, min(2 * k + OVERSAMPLING, *source.shape), seed=seed)
+            shown = sketch_rows(source, size, seed=seed)
+            if callable(method):
+                shown = shown * (source.scale * size**-0.5)
     chosen = rule(shown, k, seed=seed)
     return _checked(chosen, k, source, method) if callable(method) else chosen
 
