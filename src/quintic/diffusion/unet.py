@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from quintic.core import ConfigError
 from quintic.core.initial import initialize_
 from quintic.core.roles import Constant, Normal, Role, declare
+from quintic.core.table import ModuleWithTable
 
 __all__ = ["UNet"]
 
@@ -25,7 +26,7 @@ _GROUPS = 8
 _FREQUENCIES = 16
 
 
-class UNet(nn.Module):
+class UNet(ModuleWithTable):
     """Noisy image and noise level to an image of the same shape.
 
     Args:
@@ -49,6 +50,7 @@ class UNet(nn.Module):
     """
 
     frequencies: Tensor
+    table_name = "frequencies"
 
     def __init__(
         self,
@@ -70,10 +72,6 @@ class UNet(nn.Module):
         self.patch = patch
         self.num_classes = num_classes
         d = 4 * width
-        # Not by torch.exp, whose last bit depends on the processor: the codec's exact mode would inherit it.
-        ratio = math.log(2.0 / 0.05) / (_FREQUENCIES - 1)
-        frequencies = torch.tensor([0.05 * math.exp(i * ratio) for i in range(_FREQUENCIES)], dtype=torch.float32)
-        self.register_buffer("frequencies", frequencies, False)
         self.level_in = Linear(2 * _FREQUENCIES, d)
         self.level_out = Linear(d, d)
         if num_classes:
@@ -105,8 +103,15 @@ class UNet(nn.Module):
                 current = widths[i - 1]
         self.leave_norm = Norm(current)
         self.leave = Conv(current, channels * patch**2, 3, role=Role.HEAD, scale=0.0)
+        self.register_table()
         if seed is not None:
             initialize_(self, seed)
+
+    def compute_table(self) -> Tensor:
+        """Frequencies of the embedding of log_snr."""
+        # Not by torch.exp, whose last bit depends on the processor: the codec's exact mode would inherit it.
+        ratio = math.log(2.0 / 0.05) / (_FREQUENCIES - 1)
+        return torch.tensor([0.05 * math.exp(i * ratio) for i in range(_FREQUENCIES)], dtype=torch.float32)
 
     def forward(self, x: Tensor, log_snr: Tensor, labels: Tensor | None = None) -> Tensor:
         """Predict.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import replace
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from quintic.core import DataError
 from quintic.core.initial import initialize_
 from quintic.core.roles import Normal, Role, declare
+from quintic.core.table import ModuleWithTable
 from quintic.lm.block import Block
 from quintic.lm.cache import LatentCache
 from quintic.lm.config import LMConfig
@@ -60,7 +60,7 @@ class Head(nn.Module):
         return F.linear(x, self.weight)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(ModuleWithTable):
     """A causal language model with latent attention and mixture-of-experts blocks.
 
     Args:
@@ -74,6 +74,7 @@ class LanguageModel(nn.Module):
     """
 
     rotation: Tensor
+    table_name = "rotation"
 
     def __init__(self, config: LMConfig, *, seed: int | None = 0) -> None:
         super().__init__()
@@ -85,20 +86,14 @@ class LanguageModel(nn.Module):
                 self.config = replace(c, route_scale=block.ffn.router.scale)
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = Head(c.vocab_size, c.d_model)
-        table = rotation_table(c.context, c.qk_rope_dim, c.rope_theta, still=c.qk_nope_dim)
-        self.register_buffer("rotation", table, persistent=False)
+        self.register_table()
         if seed is not None:
             initialize_(self, seed)
 
-    def _apply(self, fn, recurse=True):
-        rotation = self.rotation
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Casting complex values to real")
-            super()._apply(fn, recurse)
-        if not self.rotation.is_complex():
-            # ``to(dtype)`` casts complex numbers to real ones too: move the original table instead.
-            self.rotation = rotation.to(self.rotation.device)
-        return self
+    def compute_table(self) -> Tensor:
+        """The turns of :mod:`quintic.lm.rope`."""
+        c = self.config
+        return rotation_table(c.context, c.qk_rope_dim, c.rope_theta, still=c.qk_nope_dim)
 
     def forward(
         self,

@@ -164,6 +164,7 @@ class MoE(nn.Module):
             )
         self.meter = Meter(num_experts, top_k, self.balance)
         self.kept = KeptRouting()
+        self.register_load_state_dict_post_hook(_counters_follow)
         self.stats: ExpertStats | None = None
         if initialize:
             self.reset_parameters()
@@ -181,7 +182,7 @@ class MoE(nn.Module):
             init = roles[name].init
             if isinstance(init, Normal):
                 parameter.normal_(0.0, init.std)
-            else:
+            elif init is not None:
                 parameter.fill_(init.value)
         self.router.bias.zero_()
         self.meter.reset()
@@ -223,6 +224,11 @@ class MoE(nn.Module):
             shared_nd = self.shared(x_nd)
             y_nd = y_nd + (shared_nd if self.normalize_experts is None else unit_rms(shared_nd) * self.gain)
         return y_nd.view(x.shape)
+
+
+def _counters_follow(layer: MoE, incompatible_keys: object) -> None:
+    """A load with assign=True brings what is saved to where it was read, and counters are not saved."""
+    layer.meter.follow(layer.router.bias.device)
 
 
 @torch.no_grad()

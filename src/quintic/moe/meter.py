@@ -80,10 +80,7 @@ class Meter(nn.Module):
 
     def observe(self, balance: Balance, routing: Routing, mask_n: Tensor | None, rows: Sequence[int]) -> None:
         """Count one forward pass in training mode; see the layer for the arguments."""
-        device = routing.counts_e.device
-        if self.counts.device != device:  # fully_shard, or a load with assign=True, move parameters and buffers alone
-            for name in _COUNTERS:
-                setattr(self, name, torch.zeros_like(getattr(self, name), device=device))
+        self.follow(routing.counts_e.device)  # fully_shard moves parameters and buffers alone
         again = in_backward()
         if not again:
             self._remind(balance)
@@ -96,6 +93,12 @@ class Meter(nn.Module):
         if loss is not None and not again:
             self.losses.append(loss)
             torch.ops.quintic.count_loss(self.sums, loss.detach())
+
+    def follow(self, device: torch.device) -> None:
+        """Start from 0 on this device, unless the counters are there."""
+        if self.counts.device != device:
+            for name in _COUNTERS:
+                setattr(self, name, torch.zeros_like(getattr(self, name), device=device))
 
     def reset(self) -> None:
         """Start the next step."""
