@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quintic import Muon, clip_grad_norm_, roles
-from quintic.core.roles import Normal, Role, declare
+from quintic import Muon, clip_grad_norm_, declare, roles
 from quintic.data.drawings import SHAPES, draw
 
 RATES = (0.002, 0.004, 0.008, 0.016, 0.032)
@@ -35,10 +34,11 @@ def pictures(count: int, label: str) -> tuple[Tensor, Tensor]:
 def network() -> nn.Module:
     """Always the same initial weights."""
     torch.manual_seed(0)
-    last = nn.Linear(128, len(SHAPES))
+    layers = nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, len(SHAPES))
+    model = nn.Sequential(*layers)
     # A plain Linear is taken for a hidden matrix: what is the output layer has to be said.
-    declare(last, "weight", Role.HEAD, Normal(0.05))
-    return nn.Sequential(nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), last)
+    declare(model, "4.weight", "head")
+    return model
 
 
 def train(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quintic.codec import Codec as Codec
     from quintic.core import UserError as UserError
+    from quintic.core import declare as declare
     from quintic.diffusion import GaussianDenoiser as GaussianDenoiser
     from quintic.diffusion import NoiseSchedule as NoiseSchedule
     from quintic.diffusion import UNet as UNet
@@ -72,6 +73,7 @@ _HOMES = {
     "convert_lr": "optim",
     "cr": "lowrank",
     "cur": "lowrank",
+    "declare": "core",
     "generate": "lm",
     "interpolative": "lowrank",
     "load_deepseek": "lm",

@@ -199,14 +199,16 @@ def test_what_cannot_be_told_is_said():
     model.bias = nn.Parameter(torch.zeros(1, 1, 16))  # a bias by name, whatever its axes
     assert algorithms(model)["position"] == "adamw"
     assert [row.name for row in roles(model).ambiguous] == ["position"]
-    with pytest.warns(UserWarning, match=r"assumed: position\. Print") as warned:
+    with pytest.warns(UserWarning, match=r"assumed: position\. Say") as warned:
         Muon(model)
     assert warned[0].filename == __file__  # the user's line
     with pytest.raises(ConfigError, match=r"position.*role not declared"):
         roles(model, strict=True)
-    with pytest.raises(ConfigError, match="declare"):
+    with pytest.raises(
+        ConfigError, match=r"as by quintic\.declare\(model, 'position', 'embedding'\), or 'expert stack'"
+    ):
         Muon(model, strict=True)
-    declare(model, "position", Role.EMBEDDING, Normal(0.02))
+    declare(model, "position", "embedding")
     Muon(model, strict=True)
 
 
@@ -215,12 +217,40 @@ def test_a_last_layer_that_may_be_the_output_is_ambiguous():
     assert algorithms(mlp)["2.weight"] == "muon"
     with pytest.raises(ConfigError, match=r"2\.weight.*output layer"):
         roles(mlp, strict=True)
+    with pytest.warns(
+        UserWarning, match=r"assumed: 2\.weight\. Say .*declare\(model, '2\.weight', 'head'\), or 'matrix'"
+    ):
+        Muon(mlp)
 
 
-@pytest.mark.parametrize("name", ["lm_head", "Head", "classifier"])
+@pytest.mark.parametrize("name", ["lm_head", "Head", "classifier", "fc"])
 def test_output_layers_are_known_by_name(name):
     table = roles(nn.ModuleDict({"hidden": nn.Linear(4, 8), name: nn.Linear(8, 3)}), strict=True)
     assert [table[f"{n}.weight"].algorithm for n in ("hidden", name)] == ["muon", "adamw"]
+
+
+@pytest.mark.parametrize(
+    ("path", "algorithm"),
+    [
+        ("fc", "adamw"),  # torchvision's ResNet
+        ("module.fc", "adamw"),  # the same in DistributedDataParallel
+        ("head.fc", "adamw"),  # timm's ConvNeXt
+        ("classifier.6", "adamw"),  # torchvision's VGG
+        ("layers.11.fc", "muon"),  # the last of many blocks
+        ("encoder.layer.11.output.dense", "muon"),  # BERT without a head
+    ],
+)
+def test_a_last_layer_by_the_name_of_its_place(path, algorithm):
+    model = nn.ModuleDict({"fc": nn.Linear(4, 8)}) if path != "fc" else nn.ModuleDict({"hidden": nn.Linear(4, 8)})
+    *above, last = path.split(".")
+    module = model
+    for part in above:
+        module[part] = nn.ModuleDict()
+        module = module[part]
+    module[last] = nn.Linear(8, 3)
+    first, found = roles(model)["fc.weight" if path != "fc" else "hidden.weight"], roles(model)[f"{path}.weight"]
+    assert (first.algorithm, found.algorithm) == ("muon", algorithm)  # a hidden layer of that name stays one
+    assert found.ambiguous == (algorithm == "muon")
 
 
 @pytest.mark.parametrize(("groups", "algorithm"), [(1, "muon"), (2, "adamw"), (8, "adamw")])

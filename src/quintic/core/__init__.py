@@ -14,6 +14,7 @@ from quintic.core.errors import (
     UserError,
     suggest,
 )
+from quintic.core.roles import Role, declare
 
 __all__ = [
     "CheckpointError",
@@ -22,7 +23,9 @@ __all__ = [
     "DataError",
     "MissingExtraError",
     "QuinticError",
+    "Role",
     "SamplingError",
     "UserError",
+    "declare",
     "suggest",
 ]

@@ -11,28 +11,42 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from quintic.core.counter_rng import Stream
 from quintic.core.divided import region
+from quintic.core.errors import ConfigError
 from quintic.core.roles import Constant, declared_roles
 
 __all__ = ["initialize_"]
 
 _CHUNK = 1 << 20
+_SEEDS = 2**63 - 1
 
 
 @torch.no_grad()
-def initialize_(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of a model, in place, by its declared distribution.
+def initialize_(model: nn.Module, seed: int | None) -> None:
+    """Fill every parameter of a model, in place, by its declared distribution; those on the meta device have no values.
 
     Args:
         model: Every parameter must have a declared role (:func:`quintic.core.roles.declare`).
-        seed: Any integer.
+        seed: Any integer. None draws one from torch's default generator, so that ``torch.manual_seed`` governs the
+            weights as it does those of ``torch.nn``.
+
+    Raises:
+        ConfigError: A parameter was declared without a distribution.
     """
     roles = declared_roles(model)
-    for name, parameter in model.named_parameters():
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta]
+    if seed is None and parameters:
+        if any(isinstance(parameter, DTensor) for _, parameter in parameters):
+            raise ConfigError("give a seed: ranks that hold parts of one model must agree on it")
+        seed = int(torch.randint(_SEEDS, (), device="cpu"))
+    for name, parameter in parameters:
         assert name in roles, f"parameter {name!r} has no declared role"
         init = roles[name].init
+        if init is None:
+            raise ConfigError(f"{name} was declared without a distribution of its initial values; declare it with one")
         if isinstance(init, Constant):
             parameter.fill_(init.value)
             continue

@@ -18,7 +18,8 @@ from quintic.linalg.schatten import schatten_exponent
 from quintic.optim.decay import DECAYS
 from quintic.optim.lr import SCALES, convert_lr
 from quintic.optim.momentum import MOMENTUM_FORMS
-from quintic.optim.routing import RoleTable
+from quintic.optim.routing import RoleTable, how_to_declare
+from quintic.optim.sharded import check_layout
 from quintic.optim.split import Part, parts_of
 
 __all__ = [
@@ -65,7 +66,8 @@ def groups_of(model: nn.Module, table: RoleTable) -> list[dict[str, Any]]:
     if table.ambiguous:
         names = ", ".join(row.name for row in table.ambiguous)
         warnings.warn(
-            f"roles not declared and assumed: {names}. Print roles(model) to see them; strict=True makes this an error",
+            f"roles not declared and assumed: {names}. {how_to_declare(table.ambiguous[0])}; print roles(model) to see "
+            "them, and strict=True makes this an error",
             stacklevel=3,
         )
     parameters = dict(model.named_parameters())
@@ -153,6 +155,7 @@ def check_group(group: dict[str, Any]) -> None:
     for p in group["params"]:
         if not p.is_floating_point():
             raise ConfigError(f"{name_of(group, p)} is of {p.dtype}; expected real floating-point parameters")
+        check_layout(p, name_of(group, p))
         if group["algorithm"] != "muon":
             continue
         advice = "put it in a group with algorithm='adamw', or pass the whole module, which routes it"

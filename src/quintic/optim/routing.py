@@ -6,8 +6,8 @@ AdamW takes embeddings, the output head, gains, biases, and the first convolutio
 matrices of one row (an embedding is many of them) or of one element: a diagonal matrix has the signs of its elements
 as its matrix sign, and a 1 x d matrix is divided by its length (posts 10592, 11416).
 
-A role declared by the module that created the parameter (:mod:`quintic.core.roles`) decides. For other modules the
-role is inferred from the module's type, from tied weights and, for the output head only, from names.
+A role that is declared (:func:`quintic.core.roles.declare`), by the module that created the parameter or from outside,
+decides. Else it is inferred from the module's type, from tied weights and, for the output head only, from names.
 What cannot be told is marked ambiguous: parameters of unknown modules go to AdamW, and a last linear layer
 that may or may not be the output goes to Muon.
 """
@@ -27,9 +27,10 @@ from quintic.core.roles import ParameterRole, Role, Split, declared_roles
 from quintic.optim.lr import UPDATE_RMS, scale_factor
 from quintic.optim.split import parts_of
 
-__all__ = ["EMBEDDINGS", "VECTORS", "RolePart", "RoleRow", "RoleTable", "roles"]
+__all__ = ["EMBEDDINGS", "VECTORS", "RolePart", "RoleRow", "RoleTable", "how_to_declare", "roles"]
 
 _HEAD_NAMES = {"lm_head", "head", "output", "classifier", "unembed", "unembedding", "embed_out", "to_logits", "score"}
+_LAST_NAMES = {*_HEAD_NAMES, "fc"}  # of a last layer only: others are called so too
 _EXPERT_NAME = re.compile(r"expert|moe", re.IGNORECASE)
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -218,10 +219,16 @@ def roles(
         listed = "\n".join(f"  {row.name} {row.shape}: {row.why}" for row in table.ambiguous)
         raise ConfigError(
             f"the role of {len(table.ambiguous)} parameters is ambiguous:\n{listed}\n"
-            "Declare it with quintic.core.roles.declare in the module that creates it, "
-            "or pass parameter groups with algorithm='muon' or 'adamw'"
+            f"{how_to_declare(table.ambiguous[0])}; or pass parameter groups with algorithm='muon' or 'adamw'"
         )
     return table
+
+
+def how_to_declare(row: RoleRow) -> str:
+    """What settles an assumed role, in the words of a message."""
+    of_muon = "expert stack" if len(row.shape) == 3 else "matrix"
+    role, other = ("head", of_muon) if row.algorithm == "muon" else ("embedding", of_muon)
+    return f"Say what they are, as by quintic.declare(model, {row.name!r}, {role!r}), or {other!r}"
 
 
 def _part(scale: str, matrices: int, n: int, m: int) -> RolePart:
@@ -267,6 +274,8 @@ def _infer(model: nn.Module, declared: Mapping[str, ParameterRole]) -> dict[str,
                     guess = _Guess(Role.HEAD, "the model's output embedding")
                 elif path.rsplit(".", 1)[-1].lower() in _HEAD_NAMES:
                     guess = _Guess(Role.HEAD, "output layer by name")
+                elif module is linears[-1] and _named_as_last(path):
+                    guess = _Guess(Role.HEAD, "last layer, and output layer by name")
                 elif tuple(parameter.shape) in vocabularies and module is linears[-1]:
                     guess = _Guess(Role.HEAD, "last layer, as large as the embedding")
             elif id(parameter) in tied:
@@ -277,6 +286,16 @@ def _infer(model: nn.Module, declared: Mapping[str, ParameterRole]) -> dict[str,
         why = "last linear layer; should it be the output layer, it belongs to AdamW"
         found[last_linear] = _Guess(Role.MATRIX, why, "stack", ambiguous=True)
     return found
+
+
+def _named_as_last(path: str) -> bool:
+    """Whether a last layer has, or lies in, an output's name: head.fc, classifier.6; not layers.11.output.dense."""
+    for part in path.lower().split("."):
+        if part.isdigit():
+            return False
+        if part in _LAST_NAMES:
+            return True
+    return False
 
 
 def _infer_one(path: str, module: nn.Module, local: str, parameter: nn.Parameter, *, is_first: bool) -> _Guess:
