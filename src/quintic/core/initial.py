@@ -11,7 +11,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from quintic.core.counter_rng import Stream
 from quintic.core.divided import region
@@ -34,13 +33,14 @@ def initialize_(model: nn.Module, seed: int | None) -> None:
             weights as it does those of ``torch.nn``.
 
     Raises:
-        ConfigError: A parameter was declared without a distribution.
+        ConfigError: A parameter was declared without a distribution, or parameters are divided among ranks, which must
+            agree on a seed, and there is none.
     """
     roles = declared_roles(model)
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta]
     if seed is None and parameters:
-        if any(isinstance(parameter, DTensor) for _, parameter in parameters):
-            raise ConfigError("give a seed: ranks that hold parts of one model must agree on it")
+        if any(hasattr(parameter, "to_local") for _, parameter in parameters):
+            raise ConfigError("no seed for a model that is divided among ranks, which must agree on it: give a number")
         seed = int(torch.randint(_SEEDS, (), device="cpu"))
     for name, parameter in parameters:
         assert name in roles, f"parameter {name!r} has no declared role"
