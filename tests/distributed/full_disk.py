@@ -12,5 +12,6 @@ def full(*arguments):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "initial.safetensors")
 
 
-Run.create = full
-sys.exit(main(["train", *sys.argv[1:]]))
+if __name__ == "__main__":
+    Run.create = full
+    sys.exit(main(["train", *sys.argv[1:]]))
