@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quintic.core import DataError
 from quintic.core.counter_rng import Stream
+from quintic.flow.precision import full_precision
 from quintic.flow.tarflow import TarFlow
 
 __all__ = ["Inpainting", "inpaint"]
@@ -57,6 +58,7 @@ def inpaint(
         seed: Of all noise.
 
     Raises:
+        ConfigError: The weights are in half precision.
         DataError: The density of an image is 0 to begin with.
     """
     known = torch.broadcast_to(known, images.shape)
@@ -99,7 +101,7 @@ def inpaint(
 
 def _value_and_slope(model: TarFlow, x: Tensor, known: Tensor, labels: Tensor | int | None) -> tuple[Tensor, Tensor]:
     """log p (b,) and its gradient with respect to the unknown pixels."""
-    with torch.enable_grad():
+    with torch.enable_grad(), full_precision(model.stack[0].position):
         variable = x.detach().clone().requires_grad_()
         value = model.log_prob(variable, labels)
         (slope,) = torch.autograd.grad(value.sum(), variable)

@@ -10,11 +10,13 @@ are a frozen prefix with cached keys and values, and a sweep covers the ``window
     (arXiv 2505.12849, 2505.24791, without their clamps, caps and loose thresholds: nothing here is approximate).
 
 A block inverted by guesses is checked by one parallel pass of the model's own weights: it must return z. If it does
-not, the block is inverted again token by token.
+not, the block is inverted again token by token; if it does not even then, that is said: its map is too steep for the
+precision.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +28,7 @@ from torch import Tensor
 from quintic.core import ConfigError
 from quintic.flow.folded import FoldedBlock, Room
 from quintic.flow.guidance import Guidance
+from quintic.flow.precision import full_precision
 
 if TYPE_CHECKING:
     from quintic.flow.block import FlowBlock
@@ -50,7 +53,7 @@ class Tolerance:
 
     @classmethod
     def of(cls, dtype: torch.dtype) -> Tolerance:
-        """Suited to a precision."""
+        """Suited to float32 or float64."""
         return cls(1e-13, 1e-9) if dtype == torch.float64 else cls(3e-6, 1e-3)
 
 
@@ -255,15 +258,16 @@ def invert_flow(
         method: ``auto``, ``sequential``, ``jacobi``, ``window:K`` or a plan.
         guidance: Towards the class.
         certify: Check sequential blocks too.
-        tolerance: Of guesses and of the check; None is :meth:`Tolerance.of` the precision.
+        tolerance: Of guesses and of the check; None is :meth:`Tolerance.of` the weights' precision.
         guess: Where guesses begin; None begins from the latents.
         check: Called before every block; what it raises ends the inversion.
 
     Raises:
-        ConfigError: Unknown method, or a plan for another number of blocks.
+        ConfigError: Unknown method, a plan for another number of blocks, or weights in half precision.
     """
-    tolerance = tolerance or Tolerance.of(z_bnd.dtype)
     blocks = model.stack
+    weight = blocks[0].position
+    tolerance = tolerance or Tolerance.of(weight.dtype)
     if not len(z_bnd):
         return Inversion(z_bnd, ())
     if method == "auto":
@@ -273,10 +277,23 @@ def invert_flow(
     windows = windows_of(method, len(blocks), model.tokens) if isinstance(method, str) else method.windows
     if len(windows) != len(blocks):
         raise ConfigError(f"this plan is for {len(windows)} blocks, the flow has {len(blocks)}")
-    x = z_bnd.to(blocks[0].position)
-    with torch.inference_mode():
-        x, reports = _invert(model, x, rows, windows, guidance, certify, tolerance, guess, check)
+    with torch.inference_mode(), full_precision(weight):
+        x, reports = _invert(model, z_bnd.to(weight), rows, windows, guidance, certify, tolerance, guess, check)
+    _warn_about_failures(reports, tolerance, weight.dtype)
     return Inversion(x.clone(), reports)  # a tensor that autograd may use
+
+
+def _warn_about_failures(reports: tuple[BlockReport, ...], tolerance: Tolerance, dtype: torch.dtype) -> None:
+    """Nothing is returned silently that was checked and failed: once for all blocks, by the worst."""
+    checked = [(report.residual, report.block) for report in reports if report.residual is not None]
+    residual, block = max(checked, default=(0.0, 0))
+    if residual > tolerance.certificate:
+        wider = "; sample in float64: flow.double()" if dtype != torch.float64 else ""
+        warnings.warn(
+            f"block {block} maps what was found back to its latents only within {residual:.1e}, expected "
+            f"{tolerance.certificate:.0e}, even token by token: it is too steep for {dtype}{wider}",
+            stacklevel=5,  # the line that calls decode
+        )
 
 
 def _invert(

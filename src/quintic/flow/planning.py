@@ -4,7 +4,7 @@ Cost of a window = sum over its sweeps of the measured time of a sweep of that m
 sweeps a block needs is counted on a few latents; what a sweep costs is timed at the batch size asked for, at a few
 widths, with straight lines between them. Token by token costs about the work of one parallel pass but many small steps;
 guessing multiplies the work and saves steps, so that it pays for small batches and for the blocks that converge fast.
-Timings decide nothing but speed: every plan gives the same images.
+Timings decide nothing but speed: every plan gives the same images, to rounding.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from quintic.core.counter_rng import Stream
 from quintic.flow.guidance import Guidance
 from quintic.flow.invert import Tolerance, Workspace, invert_block, step_, sweep_
+from quintic.flow.precision import full_precision
 
 if TYPE_CHECKING:
     from quintic.flow.block import FlowBlock
@@ -63,6 +64,7 @@ class SamplingPlan:
 def plan_for(model: TarFlow, batch: int, rows: Tensor | None, guidance: Guidance | None) -> SamplingPlan:
     """The plan of a model and batch size, made at the first call and remembered while the model lives."""
     known = _plans.setdefault(model, {})
+    guidance = guidance if guidance is not None and guidance.weight else None  # without weight it is none
     key = (batch, guidance)
     if key not in known:
         label = None if rows is None else rows[:1]
@@ -70,7 +72,6 @@ def plan_for(model: TarFlow, batch: int, rows: Tensor | None, guidance: Guidance
     return known[key]
 
 
-@torch.inference_mode()
 def plan_sampling(
     model: TarFlow, batch: int, *, guidance: Guidance | None = None, row: Tensor | None = None, seed: int = 0
 ) -> SamplingPlan:
@@ -82,7 +83,15 @@ def plan_sampling(
         guidance: As it will be used.
         row: (1,) row of the class tables to calibrate with; None is "no label".
         seed: Of the latents to calibrate with.
+
+    Raises:
+        ConfigError: The weights are in half precision.
     """
+    with torch.inference_mode(), full_precision(model.stack[0].position):
+        return _measured(model, batch, guidance, row, seed)
+
+
+def _measured(model: TarFlow, batch: int, guidance: Guidance | None, row: Tensor | None, seed: int) -> SamplingPlan:
     blocks = model.stack
     weight = blocks[0].position
     if row is None and model.num_classes:

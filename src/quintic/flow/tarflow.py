@@ -33,6 +33,7 @@ from quintic.flow.labels import class_rows
 from quintic.flow.likelihood import bits, dequantise, log_normal, logit_forward, logit_inverse
 from quintic.flow.patches import check_patch, to_image, to_tokens
 from quintic.flow.planning import SamplingPlan
+from quintic.flow.precision import full_precision
 from quintic.flow.samples import Samples, great_circle
 from quintic.flow.spline import Spline
 
@@ -186,6 +187,7 @@ class TarFlow(nn.Module):
             (b,).
 
         Raises:
+            ConfigError: The weights are in half precision.
             DataError: Pixels are no such integers.
         """
         weight = self.stack[0].position  # tells device and precision
@@ -193,7 +195,7 @@ class TarFlow(nn.Module):
         for draw in range(samples):
             uniform = Stream(seed, "dequantisation", draw).uniform(first * self.dims, images.numel())
             noise = torch.from_numpy(uniform).to(weight).view(images.shape)
-            with self._without_autocast():
+            with full_precision(weight):
                 parts.append(self.log_prob(dequantise(images.to(weight.device), noise, self.levels), labels))
         return bits(torch.stack(parts), self.dims, self.levels)
 
@@ -201,12 +203,12 @@ class TarFlow(nn.Module):
         """The expected clean image, x + sigma^2 * grad log p(x) (Tweedie), of images with the noise of training.
 
         Raises:
-            ConfigError: The model was not trained with gaussian noise.
+            ConfigError: The model was not trained with gaussian noise, or its weights are in half precision.
         """
         if self.noise != "gaussian":
             raise ConfigError("this flow was trained with uniform noise and has no denoiser; sample with denoise=False")
         images = images.detach()
-        with torch.enable_grad(), self._without_autocast():
+        with torch.enable_grad(), full_precision(self.stack[0].position):
             variable = images.clone().requires_grad_()
             (score,) = torch.autograd.grad(self.log_prob(variable, labels).sum(), variable)
         return images + self.sigma**2 * score
@@ -235,11 +237,11 @@ class TarFlow(nn.Module):
             check: Called before every block; what it raises ends the work.
 
         Returns:
-            Images (b, c, h, w) and the certificate.
+            Images (b, c, h, w) and the certificate; a warning says so if a block that was checked failed to the end.
 
         Raises:
             DataError: Another shape, or labels out of range.
-            ConfigError: Unknown method, or guidance that this model cannot follow.
+            ConfigError: Unknown method, guidance that this model cannot follow, or weights in half precision.
         """
         self._check(latents)
         rows = self.rows(labels, len(latents))
@@ -247,7 +249,7 @@ class TarFlow(nn.Module):
             raise ConfigError("guidance needs a class to go to, or a temperature other than 1")
         if self.direction == "sampling" and guidance is not None and guidance.weight:
             raise ConfigError("guidance is for direction = 'density'")
-        with self._without_autocast():
+        with full_precision(self.stack[0].position):
             tokens = to_tokens(latents, self.patch)
             if self.behind is not None:
                 tokens = self.behind.inverse(tokens)
@@ -284,7 +286,9 @@ class TarFlow(nn.Module):
         Args:
             n: How many.
             labels: Class, or (n,) classes; None and -1 are "no label".
-            seed: Image number i is a pure function of it, whatever the method and the batches.
+            seed: Latent number i is a pure function of it, and image number i is too, to rounding: methods, batch sizes
+                and threads add in different orders, and ``auto`` chooses a method by timing. The same digits come from
+                ``sequential``, say, with the same batch and threads on the same machine.
             method: See :meth:`decode`.
             guidance: See :meth:`decode`.
             denoise: Whether to remove the noise of training; None does so if it was gaussian.
@@ -295,6 +299,7 @@ class TarFlow(nn.Module):
             check: See :meth:`decode`.
 
         Raises:
+            ConfigError: See :meth:`decode`.
             SamplingError: An image was not finite in four draws.
         """
         if denoise is None:
@@ -339,7 +344,7 @@ class TarFlow(nn.Module):
         Returns:
             (steps, c, h, w).
         """
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(self.stack[0].position):
             a, b = self(torch.stack([one, other]), labels)[0]
         return self.decode(great_circle(a, b, steps), labels, **options)[0]
 
@@ -378,10 +383,6 @@ class TarFlow(nn.Module):
             x, logdet = self.behind(x)
             total = total + logdet
         return x, total
-
-    def _without_autocast(self) -> torch.autocast:
-        """For what is looked at or reported: bfloat16 costs up to a thousandth of a nat per dimension."""
-        return torch.autocast(self.stack[0].position.device.type, enabled=False)
 
     def _draw(self, n: int, seed: int, attempt: int, first: int) -> Tensor:
         normal = Stream(seed, "latents", attempt).normal(first * self.dims, n * self.dims)
