@@ -19,8 +19,8 @@ from quintic.optim.clip import (
     NonFiniteGradientError,
     clip_grad_norm_,
     clip_grad_spectral_,
-    global_norm,
 )
+from quintic.optim.norms import global_norm
 
 
 def sigma(g):

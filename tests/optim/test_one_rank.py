@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from quintic.optim import GradientClipping, Muon
-from quintic.optim.sharded import holds_whole_matrices, local, own_part, sum_over_parts, whole
+from quintic.optim.sharded import agree_on_any, holds_whole_matrices, local, own_part, sum_over_parts, whole
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,11 @@ def test_the_parts_of_one_process_are_the_whole(mesh):
     cut = distribute_tensor(x, mesh, [Shard(0)])
     assert torch.equal(whole(local(cut), cut), x) and torch.equal(own_part(x, cut), x)
     assert own_part(x, x) is x and whole(x, x) is x and local(x) is x
-    assert float(sum_over_parts(x.sum(), [x, cut])) == pytest.approx(float(x.sum()))
+    sums = [x.sum(), local(cut).sum()]
+    assert float(sum_over_parts(sums, [x, cut])) == pytest.approx(2 * float(x.sum()))
+    assert agree_on_any(torch.tensor([True, False]), [x, cut]).tolist() == [True, False]
     stack = torch.randn(4, 3, 2)
     assert not holds_whole_matrices(cut) and holds_whole_matrices(x)
     assert holds_whole_matrices(distribute_tensor(stack, mesh, [Shard(0)]))
+    assert not holds_whole_matrices(distribute_tensor(stack, mesh, [Shard(0)]), "conv")  # one matrix, of three axes
     assert not holds_whole_matrices(distribute_tensor(stack, mesh, [Shard(1)]))

@@ -6,7 +6,6 @@ from quintic.optim.clip import (
     NonFiniteGradientError,
     clip_grad_norm_,
     clip_grad_spectral_,
-    global_norm,
 )
 from quintic.optim.clip_advice import ClipStatistics, advice, clip_statistics
 from quintic.optim.config import OptimConfig, build_optimizer
@@ -14,6 +13,7 @@ from quintic.optim.diagnostics import Diagnosis, diagnose, snapshot
 from quintic.optim.interop import load_foreign_state
 from quintic.optim.lr import convert_lr, lr_factor, momentum_at, scale_factor
 from quintic.optim.muon import Muon
+from quintic.optim.norms import global_norm
 from quintic.optim.qk_clip import clip_latent_qk_, clip_qk_, max_logits, split_heads
 from quintic.optim.routing import RoleRow, RoleTable, roles
 

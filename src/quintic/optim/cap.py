@@ -40,12 +40,12 @@ def cap_step_(active: list[tuple[dict[str, Any], list[Tensor]]], before: list[Te
     before = [local(old) for old in before]
     device = before[0].device
     wide = torch.float32 if device.type == "mps" else torch.float64
-    gain = torch.zeros((), dtype=wide, device=device)
+    gains = []
     for (group, p, g), old in zip(moved, before, strict=True):
         dtype = torch.promote_types(p.dtype, torch.float32)
         promised = ((old.to(dtype) - p) * g).sum(dtype=wide).to(device)
-        gain += -promised if group["maximize"] else promised
-    gain = sum_over_parts(gain, params_all)
+        gains.append(-promised if group["maximize"] else promised)
+    gain = sum_over_parts(gains, params_all)
     rates = [torch.as_tensor(group["lr"], dtype=wide).reshape(()).to(device) for group, params in active if params]
     most = cap * torch.stack(rates).max()
     # Gradients that are not finite make a gain that compares as false, and there was no step.

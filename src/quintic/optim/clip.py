@@ -7,10 +7,9 @@
   "c is sensible if most norms are below it and few above" (the same post) holds by construction.
 * none: only measures.
 
-Norms are computed without overflow or underflow: per tensor ||g|| = peak * ||g / peak|| with peak its largest
-magnitude, in at least float32, and the tensors are combined in float64. So float32 gradients of 1e20, whose
-squares overflow, are clipped and not zeroed. No synchronisation with the device takes place, except that the
-eigenvalues of spectral clipping wait for a GPU, and so does ``nonfinite="raise"``.
+Norms neither overflow nor underflow (:mod:`quintic.optim.norms`): float32 gradients of 1e20, whose squares overflow,
+are clipped and not zeroed. No synchronisation with the device takes place, except that the eigenvalues of spectral
+clipping wait for a GPU, and so does ``nonfinite="raise"``.
 """
 
 # The torch._foreach functions have no public name.
@@ -26,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from quintic.core import CheckpointError, ConfigError, QuinticError, suggest
+from quintic.optim.norms import global_norm, scaled_norm, spectral_norms
 from quintic.optim.routing import roles
-from quintic.optim.sharded import local, own_part, sum_over_parts, whole
+from quintic.optim.sharded import agree_on_any, local, own_part, settle_gradient_, whole
 from quintic.optim.split import parts_of
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "NonFiniteGradientError",
     "clip_grad_norm_",
     "clip_grad_spectral_",
-    "global_norm",
 ]
 
 CLIPPING = ("global", "spectral", "adaptive", "none")
@@ -161,7 +160,7 @@ def clip_grad_spectral_(parameters: Parameters, max_norm: float = 1.0, *, nonfin
         layout = layout or ("vector" if g.ndim < 2 else "conv" if g.ndim > (2 if module else 3) else "stack")
         divided, g = g, whole(local(g), g)
         for view, matrices, n, m in parts_of(g, layout, split, orientation):
-            norms = _norm(g).reshape(1) if layout == "vector" else _spectral_norms(view.reshape(matrices, n, m))
+            norms = scaled_norm(g).reshape(1) if layout == "vector" else spectral_norms(view.reshape(matrices, n, m))
             limit = threshold.to(norms.device, norms.dtype)
             factor = torch.where(finite.to(norms.device) & (norms > limit), limit / norms, 1.0)
             wide = factor.to(torch.float64 if g.dtype == torch.float64 else torch.float32)
@@ -297,25 +296,6 @@ class GradientClipping:
         self._norms = torch.tensor([math.nan] * (window - len(known)) + known, dtype=torch.float64)
 
 
-@torch.no_grad()
-def global_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Euclidean norm of all elements of all tensors, 0-d; 0 for none. Exact for any magnitude of the dtype."""
-    listed = [t for t in tensors if t.numel()]
-    if not listed:
-        return torch.zeros((), dtype=torch.float64)
-    parts = [t for t in listed if local(t) is not t]
-    total = _together([t for t in listed if local(t) is t], listed[0].device)
-    if not parts:
-        return total
-    divided = _together([local(t) for t in parts], listed[0].device)
-    return torch.sqrt(total.square() + sum_over_parts(divided.square(), parts))
-
-
-def _together(tensors: list[Tensor], device: torch.device) -> Tensor:
-    norms = [_norm(t).to(device) for t in tensors if t.numel()]
-    return _norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64, device=device)
-
-
 def _check(max_norm: float | Tensor, nonfinite: str) -> None:
     if not isinstance(max_norm, Tensor) and not (isinstance(max_norm, Real) and max_norm > 0):
         raise ConfigError(f"max_norm = {max_norm!r}; expected a positive number (inf only measures)")
@@ -334,6 +314,7 @@ def _named_gradients(parameters: Parameters) -> list[tuple[str, Tensor]]:
     for name, p in named:
         if not isinstance(p, Tensor):
             raise ConfigError(f"cannot clip {type(p).__name__}; expected tensors: pass the module or its parameters()")
+        settle_gradient_(p)
         if p.grad is None:
             continue
         if p.grad.is_complex():
@@ -351,32 +332,12 @@ def _handle_nonfinite(named: list[tuple[str, Tensor]], finite: Tensor, policy: s
         for _, g in named:
             local(g).masked_fill_(~finite.to(g.device), 0.0)
     elif policy == "raise" and not finite:
-        bad = [name for name, g in named if local(g).numel() and not _norm(local(g)).isfinite()]
+        here = [local(g) for _, g in named]
+        flags = [g.numel() > 0 and not bool(scaled_norm(g).isfinite()) for g in here]
+        flags = agree_on_any(torch.tensor(flags, device=finite.device), [g for _, g in named])
+        bad = [name for (name, _), flag in zip(named, flags.tolist(), strict=True) if flag]
         where = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise NonFiniteGradientError(
             f"the gradient is not finite: {where or 'all parameters together'}; nothing was clipped. "
             "Lower the learning rate or lengthen the warm-up; nonfinite='keep' leaves such a step to the optimizer"
         )
-
-
-def _norm(t: Tensor) -> Tensor:
-    low, high = torch.aminmax(t)  # much faster on CPUs than the infinity norm, and NaN goes through it too
-    wide = torch.float32 if t.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    peak = torch.maximum(-low, high).to(wide)
-    peak = torch.where(peak > 0, peak, 1.0)
-    x = t if t.dtype == torch.float64 else t.float()
-    return peak * torch.linalg.vector_norm(x / peak.to(x.dtype)).to(wide)
-
-
-def _spectral_norms(matrices: Tensor) -> Tensor:
-    """Largest singular value of each of (k, n, m), without over- or underflow; 0 for one that is not finite."""
-    low, high = matrices.flatten(1).aminmax(dim=1)
-    wide = torch.float32 if matrices.device.type == "mps" else torch.float64
-    peak = torch.maximum(-low, high).to(wide)
-    usable = peak.isfinite()
-    peak = torch.where(usable & (peak > 0), peak, 1.0)
-    x = matrices if matrices.dtype == torch.float64 else matrices.float()
-    x = x / peak.to(x.dtype)[:, None, None]
-    gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
-    gram = torch.where(usable[:, None, None], gram, 0.0)  # eigvalsh refuses NaN
-    return peak * torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0.0).sqrt().to(wide)

@@ -42,7 +42,15 @@ from quintic.optim.groups import (
 from quintic.optim.matrices import Piece, chunks, pieces_of, update_matrices
 from quintic.optim.nonfinite import NONFINITE, any_nonfinite, sift_nonfinite_
 from quintic.optim.routing import RoleTable, roles
-from quintic.optim.sharded import DISTRIBUTED, Divided, assemble, holds_whole_matrices, local, scatter_
+from quintic.optim.sharded import (
+    DISTRIBUTED,
+    Divided,
+    assemble,
+    holds_whole_matrices,
+    local,
+    scatter_,
+    settle_gradient_,
+)
 from quintic.optim.state import fit_state, top_space_of
 
 __all__ = ["Muon"]
@@ -238,7 +246,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step. Parameters without a gradient are untouched, and gradients are only read.
+        """Take one step. Parameters without a gradient are untouched, and gradients are only read, but for a DTensor
+        whose sum is pending (Partial), which is replaced by the sum.
 
         Args:
             closure: Recomputes the loss and the gradients; called with gradients enabled.
@@ -285,6 +294,7 @@ class Muon(torch.optim.Optimizer):
                     f"the gradient of {name_of(group, p)} is sparse; create the embedding with sparse=False, "
                     "or give it to torch.optim.SparseAdam"
                 )
+            settle_gradient_(p)
         return params
 
     def _muon(self, active: list[tuple[dict[str, Any], list[Tensor]]], bad: Tensor) -> None:
@@ -301,7 +311,7 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = new_state(p)
             tensors = (p.detach(), gradient, state["momentum_buffer"])
-            if holds_whole_matrices(p):
+            if holds_whole_matrices(p, group["layout"]):
                 ready.append((group, group, key, state, [local(t) for t in tensors]))
             else:
                 divided.append(Divided(group, p, *tensors[1:]))

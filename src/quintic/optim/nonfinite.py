@@ -31,14 +31,17 @@ Active = list[tuple[dict[str, Any], list[Tensor]]]
 
 def any_nonfinite(gradients: list[Tensor]) -> Tensor:
     """0-d bool: some element of some gradient is NaN or infinite. One pass, no synchronisation of accelerators."""
+    return agree_on_any(_any_here(gradients), gradients)
+
+
+def _any_here(gradients: list[Tensor]) -> Tensor:
+    """The same of what lies with this process."""
     device = gradients[0].device
     here = [g for g in map(local, gradients) if g.numel()]
     if not here or _all_finite_by_norm(here):
-        bad = torch.zeros((), dtype=torch.bool, device=device)
-    else:
-        ends = [end.to(device) for g in here for end in torch.aminmax(g)]
-        bad = ~torch.stack(ends).isfinite().all()
-    return agree_on_any(bad, gradients)
+        return torch.zeros((), dtype=torch.bool, device=device)
+    ends = [end.to(device) for g in here for end in torch.aminmax(g)]
+    return ~torch.stack(ends).isfinite().all()
 
 
 def _all_finite_by_norm(tensors: list[Tensor]) -> bool:
@@ -61,8 +64,9 @@ def sift_nonfinite_(active: Active, policy: str) -> Active:
     every = [(group, p) for group, params in active for p in params]
     if not every:
         return active
-    flags = torch.stack([any_nonfinite([p.grad]) for _, p in every if p.grad is not None]).tolist()
-    bad = {id(p) for (_, p), flag in zip(every, flags, strict=True) if flag}
+    gradients = [p.grad for _, p in every if p.grad is not None]
+    flags = agree_on_any(torch.stack([_any_here([g]).to(gradients[0].device) for g in gradients]), gradients)
+    bad = {id(p) for (_, p), flag in zip(every, flags.tolist(), strict=True) if flag}
     if bad and policy == "raise":
         names = [name_of(group, p) for group, p in every if id(p) in bad]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""

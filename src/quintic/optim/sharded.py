@@ -10,23 +10,29 @@ process has some rows. There are two ways, with the same result:
 With w processes and S bytes of matrices, owners move 2 (w-1)/w S in all and take every msign once; gathering moves
 (w-1) S and takes it w times. So owners never send more, and less from w = 3 on. Spectral weight decay is gathered
 either way: its vectors, and the weights that they follow, are needed on every process. So is a matrix that is cut along
-several mesh axes. A stack of experts that is divided by expert holds whole matrices and needs no communication.
+several mesh axes, as by FSDP over tensor parallelism. A stack of experts that is divided by expert holds whole matrices
+and needs no communication.
 
-Numbers over all parameters (is anything not finite, a norm, the promised change of the loss) are agreed on by a sum or
-a maximum over the processes that hold different parts; replicas hold equal ones.
+Numbers over all parameters are agreed on among processes. A sum (a squared norm, the promised change of the loss) takes
+each tensor over the mesh axes along which it is cut and no others, so that replicas, which are equal, count once. A
+flag (is anything not finite) is shared along every axis of every mesh. Tensors may lie on several meshes, such as
+experts on one axis and the rest on all, as long as these are of one set of processes and each process holds a part of
+every tensor. The stages of a pipeline hold different tensors: to this module each is a model of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
 
+from quintic.core import ConfigError
 from quintic.optim.momentum import advance_
 
 __all__ = [
@@ -35,10 +41,13 @@ __all__ = [
     "Gathered",
     "agree_on_any",
     "assemble",
+    "check_layout",
     "holds_whole_matrices",
     "local",
     "own_part",
     "scatter_",
+    "settle_gradient_",
+    "settled",
     "sum_over_parts",
     "whole",
 ]
@@ -184,8 +193,9 @@ def _shares(divided: list[Divided], distributed: str) -> Iterator[tuple[Any, lis
     together: dict[Any, tuple[Any, list[int]]] = {}
     for i, (group, p, _, momentum) in enumerate(divided):
         assert isinstance(p, DTensor)
-        cuts = [axis for axis, placement in enumerate(p.placements) if isinstance(placement, Shard)]
-        if distributed == "gather" or _decay_needs_whole(group) or len(cuts) != 1:
+        cuts = _cut_axes(p)
+        strided = any(not isinstance(p.placements[axis], Shard) for axis in cuts)  # its parts are not rows in order
+        if distributed == "gather" or _decay_needs_whole(group) or strided or len(cuts) != 1:
             among, key = None, None
         else:
             among = p.device_mesh.get_group(cuts[0])
@@ -207,7 +217,10 @@ def _owners(parameters: list[Tensor], world: int) -> list[int]:
 def _cut(p: Tensor) -> tuple[int, int]:
     """(mesh axis, tensor axis) of the one cut of a parameter."""
     assert isinstance(p, DTensor)
-    return next((axis, at.dim % p.ndim) for axis, at in enumerate(p.placements) if isinstance(at, Shard))
+    axis = _cut_axes(p)[0]
+    at = p.placements[axis]
+    assert isinstance(at, Shard)
+    return axis, at.dim % p.ndim
 
 
 def _part_shape(p: Tensor, rank: int) -> tuple[int, ...]:
@@ -236,35 +249,121 @@ def _decay_needs_whole(group: dict[str, Any]) -> bool:
     return group["decay"] == "spectral" and bool(group["weight_decay"])
 
 
-def holds_whole_matrices(tensor: Tensor) -> bool:
-    """Whether the local part of a stack of matrices is a stack of whole ones."""
+def holds_whole_matrices(tensor: Tensor, layout: str | None = None) -> bool:
+    """Whether the local part of a parameter, or its momentum, is a stack of whole matrices.
+
+    Args:
+        tensor: Divided or not.
+        layout: How it is read, see :func:`quintic.optim.split.parts_of`; a convolution of three axes is no stack.
+    """
     if not isinstance(tensor, DTensor):
         return True
-    return tensor.ndim == 3 and all(not isinstance(p, Shard) or p.dim == 0 for p in tensor.placements)
+    cuts = (tensor.placements[axis] for axis in _cut_axes(tensor))
+    return layout in (None, "stack") and tensor.ndim == 3 and all(getattr(at, "dim", None) in (0, -3) for at in cuts)
 
 
-def agree_on_any(flag: Tensor, tensors: Iterable[Tensor]) -> Tensor:
-    """A 0-d bool that is true everywhere if it is true somewhere; unchanged if no tensor is divided."""
-    for group in _part_groups(tensors):
-        number = flag.to(torch.float32)
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
-        flag = number > 0
-    return flag
+def check_layout(tensor: Tensor, name: str) -> None:
+    """Raise ConfigError for a divided parameter that a step cannot work on."""
+    if not isinstance(tensor, DTensor):
+        return
+    if tensor.device_mesh.get_coordinate() is None:
+        raise ConfigError(
+            f"{name} lies on a mesh of other processes than this one; expected a part of every parameter on every "
+            "process that takes the step: make the mesh an axis of one of all (init_device_mesh, then mesh['ep'])"
+        )
+    if any(map(_is_pending, tensor.placements)):
+        raise ConfigError(
+            f"{name} is a sum whose terms lie on several processes (placements {tensor.placements}); expected weights "
+            "that are divided or replicated: redistribute them with Shard or Replicate"
+        )
 
 
-def sum_over_parts(values: Tensor, tensors: Iterable[Tensor]) -> Tensor:
-    """Sum over the processes that hold different parts of these tensors; unchanged if none is divided."""
-    for group in _part_groups(tensors):
-        values = values.clone()
-        dist.all_reduce(values, group=group)
-    return values
+def settled(tensor: Tensor) -> Tensor:
+    """A divided tensor whose pending sums (Partial) have been taken; itself if it has none."""
+    if not isinstance(tensor, DTensor) or not any(map(_is_pending, tensor.placements)):
+        return tensor
+    return tensor.redistribute(placements=[Replicate() if _is_pending(at) else at for at in tensor.placements])
 
 
-def _part_groups(tensors: Iterable[Tensor]) -> list[Any]:
-    """Groups of processes along the mesh axes by which the first divided tensor is cut."""
-    for tensor in tensors:
-        if isinstance(tensor, DTensor):
-            mesh = tensor.device_mesh
-            axes = [axis for axis, placement in enumerate(tensor.placements) if isinstance(placement, Shard)]
-            return [mesh.get_group(axis) for axis in axes]
-    return []
+def settle_gradient_(p: Tensor) -> None:
+    """Replace a gradient that is laid out unlike its parameter by the same one laid out like it, in ``p.grad``.
+
+    Sequence parallelism leaves such gradients: of a gain that every process has, each has the part that comes from its
+    own tokens, and the sum is pending (Partial). The norm of a sum is not known from those of its terms.
+    """
+    g = p.grad
+    if isinstance(p, DTensor) and isinstance(g, DTensor) and g.placements != p.placements:
+        p.grad = g.redistribute(placements=p.placements)
+
+
+def agree_on_any(flags: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """Bools that are true everywhere if they are true somewhere; unchanged if no tensor is divided.
+
+    Args:
+        flags: Any shape, the same on all processes.
+        tensors: All that the flags are about. Every process that has a part or a replica of one gets the answer.
+    """
+    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))
+    groups = {group.group_name: group for mesh in meshes for group in mesh.get_all_groups()}
+    for group in groups.values():
+        numbers = flags.to(torch.float32)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
+        flags = numbers > 0
+    return flags
+
+
+def sum_over_parts(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of a number of each tensor, over all of its parts; one exchange for each group of processes.
+
+    Args:
+        values: Of the part that lies here, 0-d, one for each tensor, all of one dtype and on one device.
+        tensors: Divided or whole; the number of a whole one is taken as it is.
+
+    Returns:
+        0-d, the same on all processes.
+
+    Raises:
+        ConfigError: The tensors lie on meshes of different sets of processes.
+    """
+    _check_meshes(tensors)
+    groups: dict[str, Any] = {}
+    together: dict[tuple[str, ...], list[Tensor]] = {}  # by the groups among which their parts lie
+    for value, tensor in zip(values, tensors, strict=True):
+        among = [tensor.device_mesh.get_group(i) for i in _cut_axes(tensor)] if isinstance(tensor, DTensor) else []
+        groups.update((group.group_name, group) for group in among)
+        together.setdefault(tuple(group.group_name for group in among), []).append(value)
+    sums = {names: torch.stack(each).sum() for names, each in together.items()}
+    for name, group in groups.items():
+        concerned = [names for names in sums if name in names]
+        packed = torch.stack([sums[names] for names in concerned])
+        dist.all_reduce(packed, group=group)
+        sums.update(zip(concerned, packed.unbind(), strict=True))
+    return torch.stack(list(sums.values())).sum()
+
+
+def _check_meshes(tensors: Sequence[Tensor]) -> None:
+    """A process that has no part of a tensor could not know its sum."""
+    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))
+    members = {mesh: sorted(mesh._get_root_mesh().mesh.flatten().tolist()) for mesh in meshes}
+    if not members:
+        return
+    first, *others = members
+    for mesh in others:
+        if members[mesh] != members[first]:
+            raise ConfigError(
+                f"tensors lie on meshes of different processes: {first} of ranks {members[first]} and {mesh} of ranks "
+                f"{members[mesh]}, so that no sum over all is known. Make both axes of one mesh of all processes "
+                "(init_device_mesh, then mesh['dp'], mesh['ep']), or call this for each mesh apart"
+            )
+
+
+def _cut_axes(tensor: DTensor) -> list[int]:
+    """Mesh axes along which a tensor is cut.
+
+    FSDP over tensor parallelism cuts rows by ``_StridedShard``, which is no ``Shard`` and denies ``is_shard()``.
+    """
+    return [axis for axis, at in enumerate(tensor.placements) if not at.is_replicate() and not _is_pending(at)]
+
+
+def _is_pending(placement: Placement) -> bool:
+    return placement.is_partial()

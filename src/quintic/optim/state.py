@@ -36,7 +36,7 @@ def top_space_of(group: dict[str, Any], state: dict[str, Tensor], index: int, pa
     if name not in state or local(state[name]).numel() != math.prod(shape):
         momentum = state["momentum_buffer"]
         started = start_top_space(part.tensor.to(momentum.dtype).reshape(matrices), group["decay_rank"])
-        if _divided_by_expert(momentum):
+        if _divided_by_expert(momentum, group["layout"]):
             started = started.reshape(len(local(momentum)), -1, shape[2])
             whole = (len(momentum), *started.shape[1:])
             started = DTensor.from_local(
@@ -80,14 +80,14 @@ def fit_state(group: dict[str, Any], p: Tensor, name: str, value: Tensor) -> Ten
         )
     if not vectors or isinstance(value, DTensor):
         return value
-    if not _divided_by_expert(p):
+    if not _divided_by_expert(p, group["layout"]):
         return value.reshape(shape)
     value = value.reshape(len(p), -1, shape[2])
     return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def _divided_by_expert(tensor: Tensor) -> TypeGuard[DTensor]:
-    return isinstance(tensor, DTensor) and holds_whole_matrices(tensor)
+def _divided_by_expert(tensor: Tensor, layout: str | None) -> TypeGuard[DTensor]:
+    return isinstance(tensor, DTensor) and holds_whole_matrices(tensor, layout)
 
 
 def _name(index: int) -> str:
