@@ -205,9 +205,11 @@ def test_mistakes_get_a_line_and_no_traceback(run, tmp_path, capsys, arguments, 
     assert message in errors and "Traceback" not in errors
 
 
+@pytest.mark.parametrize("size", ["tiny", "laptop"])
 @pytest.mark.parametrize("task", ["lm", "tarflow", "ddpm"])
-def test_roles_of_every_task(task, capsys):
-    assert quintic("roles", "--task", task, "--size", "tiny") == 0
+def test_roles_of_every_task(task, size, capsys):
+    """Also of a flow whose guidance wants classes, of which nothing is known without images."""
+    assert quintic("roles", "--task", task, "--size", size) == 0
     assert re.search(r"total: [\d,]+ parameters, .* under Muon", capsys.readouterr().out)
 
 

@@ -84,7 +84,7 @@ def layers(model):
 
 
 def divided(task, ranks, precision=LanguageModel.float):
-    model = precision(task.build(None))
+    model = precision(task.build(initialize=False))
     divide_(model, ranks)
     initialize_(model, 0)
     return model
@@ -140,7 +140,7 @@ class Sent(TorchDispatchMode):
 
 def check_traffic(task, ranks, dtype, **changes):
     engine = EngineConfig(**{"steps": 10, "batch_size": 8, "diagnose_every": 0, **changes})
-    model = task.build(None)
+    model = task.build(initialize=False)
     divide_(model, ranks, reshard=engine.reshard)
     initialize_(model, 0)
     parts, state = parts_of(task, model, ranks, dtype, engine), TrainState()
@@ -149,7 +149,7 @@ def check_traffic(task, ranks, dtype, **changes):
         step.take_step(parts, state)
     found = dict(zip(sent.bytes, (n / ranks.world for n in ranks.sum(*sent.bytes.values())), strict=True))
     with torch.device("meta"):
-        shell = task.build(None)
+        shell = task.build(initialize=False)
     plan = make_plan(
         shell, ranks=ranks.world, shards=ranks.shards, examples_per_step=8, micro_batch=engine.micro_batch_size,
         tokens_per_example=32, flops_per_token=1.0, active=1, logits=1, compute_bytes=2, reshard=engine.reshard,

@@ -85,9 +85,11 @@ def with_shape(task: str, settings: Settings) -> Settings:
     """Settings of a model that can be built without data: what its images would tell is assumed."""
     side = settings["data"].size or 28
     assumed = {"channels": 3 if settings["data"].channels == "rgb" else 1, "height": side, "image_width": side}
-    for name, value in (*assumed.items(), ("classes", 0)):
-        if getattr(settings[task], name) in (0, -1):
+    for name, value in assumed.items():
+        if getattr(settings[task], name) == 0:
             settings = settings.derive(f"{task}.{name}", value, "assumed without images")
+    if settings[task].classes == -1:
+        settings = settings.derive(f"{task}.classes", 10, "assumed without images")
     return settings
 
 

@@ -27,7 +27,8 @@ def roles(
     arguments
         Settings as section.field=value.
     task
-        What would be trained: lm, tarflow or ddpm (with images of 28 x 28 pixels unless said otherwise).
+        What would be trained: lm, tarflow or ddpm (with images of 28 x 28 pixels unless said otherwise, and of 10 classes
+        where it learns classes).
     size
         Preset, as for train.
     as_json
