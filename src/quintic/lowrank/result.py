@@ -72,8 +72,9 @@ class Approximation:
         Exact for matrices in memory and row blocks (one pass), from 32 Gaussian probes for operators (relative standard
         deviation at most 1/4, and far less unless a single direction dominates what is left).
 
-        The first call reads the matrix, as it is then, at the cost of a product left right; later ones repeat what it
-        said. So ask before the matrix is changed. A search by ``tol`` has asked, except of an operator.
+        The first call reads the matrix, as it is then, at the cost of a product left right, or of one with k vectors if
+        the matrix is sparse and the error above about 1e-3; later ones repeat what it said. So ask before the matrix is
+        changed. A search by ``tol`` has asked, except of an operator.
 
         Returns:
             A float, or a tensor or array (...) of a batch.

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from quintic.core import ConfigError, DataError
 from quintic.linalg.sketch import Operator, gaussian, probe_norm, safe_scale
+from quintic.lowrank.residual import residual_of_thin
 
 __all__ = [
     "Dense",
@@ -150,13 +151,21 @@ class Sparse(Source):
         return _sparse_rows(self.forward, at)
 
     def residual(self, left: Tensor, right: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+        A = self.forward
+        values = A.values().to(torch.promote_types(self.dtype, torch.float64)) / self.scale
+        A = torch.sparse_csr_tensor(A.crow_indices(), A.col_indices(), values, self.shape, check_invariants=False)
+        whole = torch.linalg.vector_norm(values)
+        off = residual_of_thin(A, whole, left, right, self.scale)
+        return (self._dense_residual(left, right) if off is None else off), whole
+
+    def _dense_residual(self, left: Tensor, right: Tensor) -> Tensor:
         left = left / self.scale
         height = max(1, _PART // self.shape[1])
         off = []
         for start in range(0, self.shape[0], height):
             at = torch.arange(start, min(start + height, self.shape[0]), device=self.device)
             off.append(frobenius(self.rows(at) / self.scale - left[at] @ right))
-        return torch.linalg.vector_norm(torch.stack(off)), torch.linalg.vector_norm(self.forward.values() / self.scale)
+        return torch.linalg.vector_norm(torch.stack(off))
 
 
 class Products(Source):
