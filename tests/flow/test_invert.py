@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quintic.core import ConfigError, QuinticError, SamplingError
+from quintic.core import ConfigError, DataError, QuinticError, SamplingError
 from quintic.flow import Guidance, plan_sampling
 from quintic.flow.invert import Tolerance, Workspace, invert_block, invert_flow
 from quintic.flow.patches import to_tokens
@@ -273,6 +273,17 @@ def test_volume_preserving_flows_are_inverted_too(make_flow):
 def test_no_images_are_no_images(make_flow):
     flow = make_flow()
     assert flow.decode(latents(flow, 0))[0].shape == (0, *flow.shape)
+
+
+def test_an_impossible_number_of_images_or_labels_is_refused_before_anything_is_drawn(make_flow):
+    flow, told = make_flow(num_classes=3), []
+    for options in ({"n": 0}, {"n": -1}, {"n": 2, "batch": 0}):
+        with pytest.raises(ConfigError, match=r"n = -?\d and batch = \d+; expected 1 or more"):
+            flow.sample(**options)
+    for labels in (torch.tensor([0, 1, 2]), torch.tensor([0, 3]), 3):
+        with pytest.raises(DataError, match="labels"):
+            flow.sample(2, labels, batch=1, progress=lambda done, n: told.append(done))
+    assert not told
 
 
 def test_a_plan_covers_all_blocks_and_changes_no_image(make_flow):

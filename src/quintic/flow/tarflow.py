@@ -299,9 +299,13 @@ class TarFlow(nn.Module):
             check: See :meth:`decode`.
 
         Raises:
-            ConfigError: See :meth:`decode`.
+            DataError: Labels out of range, or of another number.
+            ConfigError: Fewer than one image or batch, or see :meth:`decode`.
             SamplingError: An image was not finite in four draws.
         """
+        if n < 1 or batch < 1:
+            raise ConfigError(f"n = {n} and batch = {batch}; expected 1 or more of each")
+        self.rows(labels, n)  # refused before anything is drawn
         if denoise is None:
             denoise = self.noise == "gaussian"
         rows = labels if labels is None or isinstance(labels, int) else torch.as_tensor(labels).expand(n)
