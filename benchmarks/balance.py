@@ -91,7 +91,7 @@ def build(arm: Arm) -> LanguageModel:
         num_dense_layers=layers if arm.dense else 1, d_ff=(arm.top_k + 1) * d_expert, d_expert=d_expert,
         num_experts=arm.experts, top_k=arm.top_k,
     )  # fmt: skip
-    model = LanguageModel(config, seed=None)
+    model = LanguageModel(config, initialize=False)
     options: dict[str, Any] = {"normalize_experts": arm.normalize} if arm.normalize else {}
     for block in model.blocks:
         if isinstance(block.ffn, MoE):

@@ -49,7 +49,7 @@ def matrix_lists() -> dict[str, list[tuple[int, int]]]:
     """Shapes by name: the stacks, a GPT of 12 layers and width 128, and the laptop preset's matrices."""
     lists = {f"{count} x ({n}, {m})": [(n, m)] * count for count, n, m in STACKS}
     lists[GPT_LIST] = ([(128, 128)] * 4 + [(512, 128), (128, 512)]) * 12
-    laptop = LanguageModel(LMConfig.preset("laptop"), seed=None)
+    laptop = LanguageModel(LMConfig.preset("laptop"), initialize=False)
     rows = Muon(laptop).roles
     assert rows is not None
     lists["laptop preset"] = [(p.n, p.m) for row in rows for p in row.parts for _ in range(p.matrices)]
@@ -173,7 +173,7 @@ def demo_share(preset: str, seconds: float) -> dict[str, Any]:
     settings = tomllib.loads(preset_text("lm", preset))
     engine = settings["engine"]
     config = LMConfig(**{**settings["lm"], "vocab_size": LAPTOP_VOCABULARY})
-    model = LanguageModel(config)
+    model = LanguageModel(config, seed=0)
     optimizer = Muon(model)
     cpu = torch.device("cpu")
     ids = torch.randint(

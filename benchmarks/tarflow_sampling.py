@@ -50,7 +50,7 @@ CLASSES = 10
 def trained_flow(patch: int) -> TarFlow:
     """A flow of 28 x 28 pixels as small as the authors' toy example, with their "no label"."""
     data = prepare_images(None, ImageConfig(size=28))
-    flow = TarFlow((1, 28, 28), patch=patch, width=64, blocks=4, layers=2, head_width=64, num_classes=CLASSES)
+    flow = TarFlow((1, 28, 28), patch=patch, width=64, blocks=4, layers=2, head_width=64, num_classes=CLASSES, seed=0)
     optimizer = Muon(flow, lr=0.01, weight_decay=0.01)
     batch, steps = SIZES[patch]
     torch.manual_seed(0)
@@ -199,7 +199,7 @@ def training_case(flow: TarFlow, module: ModuleType | None, batch: int) -> dict[
     """A step of training, forward, backward and AdamW, here and there."""
     if module is None:
         return None
-    theirs, ours = reference_model(module, flow).train(), TarFlow(**flow.arguments)
+    theirs, ours = reference_model(module, flow).train(), TarFlow(**flow.arguments, seed=0)
     ours.load_state_dict(flow.state_dict())
     x, labels = torch.randn(batch, *flow.shape), torch.arange(batch) % CLASSES
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.0) for m in (theirs, ours)]

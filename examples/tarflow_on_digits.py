@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     pictures, shown = digits(4000, seed=0)
     held, held_shown = digits(200, seed=1)
-    flow = TarFlow((1, SIDE, SIDE), patch=3, width=64, blocks=4, layers=1, num_classes=10, sigma=0.1)
+    flow = TarFlow((1, SIDE, SIDE), patch=3, width=64, blocks=4, layers=1, num_classes=10, sigma=0.1, seed=0)
     optimizer = Muon(flow, lr=4e-3, weight_decay=0.01)
     torch.manual_seed(0)
     for step in range(options.steps):

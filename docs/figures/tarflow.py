@@ -23,7 +23,9 @@ def shapes(count: int, label: str) -> Tensor:
 def bits(blocks: int, layers: int, steps: int = STEPS) -> list[float]:
     """Bits per dimension of shapes not trained on, every so many steps."""
     train, held = shapes(6000, "train"), shapes(500, "validation")
-    flow = TarFlow((1, SIDE, SIDE), patch=2, width=48, head_width=24, blocks=blocks, layers=layers, noise="uniform")
+    flow = TarFlow(
+        (1, SIDE, SIDE), patch=2, width=48, head_width=24, blocks=blocks, layers=layers, noise="uniform", seed=0
+    )
     optimizer = Muon(flow, lr=2e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     found = []

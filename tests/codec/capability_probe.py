@@ -18,7 +18,7 @@ from quintic.diffusion.residuals import Residuals
 def network() -> NetworkDenoiser:
     """A U-Net with every kind of layer whose weights are random, the zero ones too."""
     arguments = {"shape": (1, 16, 16), "width": 16, "levels": 2, "blocks": 1, "patch": 2, "heads": 2}
-    net = UNet(**arguments, seed=None)
+    net = UNet(**arguments, initialize=False)
     generator = torch.Generator().manual_seed(0)
     for tensor in net.parameters():
         # Whole numbers are drawn alike everywhere; torch's normal numbers are not.

@@ -32,17 +32,17 @@ FLAGS = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "attention_re
 
 def language(**changes):
     config = LMConfig(context=32, num_layers=2, **changes)
-    return lambda: LanguageModel(config, seed=None), lambda model: model(IDS)
+    return lambda: LanguageModel(config, initialize=False), lambda model: model(IDS)
 
 
 def flow(**options):
-    sizes = {"patch": 2, "width": 16, "blocks": 2, "layers": 1, "head_width": 8, "seed": None}
+    sizes = {"patch": 2, "width": 16, "blocks": 2, "layers": 1, "head_width": 8, "initialize": False}
     labels = LABELS if "num_classes" in options else None
     return lambda: TarFlow((1, 8, 8), **sizes, **options), lambda model: model.log_prob(0.9 * PIXELS, labels)
 
 
 def unet(**options):
-    sizes = {"width": 8, "levels": 2, "blocks": 1, "patch": 1, "seed": None}
+    sizes = {"width": 8, "levels": 2, "blocks": 1, "patch": 1, "initialize": False}
     labels = LABELS if "num_classes" in options else None
     return lambda: UNet((1, 8, 8), **sizes, **options), lambda model: model(PIXELS, LEVELS, labels)
 

@@ -84,7 +84,7 @@ def test_classes_reach_the_network_and_are_withheld_sometimes():
 
 def test_levels_of_a_batch_are_one_in_each_equal_part_of_the_time():
     task, seen = small_task(replace(SMALL, shift=0.5), drawn=100), []
-    spy = UNet(**unet_arguments(task.config))
+    spy = UNet(**unet_arguments(task.config), seed=0)
     spy.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     task.loss(spy, task.batch(np.arange(64)))
     times = sorted(task.schedule.time(float(level)) for level in seen[0])
@@ -200,7 +200,7 @@ def test_presets_are_settings_that_exist(name):
     assert settings["engine"].ema_decay > 0
     with torch.device("meta"):
         shape = (3 if name.startswith("emoji") else 1, settings["data"].size or 28, settings["data"].size or 28)
-        UNet(**(unet_arguments(settings["ddpm"]) | {"shape": shape, "num_classes": 0}), seed=None)
+        UNet(**(unet_arguments(settings["ddpm"]) | {"shape": shape, "num_classes": 0}), initialize=False)
 
 
 def test_a_run_learns_samples_and_resumes_exactly(tmp_path):

@@ -79,7 +79,7 @@ def test_a_network_from_a_file_is_for_use_and_not_for_training(tmp_path):
 
 
 def test_a_denoiser_tells_what_it_is_for():
-    network = UNet((1, 4, 4), width=8, levels=1, heads=0, seed=None)
+    network = UNet((1, 4, 4), width=8, levels=1, heads=0, initialize=False)
     count = sum(p.numel() for p in network.parameters())
     shown = f"NetworkDenoiser(shape=(1, 4, 4), target='v', {count:,} parameters)"
     assert repr(NetworkDenoiser(network, "v", {})) == shown

@@ -24,18 +24,18 @@ def awake(net):
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 16), (2, 12, 4)])
 @pytest.mark.parametrize("levels", [1, 2])
 def test_any_shape_that_divides_comes_back(shape, levels):
-    net = awake(UNet(shape, **(SMALL | {"levels": levels})))
+    net = awake(UNet(shape, **(SMALL | {"levels": levels}), seed=0))
     assert net(torch.randn(3, *shape), torch.zeros(3)).shape == (3, *shape)
 
 
 def test_a_fresh_network_says_zero():
-    net = UNet((1, 8, 8), **SMALL)
+    net = UNet((1, 8, 8), **SMALL, seed=0)
     assert not net(torch.randn(2, 1, 8, 8), torch.zeros(2)).any()
 
 
 def test_a_fresh_network_keeps_the_size_of_what_passes_through():
     """Matrices and convolutions of unit gain, and blocks and attention that add nothing yet."""
-    net = UNet((1, 16, 16), **(SMALL | {"width": 32}))
+    net = UNet((1, 16, 16), **(SMALL | {"width": 32}), seed=0)
     block, halve, attention = net.down[0], net.down[1], net.middle[1]
     x, embedded = torch.randn(4, 32, 8, 8, generator=torch.Generator().manual_seed(0)), torch.randn(4, 128)
     assert torch.equal(block(x, embedded), x)
@@ -47,7 +47,7 @@ def test_a_fresh_network_keeps_the_size_of_what_passes_through():
 
 
 def test_noise_level_and_every_pixel_matter():
-    net = awake(UNet((1, 8, 8), **SMALL))
+    net = awake(UNet((1, 8, 8), **SMALL, seed=0))
     x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
     low, high = net(x, torch.tensor([-5.0])), net(x, torch.tensor([5.0]))
     assert (low - high).abs().max() > 1e-3
@@ -56,7 +56,7 @@ def test_noise_level_and_every_pixel_matter():
 
 
 def test_images_of_a_batch_do_not_mix():
-    net = awake(UNet((1, 8, 8), **SMALL))
+    net = awake(UNet((1, 8, 8), **SMALL, seed=0))
     x, level = torch.randn(4, 1, 8, 8), torch.tensor([-3.0, 0.0, 1.0, 6.0])
     together = net(x, level)
     for i in range(4):
@@ -64,13 +64,13 @@ def test_images_of_a_batch_do_not_mix():
 
 
 def test_classes_and_the_absent_class():
-    net = awake(UNet((1, 8, 8), num_classes=3, **SMALL))
+    net = awake(UNet((1, 8, 8), num_classes=3, **SMALL, seed=0))
     x, level = torch.randn(2, 1, 8, 8), torch.zeros(2)
     out = [net(x, level, torch.tensor([c, c])) for c in range(4)]
     assert all((out[0] - other).abs().max() > 1e-4 for other in out[1:])
     torch.testing.assert_close(net(x, level), out[3])
     with pytest.raises(ConfigError, match="without classes"):
-        UNet((1, 8, 8), **SMALL)(x, level, torch.tensor([0, 0]))
+        UNet((1, 8, 8), **SMALL, seed=0)(x, level, torch.tensor([0, 0]))
 
 
 def test_weights_are_a_function_of_the_seed():
@@ -80,7 +80,7 @@ def test_weights_are_a_function_of_the_seed():
 
 
 def test_every_parameter_has_a_role_and_inner_convolutions_go_to_muon():
-    net = UNet((1, 8, 8), num_classes=2, **SMALL)
+    net = UNet((1, 8, 8), num_classes=2, **SMALL, seed=0)
     assert declared_roles(net).keys() == dict(net.named_parameters()).keys()
     table = {row.name: row for row in roles(net, strict=True)}
     assert table["down.0.conv_in.weight"].algorithm == "muon"
@@ -91,7 +91,7 @@ def test_every_parameter_has_a_role_and_inner_convolutions_go_to_muon():
 
 
 def test_dropout_acts_only_in_training():
-    net = awake(UNet((1, 8, 8), dropout=0.5, **SMALL))
+    net = awake(UNet((1, 8, 8), dropout=0.5, **SMALL, seed=0))
     x, level = torch.randn(1, 1, 8, 8), torch.zeros(1)
     assert torch.equal(net(x, level), net(x, level))
     net.train()
@@ -120,7 +120,7 @@ def test_another_image_is_refused():
 
 
 def test_a_printed_network_tells_the_size_of_every_layer():
-    network = UNet((3, 16, 16), width=8, levels=2, num_classes=3, seed=None)
+    network = UNet((3, 16, 16), width=8, levels=2, num_classes=3, initialize=False)
     for module in network.modules():
         if list(module.parameters(recurse=False)):
             assert module.extra_repr(), module

@@ -238,8 +238,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, whole):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, whole):
     class Wider(toy.ToyTask):
-        def build(self, seed):
-            model = super().build(seed)
+        def build(self, *args, **options):
+            model = super().build(*args, **options)
             model.head = torch.nn.Parameter(torch.zeros(5, 4))
             return model
 
@@ -290,7 +290,7 @@ def test_averaged_weights_are_validated_saved_and_resumed(tmp_path, whole):
         average = decay * average + (1 - decay) * weights[step]
     assert torch.allclose(load_file(run.checkpoints / "step-12" / "average.safetensors")["weight"], average, atol=1e-6)
     assert torch.allclose(validated[-1], average, atol=1e-6) and not torch.allclose(average, weights[12], atol=1e-4)
-    model = task.build(None)
+    model = task.build(initialize=False)
     loop.load_model(run.checkpoints / "step-12", model, averaged=True)
     assert torch.allclose(model.weight, average, atol=1e-6)
     assert torch.equal(weights[12], final_of(whole)[0]["weight"])

@@ -14,7 +14,7 @@ from quintic.lm.memory import saved_numbers_per_token
 
 def plan_of(config, **changes):
     with torch.device("meta"):
-        model = LanguageModel(config, seed=None)
+        model = LanguageModel(config, initialize=False)
     given = {
         "ranks": 1, "shards": 1, "examples_per_step": 64, "micro_batch": 1, "tokens_per_example": config.context,
         "flops_per_token": model.flops_per_token(config.context), "active": model.num_parameters()[1],
@@ -43,7 +43,7 @@ def test_bytes_and_communication_follow_their_formulas():
     total = one.parameters["total"]
     assert one.bytes_per_rank["weights"] == 4 * total and set(one.sent_per_step.values()) == {0}
     assert many.bytes_per_rank["weights"] == total == many.bytes_per_rank["gradients"]
-    model = LanguageModel(config, seed=None)
+    model = LanguageModel(config, initialize=False)
     adam = sum(
         p.numel() for name, p in model.named_parameters() if p.ndim == 1 or "embedding" in name or "head" in name
     )
@@ -106,7 +106,7 @@ LAPTOP = LMConfig.preset("laptop")
 def test_what_is_kept_for_the_backward_pass(config):
     """Counted from the shapes against the storages that autograd really holds, parameters left out."""
     config = replace(config, context=32)
-    model = LanguageModel(config)
+    model = LanguageModel(config, seed=0)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -125,7 +125,7 @@ def test_what_is_kept_for_the_backward_pass(config):
 
 def test_weights_in_bfloat16_are_kept_for_the_backward_pass():
     """All but the table, which is looked up, and the router, which stays in float32."""
-    model = LanguageModel(LAPTOP)
+    model = LanguageModel(LAPTOP, seed=0)
     numbers = {p.numel() for name, p in model.named_parameters() if p.ndim > 1}
     kept = {}
 

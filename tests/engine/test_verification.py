@@ -34,9 +34,9 @@ def test_a_forgotten_state_is_found(tmp_path):
     """A task that keeps something the checkpoint does not hold: a resume starts it anew."""
 
     class Forgetful(toy.ToyTask):
-        def build(self, seed):
+        def build(self, *args, **options):
             self.drift = 0.0
-            return super().build(seed)
+            return super().build(*args, **options)
 
         def after_step(self, model, progress):
             self.drift += 0.01

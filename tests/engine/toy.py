@@ -42,9 +42,9 @@ class ToyTask:
         self.poison_step = None
         self.steps = 0
 
-    def build(self, seed):
+    def build(self, seed=None, *, initialize=True):
         model = Toy()
-        if seed is not None:
+        if initialize:
             initialize_(model, seed)
         return model
 

@@ -105,7 +105,7 @@ def test_bfloat16_does_not_touch_it(make_flow):
 
 
 def test_fresh_ones_change_nothing_and_the_optimizer_knows_their_matrix():
-    plain, flow = (TarFlow((1, 4, 6), patch=2, width=8, blocks=2, head_width=8, inner_width=r) for r in (0, 5))
+    plain, flow = (TarFlow((1, 4, 6), patch=2, width=8, blocks=2, head_width=8, inner_width=r, seed=0) for r in (0, 5))
     x = torch.randn(2, 1, 4, 6)
     assert torch.equal(flow(x)[0], x)
     added = set(flow.state_dict()) - set(plain.state_dict())

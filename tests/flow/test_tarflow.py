@@ -81,19 +81,19 @@ def test_a_logit_flow_makes_images_within_the_range(make_flow):
 
 
 def test_a_fresh_flow_is_the_identity():
-    flow = TarFlow((3, 4, 4), patch=2, width=16, blocks=4, layers=1, head_width=16)
+    flow = TarFlow((3, 4, 4), patch=2, width=16, blocks=4, layers=1, head_width=16, seed=0)
     x = images(flow)
     z, logdet = flow(x)
     assert torch.equal(z, x)
     assert torch.equal(logdet, torch.zeros(3))
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum((1, 2, 3))
     assert torch.allclose(flow.log_prob(x), expected, rtol=1e-6)
-    learned = TarFlow((3, 4, 4), patch=2, width=16, blocks=2, layers=1, head_width=16, learned_prior=True)
+    learned = TarFlow((3, 4, 4), patch=2, width=16, blocks=2, layers=1, head_width=16, learned_prior=True, seed=0)
     assert torch.allclose(learned.log_prob(x), expected, rtol=1e-6)
 
 
 def test_the_prior_variance_counts_in_likelihood_and_samples():
-    flow = TarFlow((1, 2, 4), patch=1, width=8, blocks=2, layers=1, head_width=8, learned_prior=True).double()
+    flow = TarFlow((1, 2, 4), patch=1, width=8, blocks=2, layers=1, head_width=8, learned_prior=True, seed=0).double()
     variance = torch.linspace(0.1, 4.0, 8, dtype=F64)
     with torch.no_grad():
         flow.prior_log_variance.copy_(variance.log()[:, None])
@@ -188,7 +188,7 @@ def test_an_image_does_not_depend_on_its_batch(make_flow):
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_nothing_of_the_caller_is_changed(make_flow, fresh):
-    flow = TarFlow((1, 4, 6), patch=2, width=8, blocks=2, layers=1, head_width=8) if fresh else make_flow()
+    flow = TarFlow((1, 4, 6), patch=2, width=8, blocks=2, layers=1, head_width=8, seed=0) if fresh else make_flow()
     x = images(flow)
     before, weights = x.clone(), copy.deepcopy(flow.state_dict())
     flow(x)
@@ -203,7 +203,7 @@ def test_nothing_of_the_caller_is_changed(make_flow, fresh):
 
 def test_denoising_a_gaussian_is_wieners_filter():
     # Data N(0, v), noise sigma^2: the noisy density is N(0, v + sigma^2), the mean of the clean value x v / (v + s^2).
-    flow = TarFlow((1, 2, 2), patch=1, width=8, blocks=1, layers=1, head_width=8, learned_prior=True, sigma=0.5)
+    flow = TarFlow((1, 2, 2), patch=1, width=8, blocks=1, layers=1, head_width=8, learned_prior=True, sigma=0.5, seed=0)
     clean = 0.75
     with torch.no_grad():
         flow.prior_log_variance.fill_(math.log(clean + 0.25))
@@ -389,9 +389,8 @@ def test_the_same_seed_gives_the_same_flow_and_every_parameter_has_a_role():
 
 
 def test_a_printed_flow_tells_the_size_of_every_layer():
-    flow = TarFlow(
-        (1, 4, 4), patch=2, width=8, blocks=2, layers=1, head_width=8, num_classes=3, spline_bins=4, inner_width=5
-    )
+    sizes = {"patch": 2, "width": 8, "blocks": 2, "layers": 1, "head_width": 8}
+    flow = TarFlow((1, 4, 4), **sizes, num_classes=3, spline_bins=4, inner_width=5, seed=0)
     for module in flow.modules():
         if list(module.parameters(recurse=False)):
             assert module.extra_repr(), module

@@ -73,7 +73,7 @@ def assert_close(found, expected, rtol=1e-4):
 
 def test_one_graph_per_kind_of_block_and_never_again(compiler):
     config = replace(CONFIG, num_layers=5)
-    plain, compiled = (LanguageModel(replace(config, compile=flag)).train() for flag in (False, True))
+    plain, compiled = (LanguageModel(replace(config, compile=flag), seed=0).train() for flag in (False, True))
     for steps, runs in ((1, 2 * 5), (2, 3 * 2 * 5)):
         expected, loads = trained(plain, steps)
         found, loads_too = trained(compiled, steps)
@@ -92,16 +92,16 @@ def test_one_graph_per_kind_of_block_and_never_again(compiler):
 )
 def test_gradients_and_loads_are_the_same(changes, padded, compiler):
     config = replace(CONFIG, num_layers=2, **changes)
-    plain, loads = trained(LanguageModel(config).train(), padded=padded)
+    plain, loads = trained(LanguageModel(config, seed=0).train(), padded=padded)
     assert not compiler.runs
-    compiled, loads_too = trained(LanguageModel(replace(config, compile=True)).train(), padded=padded)
+    compiled, loads_too = trained(LanguageModel(replace(config, compile=True), seed=0).train(), padded=padded)
     assert compiler.runs == 2 * 2 * (2 if config.checkpoint else 1)
     assert loads == loads_too
     assert_close(compiled, plain)
 
 
 def test_validation_and_generation_run_uncompiled(compiler):
-    plain, compiled = (LanguageModel(replace(CONFIG, compile=flag)) for flag in (False, True))
+    plain, compiled = (LanguageModel(replace(CONFIG, compile=flag), seed=0) for flag in (False, True))
     with torch.no_grad(), RouteRecorder(compiled.eval()) as routes:
         assert torch.equal(compiled(ids()[:, :-1]), plain.eval()(ids()[:, :-1]))
     assert [int(counts.sum()) for counts in routes.counts] == [4 * 32 * 2] * 2
@@ -113,11 +113,11 @@ def test_validation_and_generation_run_uncompiled(compiler):
 def test_divided_among_ranks(tmp_path, compiler):
     """FSDP's hooks stay outside of what is compiled; a group of one process has them all."""
     config = replace(CONFIG, num_layers=2)
-    plain, loads = trained(LanguageModel(config).train(), padded=False)
+    plain, loads = trained(LanguageModel(config, seed=0).train(), padded=False)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
-        model = LanguageModel(replace(config, compile=True)).train()
+        model = LanguageModel(replace(config, compile=True), seed=0).train()
         divide_(model, Ranks(0, 1, mesh))
         compiled, loads_too = trained(model, padded=False)
     finally:
@@ -129,7 +129,7 @@ def test_divided_among_ranks(tmp_path, compiler):
 def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "inductor")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    model = LanguageModel(replace(CONFIG, compile=True))
+    model = LanguageModel(replace(CONFIG, compile=True), seed=0)
     with torch.no_grad():
         model.eval()(ids()[:, :-1])  # needs none
     with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler.*'no-such-compiler'.*lm.compile=false"):
@@ -141,7 +141,7 @@ def test_a_missing_compiler_is_named(monkeypatch):
 def test_with_the_compiler_of_torch(monkeypatch):
     monkeypatch.setattr(compiling, "BACKEND", "inductor")
     config = replace(CONFIG, num_layers=2)
-    plain, loads = trained(LanguageModel(config).train())
-    compiled, loads_too = trained(LanguageModel(replace(config, compile=True)).train())
+    plain, loads = trained(LanguageModel(config, seed=0).train())
+    compiled, loads_too = trained(LanguageModel(replace(config, compile=True), seed=0).train())
     assert loads == loads_too
     assert_close(compiled, plain, rtol=1e-3)

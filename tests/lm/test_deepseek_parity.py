@@ -67,7 +67,7 @@ def counterpart(model: LanguageModel):
 @pytest.mark.parametrize("q_rank", [0, 24])
 def test_logits_and_gradients_agree(q_rank):
     config = replace(LMConfig(), q_rank=q_rank, route_scale=2.446, num_shared=2)
-    model = LanguageModel(config).eval()
+    model = LanguageModel(config, seed=0).eval()
     for block in model.blocks[config.num_dense_layers :]:
         block.ffn.router.bias.copy_(torch.linspace(-0.2, 0.2, config.num_experts))
     theirs = counterpart(model)

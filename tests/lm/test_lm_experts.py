@@ -15,7 +15,7 @@ def test_options_reach_the_layers():
         LMConfig(), score="softmax", select="sigmoid", normalize_gates=False, normalize_experts="rms", num_groups=4,
         top_groups=2,
     )  # fmt: skip
-    model = LanguageModel(config)
+    model = LanguageModel(config, seed=0)
     router = model.blocks[1].ffn.router
     assert (router.score, router.select, router.normalize_gates) == ("softmax", "sigmoid", False)
     assert (router.num_groups, router.top_groups) == (4, 2) and model.blocks[1].ffn.normalize_experts == "rms"
@@ -24,7 +24,7 @@ def test_options_reach_the_layers():
 
 
 def test_dense_baseline_has_the_active_parameters_of_the_experts():
-    sparse, dense = LanguageModel(LMConfig()), LanguageModel(replace(LMConfig(), dense=True))
+    sparse, dense = LanguageModel(LMConfig(), seed=0), LanguageModel(replace(LMConfig(), dense=True), seed=0)
     assert not any(isinstance(module, MoE) for module in dense.modules())
     total, active = dense.num_parameters()
     routers = sum(layer.router.weight.numel() for layer in sparse.modules() if isinstance(layer, MoE))
@@ -41,9 +41,9 @@ def test_bad_options_are_refused(options):
 
 
 def test_groups_survive_a_deepseek_folder_and_other_scores_are_refused(tmp_path):
-    model = LanguageModel(replace(LMConfig(), num_groups=4, top_groups=2, route_scale=2.0)).eval()
+    model = LanguageModel(replace(LMConfig(), num_groups=4, top_groups=2, route_scale=2.0), seed=0).eval()
     save_deepseek(model, tmp_path / "groups")
     ids = torch.arange(30).view(1, 30)
     torch.testing.assert_close(load_deepseek(tmp_path / "groups").eval()(ids), model(ids))
     with pytest.raises(ConfigError, match="sigmoid scores"):
-        save_deepseek(LanguageModel(replace(LMConfig(), dense=True)), tmp_path / "dense")
+        save_deepseek(LanguageModel(replace(LMConfig(), dense=True), seed=0), tmp_path / "dense")

@@ -152,7 +152,7 @@ def test_numbers_that_follow_from_the_tokenizer_and_the_experts():
     tokenizer = Tokenizer.bytes()
     found = derived_fields(CONFIG, tokenizer)
     assert tokenizer.vocab_size == 257 and found["vocab_size"][0] == 264
-    scale = LanguageModel(CONFIG, seed=None).config.route_scale
+    scale = LanguageModel(CONFIG, initialize=False).config.route_scale
     assert found["route_scale"][0] == pytest.approx(scale, abs=5e-4)
     for fixed in (replace(CONFIG, route_scale=2.0), replace(CONFIG, dense=True), replace(CONFIG, num_dense_layers=2)):
         assert derived_fields(fixed, tokenizer).keys() == {"vocab_size"}

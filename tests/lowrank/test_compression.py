@@ -272,7 +272,7 @@ def test_a_seed_decides_everything():
 
 @pytest.fixture(scope="module")
 def language_model():
-    return LanguageModel(LMConfig(vocab_size=40, context=16, d_model=16, d_ff=24, d_expert=8, num_experts=4))
+    return LanguageModel(LMConfig(vocab_size=40, context=16, d_model=16, d_ff=24, d_expert=8, num_experts=4), seed=0)
 
 
 def test_a_language_model_keeps_its_architecture(language_model):

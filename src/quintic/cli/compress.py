@@ -116,7 +116,7 @@ def compress(
             forward=task.loss,
             seed=seed,
         )
-        made = LanguageModel(config, seed=None).to(where)
+        made = LanguageModel(config, initialize=False).to(where)
         if one.dtype == torch.float64:
             made.double()
         made.load_state_dict(result.module.state_dict())

@@ -99,11 +99,11 @@ def build(task: str, settings: Settings) -> nn.Module:
         from quintic.diffusion import UNet
         from quintic.diffusion.task import unet_arguments
 
-        return UNet(**unet_arguments(settings[task]), seed=None)
+        return UNet(**unet_arguments(settings[task]), initialize=False)
     from quintic.flow import TarFlow
     from quintic.flow.task import flow_arguments
 
-    return TarFlow(**flow_arguments(settings[task]), seed=None)
+    return TarFlow(**flow_arguments(settings[task]), initialize=False)
 
 
 def shipped(task: str, name: str) -> UNet | TarFlow:

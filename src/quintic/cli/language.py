@@ -97,7 +97,7 @@ def build(task: str, settings: Settings) -> LanguageModel:
     """The model, uninitialised."""
     from quintic.lm import LanguageModel
 
-    return LanguageModel(settings[task], seed=None)
+    return LanguageModel(settings[task], initialize=False)
 
 
 def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None:

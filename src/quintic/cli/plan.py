@@ -201,7 +201,7 @@ def _plan_of_images(task: ImageTask, settings: Settings, ranks: int, compute_byt
 
     engine = settings["engine"]
     with torch.device("meta"):
-        model = task.build(None)
+        model = task.build(initialize=False)
     return make_plan(
         model,
         ranks=ranks,

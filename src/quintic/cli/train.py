@@ -210,9 +210,8 @@ def _print_optimizer(console: Console, task: Task, settings: Settings) -> None:
         return
     optim = settings["optim"]
     with torch.device("meta"):
-        table = roles(
-            task.build(None), scale=optim.scale, vectors=optim.vectors, embeddings=optim.embeddings, strict=True
-        )
+        model = task.build(initialize=False)
+        table = roles(model, scale=optim.scale, vectors=optim.vectors, embeddings=optim.embeddings, strict=True)
     muon, adamw = table.parameters_under("muon"), table.parameters_under("adamw")
     say(f"  optimizer: Muon for {muon:,} parameters, AdamW for {adamw:,}; see quintic roles", console=console)
 

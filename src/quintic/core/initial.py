@@ -38,7 +38,9 @@ def initialize_(model: nn.Module, seed: int | None) -> None:
     """
     roles = declared_roles(model)
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta]
-    if seed is None and parameters:
+    if not parameters:
+        return
+    if seed is None:
         if any(hasattr(parameter, "to_local") for _, parameter in parameters):
             raise ConfigError("no seed for a model that is divided among ranks, which must agree on it: give a number")
         seed = int(torch.randint(_SEEDS, (), device="cpu"))

@@ -86,8 +86,8 @@ class ImageTask(ABC):
         self.fingerprint = data.fingerprint
 
     @abstractmethod
-    def build(self, seed: int | None) -> nn.Module:
-        """The model with its initial weights; None leaves them uninitialised."""
+    def build(self, seed: int | None = None, *, initialize: bool = True) -> nn.Module:
+        """The model; arguments as of its constructor."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Loss:
@@ -130,7 +130,7 @@ class ImageTask(ABC):
 
     def saved_numbers_per_image(self) -> float:
         """Numbers that a training step keeps of an image for its backward pass, as seen when one is sent through."""
-        model = self.build(None)
+        model = self.build(initialize=False)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()

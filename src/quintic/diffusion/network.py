@@ -156,7 +156,7 @@ class NetworkDenoiser:
                 residuals = tables and Residuals(*(tuple(map(tuple, tables[part])) for part in ("sizes", "bands")))
                 values = math.prod(arguments["shape"])
                 curve = ErrorCurve(tuple(kept["levels"]), tuple(kept["errors"]), values, residuals)
-            network = UNet(**arguments, seed=None)
+            network = UNet(**arguments, initialize=False)
             network.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
             return cls(network.eval().requires_grad_(False), target, arguments, curve)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -72,9 +72,9 @@ class DDPMTask(ImageTask):
         self.config = config
         self.schedule = NoiseSchedule(config.schedule, config.log_snr_min, config.log_snr_max, config.shift)
 
-    def build(self, seed: int | None) -> UNet:
-        """The model with its initial weights; None leaves them uninitialised."""
-        return UNet(**unet_arguments(self.config), seed=seed)
+    def build(self, seed: int | None = None, *, initialize: bool = True) -> UNet:
+        """The model; arguments as of its constructor."""
+        return UNet(**unet_arguments(self.config), seed=seed, initialize=initialize)
 
     def denoiser(self, model: nn.Module) -> NetworkDenoiser:
         """The model behind the protocol of samplers and codec."""
@@ -84,7 +84,7 @@ class DDPMTask(ImageTask):
     def describe(self) -> tuple[list[str], dict[str, Any]]:
         """Sizes of the splits and of the model."""
         with torch.device("meta"):
-            total = sum(p.numel() for p in self.build(None).parameters())
+            total = sum(p.numel() for p in self.build(initialize=False).parameters())
         lines, facts = self.describe_images()
         lines.append(f"model: {total:,} parameters, predicts {self.config.target}")
         return lines, {"parameters_total": total, "parameters_active": total, "data": facts}
@@ -126,7 +126,7 @@ class DDPMTask(ImageTask):
     def flops_per_example(self, model: nn.Module) -> float:
         """Forward and backward FLOPs of one image; backward counts as two forwards."""
         with torch.device("meta"):
-            shell = self.build(None)
+            shell = self.build(initialize=False)
             x, level = torch.empty(1, *self.data.shape), torch.empty(1)
         with FlopCounterMode(display=False) as counter:
             shell(x, level)

@@ -38,7 +38,9 @@ class UNet(ModuleWithTable):
         heads: Of the attention at the coarsest level; 0 leaves it out.
         num_classes: 0 is without classes; else class ``num_classes`` stands for none.
         dropout: Share of channels' values zeroed in blocks while training.
-        seed: Of the initial weights; None leaves them uninitialised.
+        seed: Initial weights are a pure function of (seed, parameter name, position). None draws a seed from torch's
+            default generator, so that ``torch.manual_seed`` governs them as it does those of ``torch.nn``.
+        initialize: False leaves the weights to :func:`quintic.core.initial.initialize_` or a checkpoint.
 
     Raises:
         ConfigError: Sizes that do not fit.
@@ -63,7 +65,8 @@ class UNet(ModuleWithTable):
         heads: int = 4,
         num_classes: int = 0,
         dropout: float = 0.0,
-        seed: int | None = 0,
+        seed: int | None = None,
+        initialize: bool = True,
     ) -> None:
         super().__init__()
         channels, height, width_px = shape
@@ -75,7 +78,7 @@ class UNet(ModuleWithTable):
         self.level_in = Linear(2 * _FREQUENCIES, d)
         self.level_out = Linear(d, d)
         if num_classes:
-            self.classes = nn.Embedding(num_classes + 1, d)
+            self.classes = nn.Embedding.from_pretrained(torch.empty(num_classes + 1, d), freeze=False)  # draws nothing
             declare(self.classes, "weight", Role.EMBEDDING, Normal(0.02))
         widths = [width << level for level in range(levels)]
         self.enter = Conv(channels * patch**2, widths[0], 3, role=Role.EMBEDDING)
@@ -104,7 +107,7 @@ class UNet(ModuleWithTable):
         self.leave_norm = Norm(current)
         self.leave = Conv(current, channels * patch**2, 3, role=Role.HEAD, scale=0.0)
         self.register_table()
-        if seed is not None:
+        if initialize:
             initialize_(self, seed)
 
     def compute_table(self) -> Tensor:

@@ -237,7 +237,7 @@ def _built(
 ) -> nn.Module:
     """The model where it is trained, with the weights of the checkpoint, of the run's start, or of the seed."""
     given = checkpoint is not None or run.initial.exists()
-    model = task.build(None if given or ranks.mesh is not None else engine.seed)
+    model = task.build(engine.seed, initialize=not given and ranks.mesh is None)
     if dtype == torch.float64:
         model.double()
     divide_(model, ranks, reshard=engine.reshard)  # before weights are put in: no rank needs room for all of them

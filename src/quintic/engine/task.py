@@ -34,8 +34,13 @@ class Task(Protocol):
     samples_whole: bool
     """Whether sampling looks at weights outside of a forward pass, so that divided ones are put together for it."""
 
-    def build(self, seed: int | None) -> nn.Module:
-        """The model with its initial weights, a pure function of the seed; None leaves them uninitialised."""
+    def build(self, seed: int | None = None, *, initialize: bool = True) -> nn.Module:
+        """The model.
+
+        Args:
+            seed: Initial weights are a pure function of it; None draws it from torch's default generator.
+            initialize: False leaves weights to be loaded.
+        """
         ...
 
     def describe(self) -> tuple[list[str], dict[str, Any]]:

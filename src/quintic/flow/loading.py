@@ -47,7 +47,7 @@ def load_flow(path: Path | str) -> TarFlow:
             raise CheckpointError(f"{path} holds weights of another kind ({metadata.get('kind')}), expected {_KIND}")
         arguments = json.loads(metadata["config"])
         arguments["shape"] = tuple(arguments["shape"])
-        model = TarFlow(**arguments, seed=None)
+        model = TarFlow(**arguments, initialize=False)
         model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not a file of a flow: {error}") from error

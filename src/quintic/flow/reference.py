@@ -62,7 +62,7 @@ def load_reference(
     state = dict(source) if isinstance(source, Mapping) else _read(Path(source))
     try:
         arguments = _arguments(state, shape)
-        model = TarFlow(shape, head_width=head_width, noise=noise, sigma=sigma, seed=None, **arguments)
+        model = TarFlow(shape, head_width=head_width, noise=noise, sigma=sigma, initialize=False, **arguments)
         model.to(state["blocks.0.proj_in.weight"].dtype)
         model.load_state_dict(_translate(state, arguments["learned_prior"]))
     except (KeyError, RuntimeError, ValueError, AttributeError) as error:

@@ -65,13 +65,15 @@ class TarFlow(nn.Module):
         learned_prior: The variance of every latent is learned.
         direction: ``density`` (log_prob is parallel, sampling sequential) or ``sampling`` (the reverse).
         checkpoint: Training keeps the inputs of blocks alone.
-        seed: Of the initial weights; None leaves them uninitialised.
+        seed: Initial weights are a pure function of (seed, parameter name, position). None draws a seed from torch's
+            default generator, so that ``torch.manual_seed`` governs them as it does those of ``torch.nn``.
+        initialize: False leaves the weights to :func:`quintic.core.initial.initialize_` or a checkpoint.
 
     Raises:
         ConfigError: Sizes that do not fit.
 
     Example:
-        >>> flow = TarFlow((1, 4, 6), patch=2, width=8, blocks=2, layers=1, head_width=8)
+        >>> flow = TarFlow((1, 4, 6), patch=2, width=8, blocks=2, layers=1, head_width=8, seed=0)
         >>> flow.log_prob(torch.zeros(3, 1, 4, 6)).shape
         torch.Size([3])
         >>> flow.sample(5).images.shape
@@ -98,7 +100,8 @@ class TarFlow(nn.Module):
         learned_prior: bool = False,
         direction: str = "density",
         checkpoint: bool = False,
-        seed: int | None = 0,
+        seed: int | None = None,
+        initialize: bool = True,
     ) -> None:
         super().__init__()
         self.arguments: dict[str, Any] = {
@@ -137,7 +140,7 @@ class TarFlow(nn.Module):
             declare(self, "prior_log_variance", Role.VECTOR, Constant(0.0))
         else:
             self.register_parameter("prior_log_variance", None)
-        if seed is not None:
+        if initialize:
             initialize_(self, seed)
 
     @property

@@ -103,14 +103,14 @@ class TarFlowTask(ImageTask):
         super().__init__(config, data)
         self.config = config
 
-    def build(self, seed: int | None) -> TarFlow:
-        """The model with its initial weights; None leaves them uninitialised."""
-        return TarFlow(**flow_arguments(self.config), levels=_LEVELS, seed=seed)
+    def build(self, seed: int | None = None, *, initialize: bool = True) -> TarFlow:
+        """The model; arguments as of its constructor."""
+        return TarFlow(**flow_arguments(self.config), levels=_LEVELS, seed=seed, initialize=initialize)
 
     def describe(self) -> tuple[list[str], dict[str, Any]]:
         """Sizes of the splits and of the model."""
         with torch.device("meta"):
-            model = self.build(None)
+            model = self.build(initialize=False)
         total = sum(p.numel() for p in model.parameters())
         lines, facts = self.describe_images()
         lines.append(f"model: {total:,} parameters, {model.tokens} tokens of {model.numbers} numbers")

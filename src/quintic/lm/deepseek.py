@@ -139,7 +139,7 @@ def load_deepseek(folder: Path | str, *, dtype: torch.dtype = torch.float32, con
     files = _weight_files(folder)
     if unused := _unused(files, config):
         raise CheckpointError(f"{folder} has a tensor {unused[0]}, for which the model of its config.json has no use")
-    model = LanguageModel(config, seed=None).to(dtype)
+    model = LanguageModel(config, initialize=False).to(dtype)
     state = model.state_dict()
     try:
         opened = {name: safe_open(folder / name, framework="pt") for name in set(files.values())}

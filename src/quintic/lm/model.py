@@ -65,10 +65,12 @@ class LanguageModel(ModuleWithTable):
 
     Args:
         config: Sizes.
-        seed: Initial weights are a pure function of it; ``None`` leaves them uninitialised (to be loaded).
+        seed: Initial weights are a pure function of (seed, parameter name, position). None draws a seed from torch's
+            default generator, so that ``torch.manual_seed`` governs them as it does those of ``torch.nn``.
+        initialize: False leaves the weights to :func:`quintic.core.initial.initialize_` or a checkpoint.
 
     Example:
-        >>> model = LanguageModel(LMConfig())
+        >>> model = LanguageModel(LMConfig(), seed=0)
         >>> model(torch.zeros(2, 10, dtype=torch.int64)).shape
         torch.Size([2, 10, 264])
     """
@@ -76,7 +78,7 @@ class LanguageModel(ModuleWithTable):
     rotation: Tensor
     table_name = "rotation"
 
-    def __init__(self, config: LMConfig, *, seed: int | None = 0) -> None:
+    def __init__(self, config: LMConfig, *, seed: int | None = None, initialize: bool = True) -> None:
         super().__init__()
         self.config = c = config
         self.embedding = Embedding(c.vocab_size, c.d_model)
@@ -87,7 +89,7 @@ class LanguageModel(ModuleWithTable):
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         self.head = Head(c.vocab_size, c.d_model)
         self.register_table()
-        if seed is not None:
+        if initialize:
             initialize_(self, seed)
 
     def compute_table(self) -> Tensor:

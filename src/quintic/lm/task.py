@@ -78,14 +78,14 @@ class LanguageModelTask:
         self.fingerprint = f"{data.fingerprint}-{config.context}"
         self._nats_to_bits = data.train.num_tokens / max(1, data.train.num_bytes) / math.log(2)
 
-    def build(self, seed: int | None) -> LanguageModel:
-        """The model with its initial weights; None leaves them uninitialised."""
-        return LanguageModel(self.config, seed=seed)
+    def build(self, seed: int | None = None, *, initialize: bool = True) -> LanguageModel:
+        """The model; arguments as of its constructor."""
+        return LanguageModel(self.config, seed=seed, initialize=initialize)
 
     def describe(self) -> tuple[list[str], dict[str, Any]]:
         """Sizes of the splits and of the model."""
         with torch.device("meta"):
-            total, active = self.build(None).num_parameters()
+            total, active = self.build(initialize=False).num_parameters()
         splits = {name: getattr(self.data, name) for name in ("train", "validation", "test")}
         lines = [
             f"{name:<10} {s.num_bytes:>12,} bytes {s.num_tokens:>12,} tokens {s.num_documents:>7,} document"

@@ -61,8 +61,9 @@ class MoE(nn.Module):
         gated: Whether an expert is gated (SwiGLU and its kin) or plain.
         balance: How the load is balanced; :class:`quintic.moe.LossFree` if not given.
         out_scale: Factor of the initial scale of the output.
-        initialize: Whether to draw the weights from torch's default generator, as ``torch.nn`` layers do. False leaves
-            them to :func:`quintic.core.initial.initialize_` or a checkpoint.
+        initialize: Whether to draw the weights from torch's default generator, which ``torch.manual_seed`` governs, as
+            ``torch.nn`` layers do. False leaves them to :func:`quintic.core.initial.initialize_`, which takes a seed,
+            or to a checkpoint.
 
     Raises:
         ConfigError: A size or an option is out of range; the message names it.
