@@ -27,7 +27,7 @@ def together(counts):
     return [Run(0, len(counts), 0, max(counts))] if fits else plan_runs(counts, 1, 1, cpu=False)
 
 
-KERNELS = {"loop": alone, "padded": together, "grouped": lambda counts: None}
+KERNELS = {"loop": alone, "padded": together, "grouped": None}
 ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "relu": F.relu}
 
 
@@ -51,7 +51,12 @@ def slow(x, ids, gates, w_in, down, act=F.silu, normalize=False):
 @pytest.fixture
 def use(monkeypatch):
     """Force a kernel instead of letting sizes decide."""
-    return lambda kernel: monkeypatch.setattr(routed, "plan_runs", lambda counts, *a, **k: KERNELS[kernel](counts))
+
+    def force(kernel):
+        monkeypatch.setattr(routed, "_grouped", lambda w_in, w_out: kernel == "grouped")
+        monkeypatch.setattr(routed, "plan_runs", lambda counts, *a, **k: KERNELS[kernel](counts))
+
+    return force
 
 
 def inputs(n, d, f, experts, k, seed=0, dtype=torch.float64):
@@ -164,11 +169,76 @@ def test_work_does_not_grow_with_the_number_of_experts(normalize, use):
         ids = LOADS["balanced"](256, experts, 2)
         with torch.no_grad(), FlopCounterMode(display=False) as inside:
             y, *kept = routed._forward(x, ids, gates, gate_up, down, "silu", normalize)
-            routed._backward(y, x, gates, gate_up, down, *kept, "silu", normalize)
+            routed._backward(y, x, gates, gate_up, down, *kept, "silu", normalize, 3 * [True])
         with FlopCounterMode(display=False) as outside:
             routed_experts(x, ids, gates, gate_up, down, normalize=normalize).sum().backward()
         once = 2 * 256 * 2 * (3 * 4 * 8)
         assert inside.get_total_flops() == outside.get_total_flops() == 3 * once + normalize * once // 3
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The products of experts, as they are called."""
+    called = []
+    for name in ("rows_by_expert_", "outer_by_expert_"):
+        product = getattr(routed, name)
+        monkeypatch.setattr(routed, name, lambda *a, product=product: called.append(product) or product(*a))
+    return called
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("trained", ["x", "gates", "w_in", "w_out", "x gates", "x w_in", "gates w_in w_out"])
+def test_gradients_that_nobody_asks_for_are_not_computed(trained, kernel, normalize, use, called):
+    """Frozen experts cost no product and no room; what is asked for is the same to the last bit."""
+    use(kernel)
+    n, d, f, experts, k = 64, 16, 8, 4, 2
+    x, _, gates, w_in, w_out = inputs(n, d, f, experts, k, dtype=torch.float32)
+    ids, tensors = LOADS["balanced"](n, experts, k), {"x": x, "gates": gates, "w_in": w_in, "w_out": w_out}
+
+    def run():
+        y = routed_experts(x, ids, gates, w_in, w_out, normalize=normalize)
+        called.clear()
+        with FlopCounterMode(display=False) as told:
+            y.square().sum().backward()
+        found = {name: t.grad for name, t in tensors.items() if t.grad is not None}
+        for t in tensors.values():
+            t.grad = None
+        return len(called), told.get_total_flops(), found
+
+    calls, _, whole = run()
+    assert calls == 4 + normalize
+    for name, t in tensors.items():
+        t.requires_grad_(name in trained.split())
+    calls, told, found = run()
+    assert calls == 1 + normalize + sum(name in trained for name in ("x", "w_in", "w_out"))
+    once = 2 * n * k * d * f  # with an output projection; input projections are twice as high
+    assert told == once * (1 + normalize + 2 * ("x" in trained) + 2 * ("w_in" in trained) + ("w_out" in trained))
+    assert found.keys() == set(trained.split())
+    assert all(torch.equal(found[name], whole[name]) for name in found)
+
+
+def test_without_tokens_there_are_the_gradients_that_are_asked_for():
+    x, ids, gates, w_in, w_out = inputs(0, 4, 3, 2, 2)
+    w_in.requires_grad_(False)
+    routed_experts(x, ids, gates, w_in, w_out).sum().backward()
+    assert w_in.grad is None and w_out.grad.eq(0).all() and x.grad.shape == (0, 4)
+
+
+@pytest.mark.parametrize("trained", ["x gates", "w_in w_out"])
+def test_with_frozen_parts_it_compiles_as_one_graph(trained, called):
+    x, ids, gates, w_in, w_out = inputs(12, 8, 4, 4, 2, dtype=torch.float32)
+    tensors = {"x": x, "gates": gates, "w_in": w_in, "w_out": w_out}
+    for name, t in tensors.items():
+        t.requires_grad_(name in trained.split())
+    torch._dynamo.reset()
+    results = []
+    for function in (routed_experts, torch.compile(routed_experts, fullgraph=True, backend="aot_eager")):
+        y = function(x, ids, gates, w_in, w_out)
+        called.clear()
+        results.append(torch.autograd.grad(y.square().sum(), [t for t in tensors.values() if t.requires_grad]))
+        assert len(called) == 1 + len({"x", "w_in", "w_out"} & set(trained.split()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_finite_differences():

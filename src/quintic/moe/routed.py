@@ -11,8 +11,8 @@ token and a the activation,
     da' = W_out' g,   d gate = <da', a>,   da = gate da'
 
 so that only x and h = W_in x are kept: neither the gathered tokens nor the experts' outputs. The routing is kept too
-and not computed again. With ``normalize`` an expert is e = v / RMS(v) (post https://kexue.fm/archives/10699,
-RMSNorm with unit gain) and
+and not computed again. Gradients of frozen experts, or of an x that needs none, are left out. With ``normalize`` an
+expert is e = v / RMS(v) (post https://kexue.fm/archives/10699, RMSNorm with unit gain) and
 
     d gate = <g, e>,   dv = gate / RMS(v) (g - e <g, e> / d)
 
@@ -130,8 +130,9 @@ class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        needs_x, _, _, *needs_w = ctx.needs_input_grad[:5]
         dx_nd, dgates_nk, dw_in, dw_out = torch.ops.quintic.routed_backward(
-            grad_outputs[0], *ctx.saved_tensors, ctx.activation, ctx.normalize
+            grad_outputs[0], *ctx.saved_tensors, ctx.activation, ctx.normalize, [needs_x, *needs_w]
         )
         return dx_nd, None, dgates_nk, dw_in, dw_out, None, None
 
@@ -142,8 +143,9 @@ def _forward(
     h_rh, row_nk, kept_r, counts_e = _kept(x_nd, ids_nk, w_in)
     if not ids_nk.numel():
         return x_nd.new_zeros(x_nd.shape), h_rh, row_nk, kept_r, counts_e.zero_()
-    counts_e = torch.bincount(ids_nk.reshape(-1), minlength=w_in.shape[0])
-    runs, blocks, ends = _plan(counts_e, w_in, w_out)
+    # Not bincount, for which the host would wait: it asks for the largest expert.
+    counts_e = counts_e.zero_().index_add_(0, ids_nk.reshape(-1), counts_e.new_ones(1).expand(ids_nk.numel()))
+    runs, blocks, ends = _plan(counts_e, ids_nk.numel(), w_in, w_out)
     token_r, row_nk = lay_out(ids_nk, counts_e, runs)
     kept_r[: token_r.numel()] = token_r
     (d, f), w_in_t, w_out_t = w_out.shape[1:], w_in.transpose(1, 2), w_out.transpose(1, 2)
@@ -174,27 +176,32 @@ def _backward(
     counts_e: Tensor,
     activation: str,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dw_in = torch.empty_like(w_in, memory_format=torch.contiguous_format)
-    dw_out = torch.empty_like(w_out, memory_format=torch.contiguous_format)
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, gates, w_in and w_out; of x, w_in and w_out only those that ``output_mask`` asks for."""
+    needs_x, needs_in, needs_out = output_mask
     if not gates_nk.numel():
-        return torch.zeros_like(x_nd), torch.zeros_like(gates_nk), dw_in.zero_(), dw_out.zero_()
-    _, blocks, ends = _plan(counts_e, w_in, w_out)
+        zeros = [t.new_zeros(t.shape) if on else None for t, on in zip((x_nd, w_in, w_out), output_mask, strict=True)]
+        return zeros[0], torch.zeros_like(gates_nk), zeros[1], zeros[2]
+    _, blocks, ends = _plan(counts_e, gates_nk.numel(), w_in, w_out)
+    dw_in = w_in.new_empty(w_in.shape if ends is None else 0) if needs_in else None  # a grouped product makes its own
+    dw_out = w_out.new_empty(w_out.shape if ends is None else 0) if needs_out else None
     dy_nd = dy_nd.to(x_nd.dtype)
     token_r = token_r[: blocks[-1].stop]
     # Padding has gate 0, and so a gradient of 0.
     gate_r1 = x_nd.new_zeros(token_r.numel(), 1)
     gate_r1.view(-1).index_copy_(0, row_nk.view(-1), gates_nk.reshape(-1).to(x_nd.dtype))
     (d, f), w_out_t = w_out.shape[1:], w_out.transpose(1, 2)
-    dx_rd = x_nd.new_empty(token_r.numel(), d)
     dgate_r = x_nd.new_empty(token_r.numel(), dtype=_accumulation(x_nd.dtype))
     rows = max(block.stop - block.start for block in blocks)
+    dx_rd = x_nd.new_empty(token_r.numel() if needs_x else rows, d)
     dy_bd, dh_bh = x_nd.new_empty(rows, d), x_nd.new_empty(rows, w_in.shape[1])
     a_bf, da_bf, act_bf = x_nd.new_empty(3, rows, f)
     for block in blocks:
         here, b = slice(block.start, block.stop), block.stop - block.start
         token, gate, h = token_r[here], gate_r1[here], halves(h_rh[here], f)
-        dy, a, da, act, dh, dx = dy_bd[:b], a_bf[:b], da_bf[:b], act_bf[:b], dh_bh[:b], dx_rd[here]
+        dy, a, da, act, dh = dy_bd[:b], a_bf[:b], da_bf[:b], act_bf[:b], dh_bh[:b]
+        dx = dx_rd[here] if needs_x else dx_rd[:b]
         torch.index_select(dy_nd, 0, token, out=dy)
         activate_for_backward_(activation, h, a, act)
         if normalize:
@@ -211,13 +218,16 @@ def _backward(
             torch.sum(torch.mul(da, a, out=product), -1, dtype=dgate_r.dtype, out=dgate_r[here])
             da.mul_(gate)
             a.mul_(gate)
-        dw_out = outer_by_expert_(block, ends, dy, a, dw_out)
+        if dw_out is not None:
+            dw_out = outer_by_expert_(block, ends, dy, a, dw_out)
         activation_backward_(activation, da, h, act, halves(dh, f))
-        x = torch.index_select(x_nd, 0, token, out=dy)  # a small scratch stays in the cache
-        dw_in = outer_by_expert_(block, ends, dh, x, dw_in)
-        _into(dx, rows_by_expert_(block, ends, dh, w_in, dx))
-    dgates_m = dgate_r.index_select(0, row_nk.view(-1))
-    return _combine(dx_rd, row_nk), dgates_m.view_as(gates_nk).to(gates_nk.dtype), dw_in, dw_out
+        if dw_in is not None:
+            x = torch.index_select(x_nd, 0, token, out=dy)  # a small scratch stays in the cache
+            dw_in = outer_by_expert_(block, ends, dh, x, dw_in)
+        if needs_x:
+            _into(dx, rows_by_expert_(block, ends, dh, w_in, dx))
+    dgates_nk = dgate_r.index_select(0, row_nk.view(-1)).view_as(gates_nk).to(gates_nk.dtype)
+    return _combine(dx_rd, row_nk) if needs_x else None, dgates_nk, dw_in, dw_out
 
 
 def _kept(x_nd: Tensor, ids_nk: Tensor, w_in: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -227,15 +237,21 @@ def _kept(x_nd: Tensor, ids_nk: Tensor, w_in: Tensor) -> tuple[Tensor, Tensor, T
     return x_nd.new_empty(rows, w_in.shape[1]), *where, ids_nk.new_empty(w_in.shape[0])
 
 
-def _plan(counts_e: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[list[Run] | None, list[Block], Tensor | None]:
+def _plan(
+    counts_e: Tensor, slots: int, w_in: Tensor, w_out: Tensor
+) -> tuple[list[Run] | None, list[Block], Tensor | None]:
     """Runs, blocks and nothing else; or, for the grouped product, one block and the ends of its groups."""
+    if _grouped(w_in, w_out):
+        return None, [Block(0, slots, [])], counts_e.cumsum(0).to(torch.int32)
     _, height, width = w_in.shape
-    cpu, counts = w_in.device.type == "cpu", counts_e.tolist()
-    legal = grouped_is_legal(w_in.dtype, (width, height, w_out.shape[2]), w_in.device)
-    runs = None if legal and not cpu else plan_runs(counts, width, height, cpu=cpu)
-    if runs is None:
-        return None, [Block(0, sum(counts), [])], counts_e.cumsum(0).to(torch.int32)
+    cpu = w_in.device.type == "cpu"
+    runs = plan_runs(counts_e.tolist(), width, height, cpu=cpu)  # here the host waits for another device
     return runs, blocks_of(runs, cpu=cpu), None
+
+
+def _grouped(w_in: Tensor, w_out: Tensor) -> bool:
+    widths = (w_in.shape[2], w_in.shape[1], w_out.shape[2])
+    return w_in.device.type != "cpu" and grouped_is_legal(w_in.dtype, widths, w_in.device)
 
 
 def _into(out: Tensor, found: Tensor) -> None:
@@ -264,8 +280,11 @@ def _fake_forward(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize):
     return x_nd.new_empty(x_nd.shape), *_kept(x_nd, ids_nk, w_in)
 
 
-def _fake_backward(dy_nd, x_nd, gates_nk, w_in, w_out, h_rh, row_nk, token_r, counts_e, activation, normalize):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x_nd, gates_nk, w_in, w_out))
+def _fake_backward(
+    dy_nd, x_nd, gates_nk, w_in, w_out, h_rh, row_nk, token_r, counts_e, activation, normalize, output_mask
+):
+    needed = ((x_nd, output_mask[0]), (gates_nk, True), (w_in, output_mask[1]), (w_out, output_mask[2]))
+    return tuple(tensor.new_empty(tensor.shape) if on else None for tensor, on in needed)
 
 
 torch.library.define(
@@ -276,7 +295,7 @@ torch.library.define(
 torch.library.define(
     "quintic::routed_backward",
     "(Tensor dy, Tensor x, Tensor gates, Tensor w_in, Tensor w_out, Tensor h, Tensor row, Tensor token, Tensor counts,"
-    " str activation, bool normalize) -> (Tensor, Tensor, Tensor, Tensor)",
+    " str activation, bool normalize, bool[3] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("quintic::routed_forward", "default", _forward)
 torch.library.impl("quintic::routed_backward", "default", _backward)
@@ -293,7 +312,9 @@ def _forward_flops(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize, *
 
 @register_flop_formula(torch.ops.quintic.routed_backward)
 def _backward_flops(
-    dy_nd, x_nd, gates_nk, w_in, w_out, h_rh, row_nk, token_r, counts_e, activation, normalize, *, out_shape=None, **_
-) -> int:
-    again = 2 * row_nk[0] * row_nk[1] * w_out[1] * w_out[2] if normalize else 0
-    return 2 * _forward_flops(x_nd, gates_nk, gates_nk, w_in, w_out, activation, normalize) + again
+    dy_nd, x_nd, gates_nk, w_in, w_out, h_rh, row_nk, token_r, counts_e, activation, normalize, output_mask,
+    *, out_shape=None, **_,
+) -> int:  # fmt: skip
+    needs_x, needs_in, needs_out = output_mask
+    per_slot = (needs_x + needs_in) * w_in[1] * w_in[2] + (1 + normalize + needs_out) * w_out[1] * w_out[2]
+    return 2 * row_nk[0] * row_nk[1] * per_slot
