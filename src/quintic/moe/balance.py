@@ -102,7 +102,7 @@ class Balance:
         histogram_eb: Tensor | None = None,
         progress: float | None = None,
     ) -> None:
-        """Move the bias, in place, after the step whose counts these are.
+        """Move the bias, in place, after the step whose counts these are. All tensors are on the CPU.
 
         Args:
             bias_e: (experts,) float32.

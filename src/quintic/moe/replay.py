@@ -12,6 +12,7 @@ does is therefore inside of an operator of this package's own: torch sees the on
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections import deque
 
@@ -73,11 +74,12 @@ class KeptRouting:
 
 
 def _kept_routing(ids_nk: Tensor, kept: list[Tensor]) -> Tensor:
-    if not kept or not ids_nk.numel():
-        return ids_nk.clone()
-    agreement = [float((each == ids_nk).double().mean()) for each in kept]
-    best = max(range(len(kept)), key=agreement.__getitem__)
-    return (kept[best] if agreement[best] >= _SAME else ids_nk).clone()
+    found_nk, most = ids_nk.clone(), ids_nk.new_full((), math.ceil(_SAME * ids_nk.numel()) - 1)
+    for each in kept:  # without a question to the device, for which the host would wait
+        same = (each == ids_nk).sum()
+        found_nk = torch.where(same > most, each, found_nk)
+        most = torch.maximum(same, most)
+    return found_nk
 
 
 torch.library.define("quintic::kept_routing", "(Tensor ids, Tensor[] kept) -> Tensor")

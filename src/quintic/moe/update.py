@@ -35,20 +35,25 @@ def update_layers(
                 "the auxiliary loss of this step was never used; add it to the model's loss before backward: "
                 "loss = loss + aux_loss(model)"
             )
+    counters = [counter for layer in layers for counter in layer.meter.counters]
     if layers and dist.is_available() and dist.is_initialized():
-        _all_reduce([counter for layer in layers for counter in layer.meter.counters], group)
-    for layer in layers:
-        meter, router = layer.meter, layer.router
-        layer.balance.step(router.bias, meter.counts, router.top_k, histogram_eb=meter.histogram, progress=progress)
-        entropy, scored, aux, passes = meter.sums.tolist()
+        _all_reduce(counters, group)
+    counted = _on_cpu(counters)
+    biases = _on_cpu([layer.router.bias for layer in layers])
+    for index, layer in enumerate(layers):
+        counts_e, histogram_eb, sums = counted[3 * index : 3 * index + 3]
+        bias_e, top_k = biases[index], layer.router.top_k
+        layer.balance.step(bias_e, counts_e, top_k, histogram_eb=histogram_eb, progress=progress)
+        layer.router.bias.copy_(bias_e)
+        entropy, scored, aux, passes = sums.tolist()
         layer.stats = ExpertStats.from_counts(
-            meter.counts,
-            router.top_k,
-            bias_e=router.bias,
+            counts_e,
+            top_k,
+            bias_e=bias_e,
             entropy=entropy * UNIT / scored if scored else None,
             aux_loss=aux * UNIT / passes if passes else None,
         )
-        meter.reset()
+        layer.meter.reset()
         layer.kept.clear()
     return [layer.stats for layer in layers if layer.stats is not None]
 
@@ -66,6 +71,17 @@ def collect_aux_loss(layers: Iterable[MoE]) -> Tensor:
         losses += layer.meter.losses
         layer.meter.losses = []
     return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+def _on_cpu(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies, by one transfer from each device: the host waits once, not for every layer."""
+    copies: dict[int, Tensor] = {}
+    for device in {tensor.device for tensor in tensors}:
+        here = {index: tensor for index, tensor in enumerate(tensors) if tensor.device == device}
+        whole = torch.cat([tensor.flatten() for tensor in here.values()]).cpu()
+        parts = whole.split([tensor.numel() for tensor in here.values()])
+        copies |= {index: part.view(tensor.shape) for (index, tensor), part in zip(here.items(), parts, strict=True)}
+    return [copies[index] for index in range(len(tensors))]
 
 
 def _all_reduce(counters: list[Tensor], group: dist.ProcessGroup | None) -> None:
