@@ -28,6 +28,11 @@ def sigma(g):
     return torch.linalg.svdvals(g.double().reshape(len(g), -1) if g.ndim > 1 else g.double().reshape(1, -1))[0].item()
 
 
+def spectral(parameters, max_norm=1.0):
+    """What clipping matrix by matrix found and did."""
+    return GradientClipping("spectral", max_norm)(parameters)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 9),
@@ -45,7 +50,7 @@ def test_spectral_matches_svd_at_any_magnitude(n, m, rank, exponent, max_norm, t
         g = g.T  # not contiguous
     before = g.clone()
     expected = sigma(before)
-    result = clip_grad_spectral_(with_grads(g), max_norm)
+    result = spectral(with_grads(g), max_norm)
     assert result.norm.item() == pytest.approx(before.double().norm().item(), rel=1e-6)
     assert result.scale.item() == pytest.approx(min(1.0, max_norm / expected), rel=1e-5)
     if expected > max_norm * (1 + 1e-5):
@@ -54,6 +59,12 @@ def test_spectral_matches_svd_at_any_magnitude(n, m, rank, exponent, max_norm, t
         torch.testing.assert_close(g.double(), before.double() * result.scale.item(), rtol=1e-6, atol=0)
     elif expected < max_norm * (1 - 1e-5):
         assert torch.equal(g, before)
+
+
+def test_the_function_returns_the_global_norm():
+    p, q = with_grads(torch.diag(torch.tensor([3.0, 4.0])), torch.tensor([12.0]))
+    assert clip_grad_spectral_([p, q]).item() == pytest.approx(13.0)
+    torch.testing.assert_close(p.grad, torch.diag(torch.tensor([0.75, 1.0])))
 
 
 def test_a_rule_tells_its_settings():
@@ -66,7 +77,7 @@ def test_one_exploding_matrix_leaves_the_others_their_size():
     small, vector, stack = randn(4, 3) * 0.1, torch.tensor([0.3, 0.4]), randn(3, 4, 5, seed=2) * 0.1
     stack[1] *= 1e6
     kept = [t.clone() for t in (small, vector, stack)]
-    result = clip_grad_spectral_(with_grads(small, vector, stack))
+    result = spectral(with_grads(small, vector, stack))
     assert torch.equal(small, kept[0])
     assert torch.equal(vector, kept[1])
     assert torch.equal(stack[[0, 2]], kept[2][[0, 2]])
@@ -107,7 +118,7 @@ def test_a_module_is_read_by_its_roles():
     grads["gate_up"][4:] *= 1e-3
     for name, p in model.named_parameters():
         p.grad = grads[name].clone()
-    result = clip_grad_spectral_(model, 0.5)
+    result = spectral(model, 0.5)
     assert torch.equal(model.gate_up.grad[4:], grads["gate_up"][4:])
     assert sigma(model.gate_up.grad[:4]) == pytest.approx(0.5, rel=1e-5)
     for conv in (model.conv1, model.conv2):  # three axes, and yet one matrix (out, in * kernel)
@@ -118,7 +129,7 @@ def test_a_module_is_read_by_its_roles():
 @pytest.mark.parametrize(("value", "max_norm"), [(1e20, 1.0), (3e38, 1.0), (1e-30, 1e-31)])
 def test_spectral_at_extreme_magnitudes(value, max_norm):
     (p,) = with_grads(torch.full((4, 4), value))
-    result = clip_grad_spectral_(p, max_norm)
+    result = spectral(p, max_norm)
     assert result.finite
     torch.testing.assert_close(p.grad, torch.full((4, 4), max_norm / 4), rtol=1e-5, atol=0)
 
@@ -135,18 +146,18 @@ def test_spectral_in_other_dtypes(dtype):
 def test_empty_missing_and_repeated():
     p, q = with_grads(torch.zeros(0, 3), torch.eye(2) * 8)
     without = nn.Parameter(torch.ones(2))
-    result = clip_grad_spectral_([p, q, without, q])
+    result = spectral([p, q, without, q])
     torch.testing.assert_close(q.grad, torch.eye(2))
     assert result.fraction == 1.0
-    nothing = clip_grad_spectral_([without])
+    nothing = spectral([without])
     assert nothing.norm == 0
     assert nothing.scale == 1
     assert not nothing.clipped
 
 
-@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_spectral_])
+@pytest.mark.parametrize("kind", ["global", "spectral"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_policies_for_what_is_not_finite(clip, bad):
+def test_policies_for_what_is_not_finite(kind, bad):
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
     grads = {name: randn(*p.shape, seed=i) * 100 for i, (name, p) in enumerate(model.named_parameters())}
     grads["1.weight"][0, 1] = bad
@@ -161,7 +172,7 @@ def test_policies_for_what_is_not_finite(clip, bad):
         )
 
     fill()
-    result = clip(model)
+    result = GradientClipping(kind)(model)
     assert not result.finite
     assert not result.clipped
     assert not result.norm.isfinite()
@@ -169,23 +180,23 @@ def test_policies_for_what_is_not_finite(clip, bad):
     assert result.fraction == 0
     assert untouched()
 
-    result = clip(model, nonfinite="zero")
+    result = GradientClipping(kind, nonfinite="zero")(model)
     assert not result.finite
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
 
     fill()
     with pytest.raises(NonFiniteGradientError, match=r"1\.weight; nothing was clipped") as caught:
-        clip(model, nonfinite="raise")
+        GradientClipping(kind, nonfinite="raise")(model)
     assert isinstance(caught.value, QuinticError)
     assert "0.weight" not in str(caught.value)
     assert untouched()
 
 
-@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_grad_spectral_])
+@pytest.mark.parametrize("kind", ["global", "spectral"])
 @pytest.mark.parametrize("policy", ["keep", "zero", "raise"])
-def test_the_policy_does_nothing_to_finite_gradients(clip, policy):
+def test_the_policy_does_nothing_to_finite_gradients(kind, policy):
     (p,) = with_grads(torch.diag(torch.tensor([3.0, 0.0])))
-    assert clip(p, 1.5, nonfinite=policy).clipped
+    assert GradientClipping(kind, 1.5, nonfinite=policy)(p).clipped
     torch.testing.assert_close(p.grad, torch.diag(torch.tensor([1.5, 0.0])))
 
 

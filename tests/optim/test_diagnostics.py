@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from quintic.core import ConfigError
 from quintic.core.roles import Normal, Role, declare
 from quintic.optim import Muon
-from quintic.optim.clip import clip_grad_norm_
+from quintic.optim.clip import GradientClipping
 from quintic.optim.diagnostics import diagnose, snapshot
 from quintic.optim.measures import layer_shares, sign_cosine, signal_to_noise, singular_values, svd_entropy
 
@@ -142,7 +142,7 @@ def take_step(model, optimizer, clip=math.inf):
     loss = loss_of(model)
     optimizer.zero_grad()
     loss.backward()
-    scale = float(clip_grad_norm_(model, clip).scale)
+    scale = float(GradientClipping("global", clip)(model).scale)
     before = snapshot(optimizer)
     optimizer.step()
     observed = (loss_of(model) - loss).item()

@@ -10,7 +10,7 @@ from tests.optim.toy import randn
 from torch import nn
 
 from quintic.core.roles import Normal, Role, declare
-from quintic.optim import Muon, clip_grad_spectral_, diagnose, snapshot
+from quintic.optim import GradientClipping, Muon, diagnose, snapshot
 
 SPLIT = {"sizes": (4, 2, 2), "groups": 2}
 
@@ -147,7 +147,7 @@ def test_spectral_clipping_takes_every_part_by_itself():
         model.qkv.grad[4:6] *= 0.01  # a small k
         model.qkv.grad[12:14] *= 0.01
     was, embed = separate(model, lambda p: p.grad.clone()), model.embed.grad.clone()
-    result = clip_grad_spectral_(model, 1.0)
+    result = GradientClipping("spectral", 1.0)(model)
     got = separate(model, lambda p: p.grad)
     factors = []
     for name, matrices in was.items():

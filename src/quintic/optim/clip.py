@@ -52,7 +52,7 @@ class NonFiniteGradientError(QuinticError, FloatingPointError):
 
 
 class ClipResult(NamedTuple):
-    """What clipping found and did; 0-d tensors on the gradients' device, so that reading them is up to the caller."""
+    """What :class:`GradientClipping` found and did; 0-d tensors on the gradients' device, read when one likes."""
 
     norm: Tensor
     """Global norm before clipping, float64 where the device has it; NaN or infinite if a gradient is."""
@@ -68,9 +68,12 @@ class ClipResult(NamedTuple):
     """The norm from which on this call clips."""
 
 
-@torch.no_grad()
-def clip_grad_norm_(parameters: Parameters, max_norm: float | Tensor = 1.0, *, nonfinite: str = "keep") -> ClipResult:
+def clip_grad_norm_(parameters: Parameters, max_norm: float | Tensor = 1.0, *, nonfinite: str = "keep") -> Tensor:
     """Scale the gradients of all parameters in place so that their global norm is at most ``max_norm``.
+
+    A drop-in for ``torch.nn.utils.clip_grad_norm_``, which takes a module as well. Unlike there, gradients that are not
+    finite are left alone instead of multiplied by NaN, the norm of float32 gradients does not overflow, and that of
+    divided ones (DTensor) is a plain number.
 
     Args:
         parameters: A module, a tensor or tensors; those without a gradient are passed over, and one that is
@@ -80,19 +83,27 @@ def clip_grad_norm_(parameters: Parameters, max_norm: float | Tensor = 1.0, *, n
             leaves all gradients as they are, ``zero`` sets all of them to 0, ``raise`` raises an error.
 
     Returns:
-        The norm and what was done.
+        The global norm before clipping, 0-d, float64 where the device has it; NaN or infinite if a gradient is. What
+        else was found and done is told by :class:`GradientClipping`.
 
     Raises:
-        ConfigError: ``max_norm`` is not positive, a gradient is sparse or complex, or the policy is unknown.
+        ConfigError: ``max_norm`` is not positive, a gradient is sparse or complex, the policy is unknown, or the
+            parameters are divided in a way of which no norm is known.
         NonFiniteGradientError: With ``nonfinite="raise"``.
 
     Example:
         >>> w = torch.zeros(2, requires_grad=True)
         >>> w.grad = torch.tensor([3.0, 4.0])
-        >>> result = clip_grad_norm_(w)
-        >>> float(result.norm), bool(result.clipped), w.grad
-        (5.0, True, tensor([0.6000, 0.8000]))
+        >>> norm = clip_grad_norm_(w)
+        >>> f"{norm:.2f}", w.grad
+        ('5.00', tensor([0.6000, 0.8000]))
     """
+    return _clip_together(parameters, max_norm, nonfinite).norm
+
+
+@torch.no_grad()
+def _clip_together(parameters: Parameters, max_norm: float | Tensor, nonfinite: str) -> ClipResult:
+    """By the global norm."""
     _check(max_norm, nonfinite)
     named = _named_gradients(parameters)
     norm = global_norm(g for _, g in named)
@@ -110,8 +121,7 @@ def clip_grad_norm_(parameters: Parameters, max_norm: float | Tensor = 1.0, *, n
     return ClipResult(norm, scale, clipped, finite, clipped.to(norm.dtype), threshold)
 
 
-@torch.no_grad()
-def clip_grad_spectral_(parameters: Parameters, max_norm: float = 1.0, *, nonfinite: str = "keep") -> ClipResult:
+def clip_grad_spectral_(parameters: Parameters, max_norm: float = 1.0, *, nonfinite: str = "keep") -> Tensor:
     """Scale each gradient matrix in place so that its largest singular value is at most ``max_norm``.
 
     Unlike with the global norm, one exploding matrix leaves the others their size. Given a module, tensors are
@@ -130,7 +140,8 @@ def clip_grad_spectral_(parameters: Parameters, max_norm: float = 1.0, *, nonfin
         nonfinite: As for :func:`clip_grad_norm_`.
 
     Returns:
-        ``norm`` is the global norm before clipping; ``fraction`` the share of matrices and vectors scaled.
+        The global norm before clipping, as :func:`clip_grad_norm_`. How many matrices were scaled is told by
+        ``GradientClipping("spectral")``.
 
     Raises:
         ConfigError: As for :func:`clip_grad_norm_`.
@@ -139,11 +150,18 @@ def clip_grad_spectral_(parameters: Parameters, max_norm: float = 1.0, *, nonfin
     Example:
         >>> a, b = torch.zeros(2, 2, requires_grad=True), torch.zeros(2, 2, requires_grad=True)
         >>> a.grad, b.grad = torch.diag(torch.tensor([4.0, 2.0])), torch.eye(2) / 2
-        >>> float(clip_grad_spectral_([a, b]).fraction), a.grad, b.grad
-        (0.5, tensor([[1.0000, 0.0000],
-                      [0.0000, 0.5000]]), tensor([[0.5000, 0.0000],
-                                                  [0.0000, 0.5000]]))
+        >>> norm = clip_grad_spectral_([a, b])
+        >>> a.grad, b.grad
+        (tensor([[1.0000, 0.0000],
+                [0.0000, 0.5000]]), tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]]))
     """
+    return _clip_apart(parameters, max_norm, nonfinite).norm
+
+
+@torch.no_grad()
+def _clip_apart(parameters: Parameters, max_norm: float, nonfinite: str) -> ClipResult:
+    """Matrix by matrix."""
     _check(max_norm, nonfinite)
     named = _named_gradients(parameters)
     norm = global_norm(g for _, g in named)
@@ -231,9 +249,9 @@ class GradientClipping:
     def __call__(self, parameters: Parameters) -> ClipResult:
         """Clip the gradients in place, record the norm, and return what was found and done."""
         if self.kind == "spectral":
-            result = clip_grad_spectral_(parameters, self.max_norm, nonfinite=self.nonfinite)
+            result = _clip_apart(parameters, self.max_norm, self.nonfinite)
         else:
-            result = clip_grad_norm_(parameters, self.threshold, nonfinite=self.nonfinite)
+            result = _clip_together(parameters, self.threshold, self.nonfinite)
         self.steps += 1
         norm, finite = result.norm, result.finite
         old = self._norms.to(norm.device, norm.dtype)

@@ -43,10 +43,11 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     if not listed:
         return torch.zeros((), dtype=torch.float64)
     cut = [(piece, t) for t in listed for piece in _pieces(local(t))]
-    norms = _each([piece for piece, _ in cut], listed[0].device)
+    found = _each([piece for piece, _ in cut], listed[0].device)
     if not any(isinstance(t, DTensor) for t in listed):
-        return scaled_norm(torch.stack(norms))
-    return sum_over_parts([norm.square() for norm in norms], [t for _, t in cut]).sqrt()
+        return scaled_norm(torch.cat([norms for _, norms in found]))
+    squares = [square for _, norms in found for square in norms.square().unbind()]
+    return sum_over_parts(squares, [cut[i][1] for indices, _ in found for i in indices]).sqrt()
 
 
 def _pieces(t: Tensor) -> Sequence[Tensor]:
@@ -56,20 +57,20 @@ def _pieces(t: Tensor) -> Sequence[Tensor]:
     return t.view(-1).split(_PIECE)
 
 
-def _each(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """The norm of each tensor, 0-d, on one device."""
-    norms: list[Tensor] = [torch.zeros((), dtype=_wide(device), device=device)] * len(tensors)
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+def _each(tensors: list[Tensor], device: torch.device) -> list[tuple[list[int], Tensor]]:
+    """The norms of all tensors, on one device: by kind which they are and (number of them,)."""
+    kinds: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
     for i, t in enumerate(tensors):
-        if t.numel():  # of a divided tensor perhaps nothing lies here
-            kinds.setdefault((t.device, t.dtype), []).append(i)
-    for (there, dtype), indices in kinds.items():
+        kinds.setdefault((t.device, t.dtype, t.numel() == 0), []).append(i)
+    found = []
+    for (there, dtype, empty), indices in kinds.items():
         alike = [tensors[i] for i in indices]
-        found = _together(alike, there, dtype)
-        found = torch.stack([scaled_norm(t) for t in alike]) if found is None else found
-        for i, norm in zip(indices, found.to(device, _wide(device)).unbind(), strict=True):
-            norms[i] = norm
-    return norms
+        if empty:  # of a divided tensor perhaps nothing lies here
+            norms = torch.zeros(len(alike))
+        elif (norms := _together(alike, there, dtype)) is None:
+            norms = torch.stack([scaled_norm(t) for t in alike])
+        found.append((indices, norms.to(device, _wide(device))))
+    return found
 
 
 def _together(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor | None:
