@@ -39,6 +39,9 @@ def train(net, optimizer, steps=10):
         ("lr", float("inf")),
         ("lr", True),
         ("weight_decay", -0.1),
+        ("adamw_lr", -0.5),
+        ("adamw_lr", float("inf")),
+        ("adamw_weight_decay", float("nan")),
         ("momentum", 1.0),
         ("nesterov", 1),
         ("scale", "adam"),
@@ -102,6 +105,21 @@ def test_muon_gets_the_settings():
         assert group["adamw_betas"] == (0.8, 0.9)
         assert group["adamw_eps"] == 1e-6
         assert group["ns_dtype"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "muon", "adamw"),
+    [
+        ({}, (0.02, 0.3), (0.02, 0.3)),
+        ({"adamw_lr": 0.004, "adamw_weight_decay": 0.0}, (0.02, 0.3), (0.004, 0.0)),
+        ({"adamw_lr": 0.0}, (0.02, 0.3), (0.0, 0.3)),
+        ({"adamw_lr": 0.004, "adamw_weight_decay": 0.0, "name": "adamw"}, None, (0.02, 0.3)),  # one half has one rate
+    ],
+)
+def test_each_half_gets_its_rate_and_decay_and_keeps_the_peak(settings, muon, adamw):
+    for group in build_optimizer(model(), OptimConfig(lr=0.02, weight_decay=0.3, **settings)).param_groups:
+        expected = muon if group["algorithm"] == "muon" else adamw
+        assert (group["lr"], group["weight_decay"]) == expected and group["initial_lr"] == group["lr"]
 
 
 @pytest.mark.parametrize(

@@ -253,7 +253,7 @@ def test_residual_is_that_of_the_polynomial_and_needs_no_decay():
 @pytest.mark.parametrize("scale", ["moonlight", "rms", "keller", "mup", "none"])
 def test_all_matrices_under_muon_are_counted_as_orthogonalized(scale):
     model = Net()
-    found, _ = take_step(model, Muon(model, lr=0.02, scale=scale))
+    found, _ = take_step(model, Muon(model, lr=0.02, adamw_lr=0.02, scale=scale))
     assert found.metrics["muon_matrices"] == 6
     assert found.metrics["orthogonalized_matrices"] == 6
 

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -117,6 +118,18 @@ def test_converted_settings_give_the_same_weights(source, target, shape):
 def test_conversion_refuses_empty_shapes():
     with pytest.raises(ConfigError, match="empty side"):
         convert_lr(1e-3, 0.1, "moonlight", "none", (0, 3))
+
+
+@pytest.mark.parametrize("shape", [64.0, (64, 32, 3), (64.0, 32), "ab", None, {64, 32}])
+def test_conversion_refuses_what_is_no_shape(shape):
+    with pytest.raises(ConfigError, match=r"^shape = .*expected \(outputs, inputs\) or a width"):
+        convert_lr(1e-3, 0.1, "moonlight", "none", shape)
+
+
+def test_conversion_takes_widths_and_shapes_as_they_come():
+    expected = convert_lr(1e-3, 0.1, "moonlight", "keller", 64)
+    for shape in (np.int64(64), (64, 64), [64, 64], torch.zeros(64, 64).shape):
+        assert convert_lr(1e-3, 0.1, "moonlight", "keller", shape) == expected
 
 
 def test_momentum_rises_linearly_and_stays():

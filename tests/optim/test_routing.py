@@ -57,7 +57,7 @@ def test_row_blocks_are_matrices_of_their_own(scale):
     model = Declared()
     separate = [nn.Parameter(part.clone()) for part in model.gate_up.detach().chunk(2)]
     separate += [nn.Parameter(part.clone()) for part in model.fused.detach().chunk(2, dim=1)]
-    a, b = Muon(model, lr=0.1, scale=scale), Muon(separate, lr=0.1, scale=scale)
+    a, b = Muon(model, lr=0.1, adamw_lr=0.1, scale=scale), Muon(separate, lr=0.1, scale=scale)
     for step in range(2):
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))

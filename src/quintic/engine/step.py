@@ -77,9 +77,9 @@ def take_step(parts: StepParts, state: TrainState) -> None:
             "What was saved before is intact; start a new run with a lower optim.lr or a longer warm-up, "
             "or leave such steps out with engine.on_nonfinite=skip"
         )
-    lr = optim.lr * lr_factor(state.step, engine.steps, optim)
+    factor = lr_factor(state.step, engine.steps, optim)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["initial_lr"] * factor
         group["momentum"] = momentum_at(state.step, engine.steps, optim)
     diagnosed = finite and ranks.world == 1 and every(engine.diagnose_every, state.step + 1)
     before = snapshot(optimizer) if diagnosed else None
@@ -91,6 +91,8 @@ def take_step(parts: StepParts, state: TrainState) -> None:
         observed = None if batch is None else (_loss_again(parts, batch, noise) - total) / count
         stats = _diagnosis(parts, before, clip, observed)
     diagnosing = time.perf_counter() - after_optimizer
+    if optim.name == "muon" and optim.adamw_lr >= 0.0:
+        stats["adamw_lr"] = optim.adamw_lr * factor
     if optim.cap:
         stats["cap_factor"] = float(optimizer.cap_factor)
     stats |= task.after_step(model, (state.step + 1) / engine.steps)
@@ -116,7 +118,7 @@ def take_step(parts: StepParts, state: TrainState) -> None:
         "step": state.step,
         "loss": total / count,
         **task.step_metrics(total / count),
-        "lr": lr,
+        "lr": optim.lr * factor,
         "grad_norm": norm,
         "clip_fraction": state.clipped / state.step,
         "clip_threshold": float(clip.threshold),

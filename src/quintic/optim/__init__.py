@@ -10,6 +10,7 @@ from quintic.optim.clip import (
 from quintic.optim.clip_advice import ClipStatistics, advice, clip_statistics
 from quintic.optim.config import OptimConfig, build_optimizer
 from quintic.optim.diagnostics import Diagnosis, diagnose, snapshot
+from quintic.optim.groups import param_groups
 from quintic.optim.interop import load_foreign_state
 from quintic.optim.lr import convert_lr, lr_factor, momentum_at, scale_factor
 from quintic.optim.muon import Muon
@@ -41,6 +42,7 @@ __all__ = [
     "lr_factor",
     "max_logits",
     "momentum_at",
+    "param_groups",
     "roles",
     "scale_factor",
     "snapshot",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +44,13 @@ class OptimConfig:
     name: str = "muon"
     """muon (matrices by Muon, the rest by AdamW) or adamw (everything by AdamW)."""
     lr: float = 0.01
-    """Peak learning rate, shared by Muon and AdamW."""
+    """Peak learning rate, of Muon and AdamW."""
     weight_decay: float = 0.1
     """Decoupled weight decay: weights shrink by lr * weight_decay per step."""
+    adamw_lr: float = -1.0
+    """Peak learning rate of AdamW's half under muon, for scales that are not Adam's (keller, mup, none); -1 is lr."""
+    adamw_weight_decay: float = -1.0
+    """Weight decay of AdamW's half under muon; -1 is weight_decay."""
     decay: str = "frobenius"
     """What the decay of matrices under Muon shrinks: frobenius (every singular value) or spectral (the largest)."""
     decay_rank: int = 1
@@ -109,6 +114,9 @@ class OptimConfig:
             self._require(name, 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
         for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction", "momentum_warmup_fraction"):
             self._require(name, 0.0 <= getattr(self, name) <= 1.0, "a number in [0, 1]")
+        for name, shared in (("adamw_lr", "lr"), ("adamw_weight_decay", "weight_decay")):
+            value = getattr(self, name)
+            self._require(name, value == -1.0 or 0.0 <= value < math.inf, f"0 or more, or -1 for optim.{shared}")
         self._require("clip_norm", self.clip_norm > 0.0, "a positive number, or inf for no clipping")
         if self.schedule == "wsd":
             together = self.warmup_fraction + self.decay_fraction
@@ -136,14 +144,17 @@ class OptimConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Muon:
-    """One optimizer for all parameters of a model, its rate set to the peak; multiply by ``lr_factor`` per step.
+    """One optimizer for all parameters of a model, at the peak of its rates.
 
-    Where the momentum has a warm-up, set it from :func:`quintic.optim.lr.momentum_at` likewise.
+    Each group's peak stays in its ``initial_lr``, as torch's schedulers keep it: per step, ``lr`` is this times
+    :func:`quintic.optim.lr_factor`. Where the momentum has a warm-up, set it from
+    :func:`quintic.optim.lr.momentum_at` likewise.
 
     ``adamw`` is the same class with every parameter in its AdamW half, so that runs differ in the rule alone.
     """
-    params = model if config.name == "muon" else [{"params": list(model.named_parameters()), "algorithm": "adamw"}]
-    return Muon(
+    muon = config.name == "muon"
+    params = model if muon else [{"params": list(model.named_parameters()), "algorithm": "adamw"}]
+    optimizer = Muon(
         params,
         lr=config.lr,
         weight_decay=config.weight_decay,
@@ -160,6 +171,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Muon:
         coefficients=config.coefficients,
         ns_dtype=None if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
         distributed=config.distributed,
+        adamw_lr=config.adamw_lr if muon and config.adamw_lr >= 0.0 else None,
+        adamw_weight_decay=config.adamw_weight_decay if muon and config.adamw_weight_decay >= 0.0 else None,
         adamw_betas=(config.adamw_beta1, config.adamw_beta2),
         adamw_eps=config.adamw_eps,
     )
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer

@@ -24,6 +24,8 @@ Shape factor s(n, m) in front of msign for a matrix with n outputs and m inputs 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 from quintic.core import ConfigError, suggest
@@ -95,7 +97,10 @@ def convert_lr(
         >>> round(lr, 6), round(wd, 6)
         (0.0064, 0.015625)
     """
-    rows, columns = (shape, shape) if isinstance(shape, int) else shape
+    sides = (shape, shape) if isinstance(shape, Integral) else shape
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(isinstance(side, Integral) for side in sides):
+        raise ConfigError(f"shape = {shape!r}; expected (outputs, inputs) or a width, in whole numbers")
+    rows, columns = map(int, sides)
     if rows < 1 or columns < 1:
         raise ConfigError(f"shape {shape} has an empty side; expected (outputs, inputs) or a width")
     ratio = scale_factor(from_scale, rows, columns) / scale_factor(to_scale, rows, columns)
@@ -103,7 +108,7 @@ def convert_lr(
 
 
 def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The factor on ``config.lr`` for a step; see the formulas at the top of this file.
+    """The factor on the peak rates for a step; see the formulas at the top of this file.
 
     Args:
         step: 0-based index of the step about to be taken. From ``total_steps`` on the factor is the final

@@ -10,8 +10,9 @@ Decay is decoupled and uses the base rate eta, never eta s. Since msign ignores 
 momentum gives the same direction as the posts' sum form B <- mu B + G, which can be had too
 (:mod:`quintic.optim.momentum`).
 
-One ``torch.optim.Optimizer`` also runs AdamW for what is not a matrix, so there is one state dict and one
-learning rate. A step whose gradients contain a NaN or an infinity changes nothing at all, and is counted.
+One ``torch.optim.Optimizer`` also runs AdamW for what is not a matrix, so there is one state dict and, unless AdamW is
+given its own, one learning rate. A step whose gradients contain a NaN or an infinity changes nothing at all, and is
+counted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from quintic.core import CheckpointError, ConfigError, suggest
+from quintic.core import ConfigError, suggest
 from quintic.linalg.coefficients import Coefficients
 from quintic.linalg.workspace import Workspace
 from quintic.optim.adamw import new_state, state_dtype, update_with_adamw
@@ -35,9 +36,10 @@ from quintic.optim.groups import (
     check_names,
     check_still_matrices,
     groups_of,
+    groups_to_load,
     matrices_in,
     name_of,
-    warn_about_small_lr,
+    warn_about_lr,
 )
 from quintic.optim.matrices import Piece, chunks, pieces_of, update_matrices
 from quintic.optim.nonfinite import NONFINITE, any_nonfinite, sift_nonfinite_
@@ -60,17 +62,17 @@ _SETTINGS = (
     "lr", "weight_decay", "momentum", "momentum_form", "nesterov", "scale", "ns_steps", "coefficients", "method",
     "ns_dtype", "maximize", "decay", "decay_rank", "norm",
 )  # fmt: skip
-_MARKS = ("algorithm", "scale", "adamw_betas")  # settings by which a state is known to be ours
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for matrices and AdamW for the rest, in one optimizer.
 
     Given a module, every parameter is routed by its role (see :func:`quintic.optim.roles`; the table is in the
-    attribute ``roles``). Given tensors or parameter groups, Muon takes all of them: 2-D tensors as matrices, 3-D
-    ones as stacks of matrices. A group may say ``algorithm="adamw"``, ``layout="conv"`` for convolution kernels,
-    ``orientation="in_out"`` for matrices that are used as ``x @ W``, or ``split={"blocks": 3}`` and the like for fused
-    projections and heads, see :mod:`quintic.optim.split`.
+    attribute ``roles``). Each role has a group, which says so (``group["role"]``) and may be changed, see
+    :func:`quintic.optim.param_groups`. Given tensors or parameter groups, Muon takes all of them: 2-D tensors as
+    matrices, 3-D ones as stacks of matrices. A group may say ``algorithm="adamw"``, ``layout="conv"`` for convolution
+    kernels, ``orientation="in_out"`` for matrices that are used as ``x @ W``, or ``split={"blocks": 3}`` and the like
+    for fused projections and heads, see :mod:`quintic.optim.split`.
 
     The keywords of ``torch.optim.Muon`` are accepted. Unlike there, the default scale is ``moonlight``
     (``match_rms_adamw``), the default coefficients are ``quintic``, and products run in float32 on CPUs.
@@ -78,7 +80,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: A module, parameters, (name, parameter) pairs, or groups of these.
         lr: Learning rate of both halves; a number or a 0-d tensor.
-        weight_decay: Decoupled weight decay of both halves.
+        weight_decay: Decoupled weight decay of both halves. Per step weights shrink by the rate of their half times it.
         momentum: Muon's momentum mu, in [0, 1).
         momentum_form: ``average`` of gradients or ``sum``, see :mod:`quintic.optim.momentum`; the same steps while mu
             is constant.
@@ -103,6 +105,9 @@ class Muon(torch.optim.Optimizer):
         method: How msign is computed, see :func:`quintic.linalg.msign`.
         ns_dtype: Dtype of msign's products; ``None`` is float32 on CPUs and picks by capability elsewhere, see
             :func:`quintic.linalg.msign`. Bfloat16 is faster on CPUs with AMX, and coarse.
+        adamw_lr: Learning rate of AdamW's half; ``None`` is ``lr``, which suits both under the scales ``moonlight`` and
+            ``rms`` only.
+        adamw_weight_decay: Weight decay of AdamW's half; ``None`` is ``weight_decay``.
         adamw_betas: AdamW's decay rates.
         adamw_eps: AdamW's epsilon.
         distributed: How msign of matrices divided among processes (DTensor) is taken: ``owner`` (each by one process,
@@ -155,6 +160,8 @@ class Muon(torch.optim.Optimizer):
         coefficients: Coefficients = "quintic",
         method: str = "auto",
         ns_dtype: torch.dtype | None = None,
+        adamw_lr: float | Tensor | None = None,
+        adamw_weight_decay: float | None = None,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         distributed: str = "owner",
@@ -183,6 +190,8 @@ class Muon(torch.optim.Optimizer):
         self.distributed = distributed
         self.nonfinite = nonfinite
         self._space = Workspace()
+        given = {"lr": adamw_lr, "weight_decay": adamw_weight_decay}
+        self._of_adamw = {name: value for name, value in given.items() if value is not None}
         if isinstance(params, nn.Module):
             self.roles = roles(params, scale=scale, strict=strict, vectors=vectors, embeddings=embeddings)
             params = groups_of(params, self.roles)
@@ -203,6 +212,7 @@ class Muon(torch.optim.Optimizer):
             "adamw_betas": adamw_betas,
             "adamw_eps": adamw_eps,
             "maximize": maximize,
+            "role": None,
             "algorithm": "muon",
             "layout": None,
             "split": None,
@@ -214,7 +224,7 @@ class Muon(torch.optim.Optimizer):
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         wide = torch.float32 if device.type == "mps" else torch.float64
         self._cap_factor = torch.ones((), dtype=wide, device=device)
-        warn_about_small_lr(self.param_groups)
+        warn_about_lr(self.param_groups, shared=adamw_lr is None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; keywords as for the constructor, and ``algorithm``, ``layout``, ``split``, ``orientation``.
@@ -222,6 +232,9 @@ class Muon(torch.optim.Optimizer):
         Raises:
             ConfigError: A setting is out of range or a parameter under Muon is not a matrix.
         """
+        if isinstance(param_group, dict) and param_group.get("algorithm") == "adamw":
+            for name, value in self._of_adamw.items():
+                param_group.setdefault(name, value)
         super().add_param_group(param_group)
         try:
             check_names(param_group, self.defaults)
@@ -343,15 +356,7 @@ class Muon(torch.optim.Optimizer):
             CheckpointError: It is another optimizer's, or of parameters of other shapes.
             ValueError: Its groups are of other sizes.
         """
-        for group in state_dict["param_groups"]:
-            if missing := [name for name in _MARKS if name not in group]:
-                raise CheckpointError(
-                    f"this is not a state of quintic's Muon: a group has no {', '.join(missing)}. "
-                    "Load states of torch's, Keller's or Moonlight's Muon with quintic.optim.load_foreign_state"
-                )
-        # A setting that is younger than the state keeps its value.
-        pairs = itertools.zip_longest(state_dict["param_groups"], self.param_groups[: len(state_dict["param_groups"])])
-        groups = [{**(own or {}), **group} for group, own in pairs]
+        groups = groups_to_load(state_dict["param_groups"], self.param_groups)
         state_dict = {**state_dict, "param_groups": groups}
         saved = itertools.chain.from_iterable(g["params"] for g in groups)
         own = [
@@ -378,6 +383,7 @@ class Muon(torch.optim.Optimizer):
             "cap": self.cap,
             "nonfinite": self.nonfinite,
             "distributed": self.distributed,
+            "_of_adamw": self._of_adamw,
             "_space": Workspace(),
             **counts,
         }
