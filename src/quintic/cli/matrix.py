@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,8 +14,9 @@ from rich.text import Text
 
 from quintic.cli.compress import compress
 from quintic.cli.printing import say
+from quintic.cli.table_file import NamedTable, read_table
 from quintic.cli.table_picture import draw, picture_path, write_picture
-from quintic.core import ConfigError, DataError, suggest
+from quintic.core import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +41,7 @@ def cur(
     tol: float | None = None,
     method: str = "quality",
     drop: Drop = None,
+    missing: str = "error",
     scale: bool = False,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     seed: int = 0,
@@ -54,7 +52,8 @@ def cur(
     Parameters
     ----------
     table
-        CSV or TSV of numbers. A first line of names and a first column of names (or without a name) are recognised.
+        CSV or TSV of numbers, or a matrix in a .npy file. A first line of names and a first column of names (or without
+        a name) are recognised, and decimal commas where commas do not divide the cells.
     rank
         Columns and rows to choose; 8, or all of fewer, without --tol.
     tol
@@ -63,6 +62,9 @@ def cur(
         Rule that chooses: quality, fast, pivoted-qr, leverage-top, k-means ...
     drop
         Name of a column to leave out; repeat for each.
+    missing
+        Of cells that are empty, NA, N/A, NaN or null: error, drop-rows (leave out their rows) or mean (put the mean of
+        the column).
     scale
         Divide every column by its root mean square, for columns in different units.
     out
@@ -80,7 +82,7 @@ def cur(
     from quintic.lowrank import cur as decompose
 
     target = picture_path(out, f"{table.stem}-cur.svg")
-    read, A, options = _read(table, drop, scale, rank, tol)
+    read, A, options = _read(table, drop, missing, scale, rank, tol)
     found = decompose(A, method=method, seed=seed, **options)
     columns, rows = _choice("column", read, A, found.cols), _choice("row", read, A, found.rows)
     title = f"{table.name}, and what {len(found.cols)} columns and {len(found.rows)} rows make of it"
@@ -103,6 +105,7 @@ def interpolative(
     side: str = "columns",
     method: str = "quality",
     drop: Drop = None,
+    missing: str = "error",
     scale: bool = False,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     seed: int = 0,
@@ -113,7 +116,8 @@ def interpolative(
     Parameters
     ----------
     table
-        CSV or TSV of numbers. A first line of names and a first column of names (or without a name) are recognised.
+        CSV or TSV of numbers, or a matrix in a .npy file. A first line of names and a first column of names (or without
+        a name) are recognised, and decimal commas where commas do not divide the cells.
     rank
         Columns or rows to choose; 8, or all of fewer, without --tol.
     tol
@@ -124,6 +128,9 @@ def interpolative(
         Rule that chooses: quality, fast, pivoted-qr, leverage-top, k-means ...
     drop
         Name of a column to leave out; repeat for each.
+    missing
+        Of cells that are empty, NA, N/A, NaN or null: error, drop-rows (leave out their rows) or mean (put the mean of
+        the column).
     scale
         Divide every column by its root mean square, for columns in different units.
     out
@@ -141,7 +148,7 @@ def interpolative(
     from quintic.lowrank import interpolative as decompose
 
     target = picture_path(out, f"{table.stem}-id.svg")
-    read, A, options = _read(table, drop, scale, rank, tol)
+    read, A, options = _read(table, drop, missing, scale, rank, tol)
     found = decompose(A, side=side, method=method, seed=seed, **options)
     by_columns = side == "columns"
     chosen = _choice(side.removesuffix("s"), read, A, found.indices)
@@ -157,113 +164,13 @@ def interpolative(
     say(f"picture: {target}")
 
 
-@dataclass(frozen=True)
-class NamedTable:
-    """Numbers with names."""
-
-    path: Path
-    rows: list[str]
-    columns: list[str]
-    values: NDArray[np.float64]
-
-
-def read_table(path: Path, drop: list[str]) -> NamedTable:
-    """Read numbers from a CSV or TSV file, with the names of rows and columns if it has them.
-
-    The first line has names if a cell beyond its first is no number, if its first cell is empty, or if that is no
-    number while all below it are. The first column has names if it has none itself, as pandas and R write it, or if
-    more than half of it is text.
-
-    Raises:
-        DataError: The file cannot be read, is empty or ragged, or has a cell that is not a finite number.
-        ConfigError: A column to leave out does not exist.
-    """
-    import numpy as np
-
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    lines = _lines(path, text)
-    if not lines:
-        raise DataError(f"{path} is empty; expected a table of numbers")
-    width = len(lines[0][1])
-    for number, row in lines:
-        if len(row) != width:
-            raise DataError(f"{path}, line {number} has {len(row)} cells, expected {width} as in the first line")
-    head = lines[0][1]
-    below = [row[0] for _, row in lines[1:]]
-    unnamed = width > 1 and not head[0]
-    named = (
-        unnamed
-        or any(_is_text(cell) for cell in head[1:] or head)
-        or (_is_text(head[0]) and bool(below) and not any(map(_is_text, below)))
-    )
-    body = lines[1:] if named else lines
-    if not body:
-        raise DataError(f"{path} has names but no numbers")
-    texts = sum(_is_text(row[0]) for _, row in body)
-    labelled = width > 1 and (unnamed or 2 * texts > len(body)) and head[0] not in drop
-    columns = head if named else [f"column {j + 1}" for j in range(width)]
-    for name in drop:
-        if name not in columns:
-            raise ConfigError(f"{path} has no column {name!r} to leave out{suggest(name, columns)}")
-    kept = [j for j in range(int(labelled), width) if columns[j] not in drop]
-    if not kept:
-        raise DataError(f"{path} has no column of numbers left")
-    values = np.empty((len(body), len(kept)))
-    for i, (number, row) in enumerate(body):
-        for j, at in enumerate(kept):
-            if not _is_number(row[at]):
-                kind = "number" if _is_text(row[at]) else "finite number"
-                found = f"{row[at]!r} is not a {kind}" if row[at] else "a cell is empty"
-                raise DataError(
-                    f"{path}, line {number}, column {columns[at]!r}: {found}; "
-                    f"fill it in, or leave the column out with --drop {columns[at]!r}"
-                )
-            values[i, j] = float(row[at])
-    rows = [row[0] if labelled else f"line {number}" for number, row in body]
-    return NamedTable(path, rows, [columns[j] for j in kept], values)
-
-
-def _lines(path: Path, text: str) -> list[tuple[int, list[str]]]:
-    """Number and cells of every line that is not blank; a quoted cell may span several."""
-    lines: list[tuple[int, list[str]]] = []
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = max("\t;,", key=re.sub(r'"[^"]*"', "", first).count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    number = 1
-    try:
-        for row in reader:
-            cells = [cell.strip() for cell in row]
-            if any(cells):
-                lines.append((number, cells))
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {number} cannot be read: {error}; is a quotation mark missing?") from None
-    return lines
-
-
 def _read(
-    table: Path, drop: Drop, scale: bool, rank: int | None, tol: float | None
+    table: Path, drop: Drop, missing: str, scale: bool, rank: int | None, tol: float | None
 ) -> tuple[NamedTable, NDArray[np.float64], dict[str, Any]]:
     """A table, its numbers as they are to be decomposed, and how many columns or rows to take."""
-    read = read_table(table, drop or [])
+    read = read_table(table, drop or [], missing)
     A = _scaled(read.values) if scale else read.values
     return read, A, _options(A, rank, tol)
-
-
-def _is_number(cell: str) -> bool:
-    return not _is_text(cell) and bool(cell) and math.isfinite(float(cell))
-
-
-def _is_text(cell: str) -> bool:
-    """Neither empty nor any number, be it infinite or NaN; 1_000, which Python reads as a number, is one of a name."""
-    try:
-        float(cell or "0")
-    except ValueError:
-        return True
-    return "_" in cell
 
 
 def _scaled(A: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -343,6 +250,10 @@ class _Result:
     picture: Path
 
     def print(self) -> None:
+        if count := self.read.missing_cells:
+            left_out = self.read.rows_left_out
+            dealt = f"{left_out:,} rows are left out" if left_out else "each is the mean of its column"
+            say(f"cells without a value: {count:,}; {dealt}")
         say(
             f"{self.read.path.name}: {self.shape[0]:,} rows x {self.shape[1]:,} columns; rank {self.rank} explains "
             f"{_explained(self.error)} of the squares; relative error {self.error:.3g}, the least of any "
@@ -353,7 +264,8 @@ class _Result:
 
     def json(self) -> str:
         facts = {"table": str(self.read.path), "shape": list(self.shape), "rank": self.rank, "error": self.error,
-                 "least_error": self.least, **{f"{c.what}s": c.facts() for c in self.choices},
+                 "least_error": self.least, "missing_cells": self.read.missing_cells,
+                 "rows_left_out": self.read.rows_left_out, **{f"{c.what}s": c.facts() for c in self.choices},
                  "picture": str(self.picture)}  # fmt: skip
         return json.dumps(facts)
 
