@@ -36,7 +36,11 @@ def lively(config, seed=0):
 def test_transformers_loads_our_folder(tmp_path, q_rank, shard_bytes):
     model = lively(replace(TINY, q_rank=q_rank))
     save_deepseek(model, tmp_path / "hf", Tokenizer.bytes(), shard_bytes=shard_bytes)
-    assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (shard_bytes < 10**9)
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    assert index.exists() == (shard_bytes < 10**9)
+    if index.exists():
+        saved = sum(t.nbytes for path in index.parent.glob("*.safetensors") for t in load_file(path).values())
+        assert json.loads(index.read_text())["metadata"]["total_size"] == saved
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     with torch.no_grad():
         assert (model(IDS) - theirs(IDS).logits).abs().max() < 1e-4
@@ -45,6 +49,7 @@ def test_transformers_loads_our_folder(tmp_path, q_rank, shard_bytes):
     assert list(generate(model, prompt[0].tolist(), max_tokens=30, temperature=0)) == text[0, 10:].tolist()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer("Whale é")["input_ids"] == Tokenizer.bytes().encode("Whale é")
+    assert tokenizer.model_max_length == TINY.context
     assert tokenizer.eos_token_id == Tokenizer.bytes().separator_id == theirs.generation_config.eos_token_id
 
 
@@ -206,3 +211,28 @@ def test_the_configuration_of_moonlight_is_its_preset(tmp_path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(published))
     assert read_config(tmp_path) == LMConfig.preset("moonlight-16b-a3b")
+
+
+def test_what_a_folder_calls_null_or_leaves_out(tmp_path):
+    save_deepseek(lively(replace(TINY, num_shared=0)), tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text()) | dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "q_lora_rank"))
+    del config["rope_theta"], config["rope_parameters"]
+    path.write_text(json.dumps(config))
+    found = load_deepseek(tmp_path / "hf").config
+    assert found == replace(TINY, num_shared=0, rope_theta=10_000.0, balance_rate=found.balance_rate)
+
+
+def test_a_shorter_context(tmp_path):
+    save_deepseek(lively(TINY), tmp_path / "hf")
+    assert load_deepseek(tmp_path / "hf", context=16).config.context == 16
+    assert load_deepseek(tmp_path / "hf").config.context == TINY.context
+
+
+@pytest.mark.parametrize(
+    "changes", [{"score": "softmax"}, {"select": "softmax"}, {"normalize_experts": "rms"}, {"dense": True}]
+)
+def test_what_a_folder_has_no_place_for_is_not_written(tmp_path, changes):
+    with pytest.raises(ConfigError, match="sigmoid scores and ordinary experts only"):
+        save_deepseek(LanguageModel(replace(TINY, **changes), seed=0), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()

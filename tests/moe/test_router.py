@@ -206,6 +206,13 @@ def test_groups_limit_the_choice(groups, kept, k):
         assert routing.biased_ne[n, outside].eq(-math.inf).all()
 
 
+def test_the_first_logits_of_unit_tokens_are_standard_normal_and_an_offset_changes_none():
+    """As :func:`routed_scaling_factor` supposes."""
+    x = torch.randn(200, 256, generator=torch.Generator().manual_seed(0))
+    plain, offset = (make(256, 64, offset=flag)(x).logits_ne for flag in (False, True))
+    assert plain.std().item() == pytest.approx(1.0, rel=0.03) and torch.equal(plain, offset)
+
+
 def test_offset_shift_and_kept_choice():
     router = make(offset=True)
     x = torch.randn(20, 16)
