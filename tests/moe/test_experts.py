@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quintic.core import ConfigError
 from quintic.core.initial import initialize_
-from quintic.moe import routed
+from quintic.moe import dispatch, routed
 from quintic.moe.dispatch import Run, grouped_is_legal, kept_rows, plan_runs
 from quintic.moe.experts import Experts
 from quintic.moe.feedforward import FeedForward, SwiGLU
@@ -126,6 +126,25 @@ def test_kernels_agree(n, d, f, e, k, load, dtype, use):
             assert (a - b).norm() <= (1e-6 if dtype == torch.float32 else 5e-3) * a.norm() + 1e-12
 
 
+@pytest.mark.parametrize("trained", ["x gates w_in w_out", "gates w_in", "w_out"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("rows", [1, 6, 20])
+def test_many_blocks_are_one_sum(rows, normalize, trained, monkeypatch):
+    monkeypatch.setattr(dispatch, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr(dispatch, "_CALL", 4000)  # runs of one expert and of several
+    x, ids, gates, w_in, w_out = inputs(30, 5, 3, 12, 2)
+    counts = torch.bincount(ids.flatten(), minlength=12).tolist()
+    assert len(dispatch.blocks_of(plan_runs(counts, 5, 6, cpu=True), cpu=True)) > 2
+    tensors = {"x": x, "gates": gates, "w_in": w_in, "w_out": w_out}
+    asked = [tensors[name].requires_grad_() for name in trained.split()]
+    for name in tensors.keys() - set(trained.split()):
+        tensors[name].requires_grad_(False)
+    fast, plain = (f(x, ids, gates, w_in, w_out, normalize=normalize) for f in (routed_experts, slow))
+    torch.testing.assert_close(fast, plain)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), asked) for y in (fast, plain)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_neighbours_of_like_load_share_a_call():
     plan = lambda counts, cpu=True: [tuple(run[:2]) for run in plan_runs(counts, 64, 128, cpu=cpu)]  # noqa: E731
     assert plan([9, 8, 7, 8]) == [(0, 4)]
@@ -148,6 +167,15 @@ def test_where_the_grouped_product_is_legal(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert grouped_is_legal(torch.bfloat16, (64, 128), torch.device("cuda")) == legal
     assert not grouped_is_legal(torch.float32, (64, 128), torch.device("mps"))
+
+
+def test_a_cpu_takes_runs_and_another_device_the_grouped_product_where_its_widths_are_legal(monkeypatch):
+    asked = []
+    monkeypatch.setattr(routed, "grouped_is_legal", lambda *of: asked.append(of[1]) or True)
+    here, there = (
+        [torch.empty(4, *size, device=device) for size in ((24, 16), (16, 12))] for device in ("cpu", "meta")
+    )
+    assert not routed._grouped(*here) and routed._grouped(*there) and asked[-1] == (16, 24, 12)
 
 
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=40), st.booleans())
@@ -365,6 +393,10 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients():
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert layer.gate_up.grad.dtype == torch.float32
+    double = inputs(20, 8, 6, 4, 2)  # which autocast leaves alone
+    exact = routed_experts(*double)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(routed_experts(*double), exact)
 
 
 def test_runs_are_bitwise_repeatable():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quintic.moe import MoE
+from quintic.moe import MoE, routed
 from quintic.moe.routed import routed_experts
 
 
@@ -24,6 +24,15 @@ def test_the_same_sum(tokens, gated, normalize, dtype):
     assert found.dtype == dtype
     limit = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
     assert (found - expected).double().norm() < limit * expected.double().norm()
+
+
+def test_few_slots_are_not_sorted(monkeypatch):
+    layer = MoE(16, 8, 6, 2).eval()
+    monkeypatch.setattr(routed, "lay_out", None)
+    with torch.no_grad():
+        layer(torch.randn(16, 16))
+        with pytest.raises(TypeError):
+            layer(torch.randn(17, 16))
 
 
 def test_a_layer_with_transposed_input_and_no_tokens():
