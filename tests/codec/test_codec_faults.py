@@ -10,9 +10,39 @@ import pytest
 from PIL import Image
 from tests.codec.toys import picture, toy_codec
 
-from quintic.codec import Plan, paper_plan, read_parts
+from quintic.codec import Header, Plan, paper_plan, read_parts
 from quintic.codec.container import _plan_bytes, join, varint
-from quintic.core import CodecError
+from quintic.core import CodecError, ConfigError
+
+LONG = tuple(range(-500, 501))
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (Plan((-900, 0), (4,), seed=1 << 35), r"seed of a plan must be from 0 to 2\^35 - 1"),
+        (Plan((-900, 0), (4,), seed=-1), "seed of a plan"),
+        (Plan(LONG, (0,) * 999 + (1,)), "up to 1000 levels .* found 1001 levels"),
+        (Plan((-900, 0), (65537,), book="gaussian", size=1 << 17), "up to 65536 atoms .* up to 65537"),
+        (Plan(LONG[:300], (144,) * 299), "up to 16 a value: take fewer"),
+    ],
+)
+def test_a_file_that_no_reader_takes_is_not_written(plan, words):
+    with pytest.raises(ConfigError, match=words):
+        toy_codec().encode(picture(12, 12), plan=plan)
+
+
+def test_the_largest_plans_come_back():
+    codec = toy_codec()
+    for plan in (
+        Plan((-900, 0), (4,), seed=(1 << 35) - 1),
+        Plan(LONG[1:], (0,) * 998 + (1,)),
+        Plan((-900, 0), (65536,), book="gaussian", size=1 << 17),
+    ):
+        header = Header(12, 12, 0, 0, b"abcd", preset=0, plan=plan)
+        assert read_parts(join(header, b"")).header == header
+    made = codec.code(picture(12, 12), plan=Plan((-900, 0), (4,), seed=(1 << 35) - 1))
+    assert codec.decode(made.data).tobytes() == made.image.tobytes()
 
 
 def files():

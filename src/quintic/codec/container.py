@@ -37,7 +37,9 @@ MODES = ("L", "RGB", "LA", "RGBA", "LA", "RGBA")
 """By code; the last two are wholly opaque and their alpha is not coded."""
 _MAX_SIDE = 1 << 21
 _MAX_PLAN = 1 << 16
-_MAX_CALLS = 1000
+_MAX_LEVELS = 1000
+_MAX_ATOMS = 1 << 16
+_VARINT_BITS = 35
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,11 @@ class Header:
     robust: bool = False
 
     def to_bytes(self) -> bytes:
-        """The header alone."""
+        """The header alone.
+
+        Raises:
+            ConfigError: A plan of its own that cannot be stored.
+        """
         assert (self.preset == 0) == (self.plan is not None)
         flags = self.mode | self.exact << 3 | self.robust << 4
         out = MAGIC + bytes((VERSION << 4 | self.preset, flags)) + self.fingerprint
@@ -183,7 +189,7 @@ class _Reader:
 
     def varint(self) -> int:
         value = 0
-        for shift in range(0, 35, 7):
+        for shift in range(0, _VARINT_BITS, 7):
             byte = self.take(1)[0]
             value |= (byte & 127) << shift
             if byte < 128:
@@ -195,8 +201,13 @@ class _Reader:
 
 def _plan_bytes(plan: Plan) -> bytes:
     """codebook (high four bits) and rule, K, C, seed, T, first level, gaps, then runs of equal counts of atoms."""
-    if plan.seed < 0:
-        raise ConfigError(f"the seed of a plan must not be negative to be stored, found {plan.seed}")
+    if not 0 <= plan.seed < 1 << _VARINT_BITS:
+        raise ConfigError(f"the seed of a plan must be from 0 to 2^{_VARINT_BITS} - 1 to be stored, found {plan.seed}")
+    if len(plan.levels) > _MAX_LEVELS or max(plan.atoms, default=0) > _MAX_ATOMS:
+        raise ConfigError(
+            f"a plan of up to {_MAX_LEVELS} levels with up to {_MAX_ATOMS} atoms between two can be stored, found "
+            f"{len(plan.levels)} levels with up to {max(plan.atoms, default=0)}"
+        )
     if plan.called is not None or plan.single:
         raise ConfigError(
             "a plan with fewer calls than levels or in single precision cannot be stored, only named as a preset"
@@ -214,13 +225,13 @@ def _plan_from(block: bytes) -> Plan:
     try:
         book, rule = divmod(reader.take(1)[0], 16)
         size, bits, seed, calls = (reader.varint() for _ in range(4))
-        if calls > min(len(block), _MAX_CALLS):
+        if calls > min(len(block), _MAX_LEVELS):
             raise CodecError(f"the file is damaged: its plan has {calls} steps")
         levels = list(itertools.accumulate([reader.varint() - (1 << 15)] + [reader.varint() for _ in range(calls - 1)]))
         atoms: list[int] = []
         while len(atoms) < calls - 1:
             length, count = reader.varint(), reader.varint()
-            if not 1 <= length <= calls - 1 - len(atoms) or count > 1 << 16:
+            if not 1 <= length <= calls - 1 - len(atoms) or count > _MAX_ATOMS:
                 raise CodecError("the file is damaged: counts of atoms do not fit the steps")
             atoms += [count] * length
         if reader.place != len(block):

@@ -210,7 +210,14 @@ class Codec:
             return self._code_one(image, header(payload), model, layout, towards)
 
         if plan is not None:
-            return at(payload_size(plan, layout.count, model.dimension, joint=not robust))
+            payload = payload_size(plan, layout.count, model.dimension, joint=not robust)
+            header(payload).to_bytes()  # what cannot be stored or would not be read is refused before any work
+            if not _can_be(payload, plan, model.dimension, layout.count):
+                raise ConfigError(
+                    f"this plan takes {payload} bytes for {layout.count} tiles of {model.dimension} values; expected "
+                    f"up to {_BYTES_PER_VALUE} a value: take fewer atoms or levels"
+                )
+            return at(payload)
         fits = Sizes(preset, model.dimension, layout.count, not robust)
         if target_bytes is not None:
             payload = largest_payload(target_bytes, header, fits)
@@ -285,8 +292,8 @@ class Codec:
         model, layout = self._model_of(header)
         plan = self._plan(header, model, layout)
         joint, d = not header.robust, model.dimension
-        # Before anything as large as the file claims to be is computed: every atom takes a bit at least.
-        if header.payload > _BYTES_PER_VALUE * d * layout.count or sum(plan.atoms) * layout.count > 8 * header.payload:
+        # Before anything as large as the file claims to be is computed.
+        if not _can_be(header.payload, plan, d, layout.count):
             raise CodecError(
                 f"the file is damaged: {header.payload} bytes of codes for {layout.count} tiles and {sum(plan.atoms)} "
                 "atoms in each"
@@ -346,6 +353,11 @@ class Codec:
                 f"{width} x {height} pixels are more than the {self.max_pixels} allowed; "
                 "if they are meant, set Codec(max_pixels=...)"
             )
+
+
+def _can_be(payload: int, plan: Plan, dimension: int, count: int) -> bool:
+    """Whether a file may have so many bytes of codes: every atom takes a bit at least."""
+    return payload <= _BYTES_PER_VALUE * dimension * count and sum(plan.atoms) * count <= 8 * payload
 
 
 def _astray(direction: Direction, attempt: int) -> Direction:
