@@ -117,6 +117,14 @@ def test_every_task_generates_and_evaluates(run, tmp_path, capsys):
     Image.fromarray(arrays[0][0, :, :, 0]).convert("RGB").resize((12, 10)).save(folder / "3.png")
     assert quintic("evaluate", run, folder) == 0
     assert "4 images" in capsys.readouterr().out
+    if task == "tarflow":  # of many the strangest are listed, in order
+        for i in range(4, 60):
+            Image.fromarray(arrays[0][i % 3, :, :, 0]).save(folder / f"{i}.png")
+        assert quintic("evaluate", run, folder) == 0
+        lines = capsys.readouterr().out.splitlines()
+        scores = [float(line.split()[1]) for line in lines if line.endswith(".png")]
+        assert len(scores) == 40 and scores == sorted(scores, reverse=True)
+        assert "the 40 strangest" in lines[0] and lines[-1].startswith("60 images")
 
 
 def test_a_flow_takes_a_class_and_guidance(run, tmp_path, capsys):
@@ -127,3 +135,12 @@ def test_a_flow_takes_a_class_and_guidance(run, tmp_path, capsys):
     assert quintic("generate", run, "--n", "2", "--class", "3", "--guidance", "2", "--out", tmp_path / "a.png") == 0
     assert quintic("generate", run, "--n", "2", "--class", "99", "--out", tmp_path / "b.png") == 2
     assert not (tmp_path / "b.png").exists()
+    names = json.loads((run / "run.json").read_text())["data"]["class_names"]
+    made = [tmp_path / "by-number.npz", tmp_path / "by-name.npz"]
+    for file, given in zip(made, ("3", names[3]), strict=True):
+        assert quintic("generate", run, "--n", "2", "--class", given, "--out", file.with_suffix(".png")) == 0
+    first, second = (np.load(file.with_suffix(".npy")) for file in made)
+    assert (first == second).all()
+    capsys.readouterr()
+    assert quintic("generate", run, "--class", f"{names[3]}s") == 2
+    assert f"did you mean '{names[3]}'?" in capsys.readouterr().err

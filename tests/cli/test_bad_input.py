@@ -42,7 +42,12 @@ def run(book, tmp_path, capsys):
         (["BOOK", "optim.lrr=0.1"], "unknown setting 'optim.lrr'; did you mean 'optim.lr'?"),
         (["BOOK", "optim.lr=fast"], "setting 'optim.lr' must be of type float, found 'fast'"),
         (["BOOK", "lm.num_experts=2.5"], "setting 'lm.num_experts' must be of type int, found 2.5"),
-        (["BOOK", "lr=0.1"], "'lr=0.1' is not a setting; write section.field=value"),
+        (["BOOK", "lr=0.1"], "unknown setting 'lr'; did you mean 'optim.lr'?"),
+        (["BOOK", "a-b=0.1"], "'a-b=0.1' is not a setting; write section.field=value"),
+        (["BOOK", "optim.learning_rate=0.1"], "unknown setting 'optim.learning_rate'; did you mean 'optim.lr'?"),
+        (["BOOK", "lm.hidden_size=64"], "did you mean 'lm.d_model'?"),
+        (["BOOK", "--max-steps", "5"], "settings have no dashes: engine.steps=..."),
+        (["BOOK", "--lr=0.1"], "settings have no dashes: optim.lr=..."),
         (["BOOK", "lm.top_k=9"], "lm.top_k must be between 1 and num_experts = 8, found 9"),
         (["BOOK", "optim.name=muonn"], "did you mean 'muon'?"),
         (["BOOK", "--size", "tinny"], "unknown size 'tinny' for task lm; did you mean 'tiny'?"),
@@ -63,13 +68,18 @@ def run(book, tmp_path, capsys):
         (["EMPTY"], "every document is empty"),
         (["BINARY"], "looks binary"),
         (["SHORT"], "too short to train on: 5 characters"),
+        (["PHOTOS"], "too short to train on: 2 characters, at least 200 are needed; for pictures take --task tarflow"),
     ],
 )
 def test_train_refuses(tmp_path, book, capsys, arguments, message):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "readme.txt").write_text("hi")
+    (tmp_path / "photos" / "1.JPG").write_bytes(b"\xff\xd8")
     named = {word: str(tmp_path / f"{word.lower()}.txt") for word in ("BOOK", "EMPTY", "BINARY", "SHORT")}
+    named["PHOTOS"] = str(tmp_path / "photos")
     arguments = [named.get(argument, argument) for argument in arguments]
     size = [] if "--size" in arguments else ["--size", "tiny"]
     assert message in fails(capsys, "train", *arguments, *size, "--out", tmp_path / "run")
@@ -171,6 +181,11 @@ def unfinish(run):
     shutil.rmtree(run / "checkpoints" / "step-6")
     rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(rows[:5]))
+
+
+def test_resume_takes_no_other_settings(run, capsys):
+    assert "quintic train DATA --from RUN section.field=value" in fails(capsys, "resume", run, "engine.steps=9")
+    assert "--from" not in fails(capsys, "resume", run, "elsewhere")
 
 
 def test_resume_refuses_changed_data(run, book, capsys):

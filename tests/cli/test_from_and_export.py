@@ -43,6 +43,8 @@ def test_the_exported_folder_speaks_as_the_run_does(run, tmp_path, capsys):
     made = model.generate(
         ids, attention_mask=whole, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
     )
+    several = tokenizer(["the wha", "the"], padding=True)  # padding is masked, whatever token stands there
+    assert several["attention_mask"][1].count(0) and tokenizer.pad_token_id == tokenizer.eos_token_id
     greedy = ("--temperature", "0", "--max-tokens", "40", "--dtype", "float32")
     assert quintic("generate", run, "--prompt", "the wha", *greedy) == 0
     assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(made[0, 1:])
@@ -99,6 +101,10 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(run, book, tmp_path, 
     assert quintic("train", book, *SMALL, "--from", tmp_path, "--out", out) == 2
     assert "neither a run" in capsys.readouterr().err
     assert quintic("import", tmp_path, "--out", out) == 2
+    capsys.readouterr()
+    for words in (("import", out / "nowhere"), ("train", book, *SMALL, "--from", out / "nowhere")):
+        assert quintic(*words, "--out", out) == 2
+        assert "there is no folder" in capsys.readouterr().err
     assert not out.exists()
 
 

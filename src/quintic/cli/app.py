@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 from rich.console import Console
 from rich.text import Text
 
@@ -49,6 +49,8 @@ EXIT_CODES = {
     141: "the reader of the output went away",
 }
 """What a script may rely on."""
+
+_WITH_SETTINGS = ("train", "race", "plan", "roles", "evaluate")
 
 app = App(
     name="quintic",
@@ -101,7 +103,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         app(arguments, exit_on_error=False, print_error=True, error_console=errors, result_action="return_none")
         sys.stdout.flush()
-    except CycloptsError:
+    except CycloptsError as error:
+        if hint := _about_settings(error):
+            errors.print(hint, soft_wrap=True)
         return 2
     except UserError as error:
         errors.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
@@ -122,6 +126,25 @@ def _run(arguments: Sequence[str] | None) -> int:
         errors.print(Text.assemble(("error: ", "bold red"), _words(error)), soft_wrap=True)
         return 2
     return 0
+
+
+def _about_settings(error: CycloptsError) -> str:
+    """What to say to somebody who gave a setting as an option, or to a run that has its own; empty if nobody did."""
+    from quintic.cli.wiring import section_types
+    from quintic.engine.config import known_settings
+    from quintic.engine.setting_names import meant
+
+    verb = " ".join(error.command_chain or ())
+    if isinstance(error, UnknownOptionError) and verb in _WITH_SETTINGS:
+        setting = meant(error.token.keyword or error.token.value, known_settings(section_types("lm")))
+        if setting is not None:
+            return f"settings have no dashes: {setting}=...    (quintic train --settings lists all)"
+    if verb == "resume" and any("=" in word for word in error.unused_tokens or ()):
+        return (
+            "a run keeps its settings, so that a resume is exact; to train its model on with others: "
+            "quintic train DATA --from RUN section.field=value"
+        )
+    return ""
 
 
 def _reader_left() -> int:

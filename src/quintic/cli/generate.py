@@ -25,7 +25,7 @@ def generate(
     n: int | None = None,
     steps: int | None = None,
     sampler: str | None = None,
-    label: Annotated[int | None, Parameter(name="--class")] = None,
+    label: Annotated[str | None, Parameter(name="--class")] = None,
     guidance: float | None = None,
     method: str | None = None,
     denoise: bool | None = None,
@@ -65,7 +65,7 @@ def generate(
     sampler
         Sampler of a diffusion model: ddim (smooth, good with few steps) or ancestral.
     label
-        Class of the images of a flow, a number; without it all classes in turn.
+        Class of the images of a flow, its number or the name of its folder; -1 for none, all in turn if left out.
     guidance
         Strength of a flow's guidance towards the class, about 1 to 3; --temperature then is of the pass without it.
     method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -121,6 +122,8 @@ def shipped(task: str, name: str) -> UNet | TarFlow:
 
 def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None:
     """A grid of new images as PNG, and the images themselves as an array."""
+    from quintic.engine import Run
+
     n, seed = options.pop("n", 36), options.pop("seed")
     out = options.pop("out", None)
     if out is None and loaded.shipped:
@@ -134,8 +137,12 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
     if out.suffix.lower() != ".png":
         raise ConfigError(f"--out must name a .png file, found {out}")
     check_folder(out.parent)
-    make = _diffuse if loaded.header["task"] == "ddpm" else _flow
-    _write_images(make(loaded, n, seed, options), out)
+    if loaded.header["task"] == "ddpm":
+        images = _diffuse(loaded, n, seed, options)
+    else:
+        names = [] if loaded.shipped else Run(folder).facts().get("data", {}).get("class_names", [])
+        images = _flow(loaded, n, seed, options, names)
+    _write_images(images, out)
 
 
 def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str) -> tuple[list[str], dict[str, Any]]:
@@ -201,7 +208,9 @@ def _diffuse(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) ->
     return np.concatenate(parts)
 
 
-def _flow(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) -> NDArray[np.uint8]:
+def _flow(
+    loaded: LoadedModel, n: int, seed: int, options: dict[str, Any], class_names: Sequence[str]
+) -> NDArray[np.uint8]:
     """Images of a TARFLOW, (n, h, w, c); always in the model's own precision, else the inversion is not exact."""
     import torch
 
@@ -215,18 +224,31 @@ def _flow(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) -> ND
     denoise = options.pop("denoise", None)
     refuse(options, "tarflow")
     labels = None
-    if c.classes and label is not None and not -1 <= label < c.classes:
-        raise ConfigError(f"--class must be 0 to {c.classes - 1}, or -1 for none, found {label}")
-    if c.classes:
-        labels = torch.arange(n) % c.classes if label is None else torch.full((n,), label)
-    elif label is not None:
+    if label is not None and not c.classes:
         raise ConfigError("--class needs a model with classes; this one was trained without")
+    if c.classes:
+        labels = (
+            torch.arange(n) % c.classes if label is None else torch.full((n,), _class(label, c.classes, class_names))
+        )
     guidance = None
     if strength:
         guidance = Guidance(strength) if temperature is None else Guidance(strength, temperature=temperature)
     model: TarFlow = loaded.model  # type: ignore[assignment]
     found = model.sample(n, labels, seed=seed, method=method, guidance=guidance, denoise=denoise)
     return as_pixels(found.images.float().cpu().numpy())
+
+
+def _class(label: str, classes: int, names: Sequence[str]) -> int:
+    """Number of a class that was given by its name or number; -1 is none."""
+    if label in names:
+        return names.index(label)
+    with contextlib.suppress(ValueError):
+        if -1 <= (number := int(label)) < classes:
+            return number
+    raise ConfigError(
+        f"--class must be {'a name or ' if names else ''}0 to {classes - 1}, or -1 for none, found {label}"
+        f"{suggest(label, names)}"
+    )
 
 
 def _told(loss: float, task: str) -> str:
@@ -252,9 +274,12 @@ def _score_others(loaded: LoadedModel, images: ImageData) -> tuple[list[str], di
     bits, strange = np.asarray(scores.bits_per_dim), np.asarray(scores.outlier)
     lines = []
     names = split.files or [str(i) for i in range(len(split))]
-    if len(split) <= _SHOWN:
-        lines.append("bits per dimension  outlier score  image")
-        lines += [f"{bits[i]:>18.4f}  {strange[i]:>13.4f}  {name}" for i, name in enumerate(names)]
+    shown = range(len(split))
+    if len(split) > _SHOWN:
+        shown = np.argsort(-strange, kind="stable")[:_SHOWN]
+        lines.append(f"the {_SHOWN} strangest (--json has all)")
+    lines.append("bits per dimension  outlier score  image")
+    lines += [f"{bits[i]:>18.4f}  {strange[i]:>13.4f}  {names[i]}" for i in shown]
     low, middle, high = np.percentile(strange, (25, 50, 75))
     lines.append(
         f"{len(split)} images: {bits.mean():.4f} bits per dimension; outlier score (bits of the flow beyond those of "

@@ -56,6 +56,8 @@ def open_origin(folder: Path, task: str) -> Origin:
     Raises:
         CheckpointError: The folder is neither, or is a run of another task.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; give one that quintic train or quintic export made")
     tokenizer = folder / "tokenizer.json"
     if (folder / "config.toml").is_file():
         from quintic.cli.wiring import load_run_model

@@ -51,7 +51,7 @@ __all__ = [
 KINDS = {"lm": "quintic.cli.language", "tarflow": "quintic.cli.images", "ddpm": "quintic.cli.images"}
 """Task: its module, a :class:`Kind`."""
 
-_OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+=")
+_OVERRIDE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*=")  # without a section it is asked for
 
 
 class Kind(Protocol):

@@ -50,6 +50,8 @@ class Source:
     files: list[Path]
     skipped: int
     """Files in folders with another extension, and links there that lead nowhere."""
+    hint: str = ""
+    """What to do with them, if they are pictures."""
 
 
 def find_sources(paths: Iterable[Path]) -> Source:
@@ -62,7 +64,7 @@ def find_sources(paths: Iterable[Path]) -> Source:
         DataError: A path is missing or unreadable, or a folder holds no text.
     """
     found: dict[Path, Path] = {}
-    skipped = 0
+    skipped: list[Path] = []
     for path in paths:
         if not path.exists():
             raise DataError(f"no such file or folder: {path}")
@@ -82,8 +84,8 @@ def find_sources(paths: Iterable[Path]) -> Source:
                 + (f", found {len(others)} other files; name a file directly to read it as text" if others else "")
                 + _for_pictures(others)
             )
-        skipped += len(others)
-    return Source(list(found.values()), skipped)
+        skipped += others
+    return Source(list(found.values()), len(skipped), _for_pictures(skipped))
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -97,7 +97,7 @@ def prepare(
     if source.skipped:
         warnings.append(
             f"passed over {source.skipped} files of other kinds than {', '.join(EXTENSIONS)} (also with .gz); "
-            "a file that is named itself is read as text whatever its name"
+            "a file that is named itself is read as text whatever its name" + source.hint
         )
 
     def documents() -> Iterator[Iterable[str]]:
@@ -113,6 +113,7 @@ def prepare(
     if cuts[0] and content.chars < MINIMUM_CHARACTERS:
         raise DataError(
             f"the text is too short to train on: {content.chars} characters, at least {MINIMUM_CHARACTERS} are needed"
+            + source.hint
         )
     foreign = config.tokenizer not in ("auto", "byte", "bpe")
     loaded = Tokenizer.load(Path(config.tokenizer)) if foreign else None

@@ -20,10 +20,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quintic.core import ConfigError, suggest
+from quintic.core import ConfigError
 from quintic.core.settings import check_least, check_names, check_types
+from quintic.engine.setting_names import did_you_mean
 
-__all__ = ["EngineConfig", "Settings", "field_help"]
+__all__ = ["EngineConfig", "Settings", "field_help", "known_settings"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Settings:
         """
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
-        known = _known(types_by_section)
+        known = known_settings(types_by_section)
         for section, table in preset.items():
             for name, value in table.items():
                 key = f"{section}.{name}"
@@ -145,7 +146,7 @@ class Settings:
         Raises:
             ConfigError: Unknown section or field, wrong type, value out of range.
         """
-        known = _known({section: type(values) for section, values in self.sections.items()})
+        known = known_settings({section: type(values) for section, values in self.sections.items()})
         changed = self
         for given in overrides:
             key, _, text = given.partition("=")
@@ -199,7 +200,7 @@ def field_help(kind: type) -> dict[str, str]:
     return found
 
 
-def _known(types_by_section: Mapping[str, type]) -> dict[str, Any]:
+def known_settings(types_by_section: Mapping[str, type]) -> dict[str, Any]:
     """{"section.field": its type} of all settings."""
     found = {}
     for section, kind in types_by_section.items():
@@ -210,7 +211,7 @@ def _known(types_by_section: Mapping[str, type]) -> dict[str, Any]:
 
 def _typed(key: str, value: Any, known: Mapping[str, Any], *, from_text: bool = False) -> Any:
     if key not in known:
-        raise ConfigError(f"unknown setting '{key}'{suggest(key, known)}")
+        raise ConfigError(f"unknown setting '{key}'{did_you_mean(key, known)}")
     wanted = known[key]
     if from_text:
         # What is not TOML, such as muon or data/tokenizer.json, is a bare word: a string.

@@ -153,13 +153,21 @@ class Run:
         merged = {name: value for name, value in {**old, **facts}.items() if value is not None}
         atomic_write(path, json.dumps(merged, indent=1, ensure_ascii=False))
 
+    def facts(self) -> dict[str, Any]:
+        """What ``run.json`` holds; nothing if there is none, or a damaged one."""
+        return _object(self.folder / "run.json")
+
     def machine(self) -> dict[str, Any]:
         """What ``machine.json`` holds; nothing if there is none, or a damaged one."""
-        try:
-            return dict(json.loads((self.folder / "machine.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return {}
+        return _object(self.folder / "machine.json")
 
     def record_machine(self, facts: Mapping[str, Any]) -> None:
         """Write ``machine.json``."""
         atomic_write(self.folder / "machine.json", json.dumps(facts, indent=1))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}

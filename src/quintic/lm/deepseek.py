@@ -107,14 +107,14 @@ def save_deepseek(
         _write(out / "config.json", _foreign_config(model.config, next(iter(state.values())).dtype))
         if tokenizer is not None:
             separator = tokenizer.separator_id
-            _write(out / "generation_config.json", {"bos_token_id": separator, "eos_token_id": separator})
+            ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), separator)
+            _write(out / "generation_config.json", ends)
             tokenizer.save(out / "tokenizer.json")
             _write(
                 out / "tokenizer_config.json",
                 {
                     "tokenizer_class": "PreTrainedTokenizerFast",
-                    "bos_token": tokenizer.separator,
-                    "eos_token": tokenizer.separator,
+                    **dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.separator),
                     "model_max_length": model.config.context,
                 },
             )
