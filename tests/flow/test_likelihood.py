@@ -121,6 +121,14 @@ def test_logit_and_back_with_its_jacobian():
     assert (single - double).abs().max() < 1e-3
 
 
+def test_the_numbers_of_the_logit_are_those_that_trained_flows_have_seen():
+    x = torch.tensor([[-1.0, -0.999, -0.5, 0.0, 0.3, 0.999, 1.0]], dtype=F64)
+    s = 1e-6 + (1 - 2e-6) * (x + 1) / 2
+    u, logdet = logit_forward(x)
+    assert torch.allclose(u, torch.log(s / (1 - s)) / 5, rtol=1e-9)
+    assert torch.allclose(logdet, ((1 - 2e-6) / 2 / (s * (1 - s)) / 5).log().sum(1), rtol=1e-9)
+
+
 def test_bits_are_exact_whatever_autocast_says(make_flow):
     flow = make_flow((1, 4, 6), dtype=torch.float32)
     pictures = torch.randint(0, 256, (5, 1, 4, 6), generator=torch.Generator().manual_seed(0))

@@ -160,6 +160,7 @@ def test_images_of_another_shape_are_refused(make_flow):
     ("shape", "options", "words"),
     [
         ((1, 28, 28), {"patch": 8}, "do not divide.*1, 2, 4, 7, 14, 28"),
+        ((1, 12, 18), {"patch": 5}, r"possible: \[1, 2, 3, 6\]"),
         ((1, 4, 4), {"patch": 4}, "one token"),
         ((1, 4, 4), {"patch": 2, "width": 48, "head_width": 32}, "heads"),
         ((1, 4, 4), {"patch": 2, "preprocess": "logit"}, "uniform"),

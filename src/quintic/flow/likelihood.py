@@ -9,6 +9,8 @@ tighter bound (Burda et al. 2016). The logit transform puts the edges of the box
 and digits lie, near infinity (Dinh et al. 2017): u = logit(a + (1 - 2 a) (x + 1) / 2), and its Jacobian is counted:
 
     log |du/dx| = log((1 - 2 a) / 2) - log s - log(1 - s),    s = a + (1 - 2 a) (x + 1) / 2
+
+Here a is 1e-6, and the flow sees u / 5.
 """
 
 from __future__ import annotations
