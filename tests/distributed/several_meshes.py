@@ -13,13 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 from quintic.core import ConfigError
 from quintic.optim import GradientClipping, Muon, NonFiniteGradientError, global_norm
@@ -46,18 +40,16 @@ class Model(nn.Module):
 
 def parallel(model, mesh, sequence):
     """Tensor parallelism, of which the form with sequences leaves gradients of the gain as pending sums."""
-    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    if sequence:
-        plan = {
-            "norm": SequenceParallel(),
-            "up": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-            "down": RowwiseParallel(),
-        }
-        parallelize_module(model, mesh, {"norm": plan.pop("norm")})
-        parallelize_module(model.up, mesh, plan.pop("up"))
-        plan["up"] = ColwiseParallel(input_layouts=Replicate())
-        model.norm.register_forward_pre_hook(lambda _, args: (args[0].chunk(mesh.size(), 1)[mesh.get_local_rank()],))
-    return parallelize_module(model, mesh, plan)
+    if not sequence:
+        return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+    def own(_, args):
+        return (args[0].chunk(mesh.size(), 1)[mesh.get_local_rank()],)
+
+    plan = {"norm": SequenceParallel(), "up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel()}
+    model = parallelize_module(model, mesh, plan)
+    model.norm.register_forward_pre_hook(own, prepend=True)
+    return model
 
 
 def full(tensor):
@@ -71,14 +63,14 @@ def assert_equal_weights(model, alone, what):
         )
 
 
-def check_torch_parallel(mesh, lay_out, kind="global", **options):
-    """Real steps of a model that torch's functions have laid out."""
+def check_torch_parallel(lay_out, kind="global", **options):
+    """Real steps of a model that torch's functions have laid out; ``kind`` of clipping, or none."""
     torch.manual_seed(0)
     alone = Model().double()
     model = lay_out(copy.deepcopy(alone))
     models = (alone, model)
     optimizers = [Muon(each, lr=0.02, **options) for each in models]
-    clips = [GradientClipping(kind, 0.5) for _ in models]
+    clips = [GradientClipping(kind, 0.5) if kind else (lambda _: None) for _ in models]
     for number in range(4):
         x = torch.randn(3, 4, WIDTH, dtype=torch.float64)
         results = []
@@ -92,11 +84,14 @@ def check_torch_parallel(mesh, lay_out, kind="global", **options):
                 if isinstance(grad, DTensor):
                     bad = distribute_tensor(bad, grad.device_mesh, grad.placements)
                 grad.add_(bad)
+            if lay_out.__name__ == "sequences" and each is model:
+                assert each.norm.weight.grad.placements == (Partial(),)
             results.append(clip(each))
             optimizer.step()
-        torch.testing.assert_close(
-            results[1].norm, results[0].norm, rtol=1e-12, atol=0, equal_nan=True, msg=lambda m: f"{lay_out}, {m}"
-        )
+        if kind:
+            torch.testing.assert_close(
+                results[1].norm, results[0].norm, rtol=1e-12, atol=0, equal_nan=True, msg=lambda m: f"{lay_out}, {m}"
+            )
         assert_equal_weights(model, alone, (lay_out, kind, options, number))
     assert [each.skipped_steps for each in optimizers] == [1, 1]
     if options.get("cap"):
@@ -144,6 +139,9 @@ def check_meshes(meshes, order, bad=None, nonfinite="skip", **options):
         p.grad, q.grad = placed(gradients[name], name, True), gradients[name].clone()
         if name == "pending":  # of which a norm knows without a parameter, too
             torch.testing.assert_close(global_norm([p.grad]), gradients[name].norm(), equal_nan=True)
+    if bad:
+        with pytest.raises(NonFiniteGradientError, match=f"is not finite: parameter {order.index(bad)};"):
+            GradientClipping("global", nonfinite="raise")(params)
     steps = []
     for each in (params, alone):
         result = GradientClipping("global", 0.5)(each)
@@ -154,7 +152,7 @@ def check_meshes(meshes, order, bad=None, nonfinite="skip", **options):
             steps.append(optimizer.skipped_steps)
         except NonFiniteGradientError as error:
             steps.append(str(error))
-    assert steps[0] == steps[1] and (bad is None or steps[0] == (1 if nonfinite == "skip" else steps[0])), steps
+    assert steps[0] == steps[1], steps
     for name, p, q in zip(order, params, alone, strict=True):
         torch.testing.assert_close(
             full(p.detach()), q.detach(), rtol=1e-9, atol=1e-9, equal_nan=True,
@@ -198,9 +196,11 @@ def main():
         return fully_shard(parallel(model, grid["ep"], False), mesh=grid["dp"])
 
     for options in ({}, {"distributed": "gather"}, {"decay": "spectral", "cap": 0.05}, {"kind": "spectral"}):
-        check_torch_parallel(grid, both, **options)
+        check_torch_parallel(both, **options)
     for lay_out in (tensors, sequences, sharded):
-        check_torch_parallel(grid, lay_out)
+        check_torch_parallel(lay_out)
+    for kind in (None, "spectral"):
+        check_torch_parallel(sequences, kind)
 
     everything = ["both", "first", "second", "twice", "pending", "all", "rows", "experts", "copied", "plain"]
     for order in (
