@@ -12,7 +12,7 @@ from quintic.lowrank.source import Sparse, as_source
 NOISES = (3.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-9, 1e-12, 0.0)
 
 
-def thin_and_noise(noise, dtype=np.float64):
+def thin_and_noise(noise, dtype: type[np.number] = np.float64):
     """L (300, 4), R (4, 200) with many zeros, and L R with relative noise where it is not zero."""
     rng = np.random.default_rng(0)
     L = rng.random((300, 4)) * (rng.random((300, 4)) < 0.2)

@@ -5,6 +5,7 @@ from quintic.lowrank.compression import CompressedLayer, Compression, compress, 
 from quintic.lowrank.factored import FactoredLinear
 from quintic.lowrank.interpolation import Interpolation, interpolative
 from quintic.lowrank.kernel import Nystrom, nystrom
+from quintic.lowrank.kernel_matrix import KernelMatrix
 from quintic.lowrank.product import ProductSkeleton, cr
 from quintic.lowrank.result import Approximation
 from quintic.lowrank.retrieval import CurIndex, SearchResult
@@ -23,6 +24,7 @@ __all__ = [
     "CurIndex",
     "FactoredLinear",
     "Interpolation",
+    "KernelMatrix",
     "Nystrom",
     "NystromAttention",
     "OnePass",

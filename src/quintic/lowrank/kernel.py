@@ -4,6 +4,9 @@
 
 It is the cross core of CUR with the same rows as columns, never exceeds A (A - F F' stays semi-definite) and touches
 only k columns once J is chosen. F = C Q Lambda^-1/2 from the eigenvalues of W that are above its rounding error.
+
+Where A is a kernel of points, k(x, x_J) Q Lambda^-1/2 are features of any other point x (Williams and Seeger, NIPS
+2000): inner products of them approximate the kernel, and those of the given points are F.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError, DataError
+from quintic.lowrank.kernel_matrix import KernelMatrix
 from quintic.lowrank.result import Approximation, check_rank, labels_at, positions, search_rank
 from quintic.lowrank.selection import Method, choose, method_name
 from quintic.lowrank.source import Source, as_source
@@ -29,6 +33,8 @@ class Nystrom(Approximation):
 
     indices: Any
     """(..., k): the chosen columns, which are also the chosen rows."""
+    normalization: Any
+    """(..., k, k): Q Lambda^-1/2, with F = A[:, J] normalization."""
     names: list[Any] | None = None
     """Their labels, if labels were given."""
 
@@ -47,6 +53,30 @@ class Nystrom(Approximation):
         """The chosen rows."""
         return self.indices
 
+    def features(self, points: Any) -> Any:
+        """Features (l, k) of new points (l, ...), of a :class:`quintic.lowrank.KernelMatrix`.
+
+        Their inner products approximate the kernel; those of the decomposed points are the rows of F.
+
+        Raises:
+            ConfigError: A matrix was decomposed, whose kernel is not known.
+            DataError: The points are not like those of the matrix, or the kernel has values that are not finite.
+
+        Example:
+            >>> x = torch.linspace(0, 1, 50, dtype=torch.float64)
+            >>> found = nystrom(KernelMatrix(lambda x, y: torch.exp(-(x[:, None] - y).square()), x), rank=8)
+            >>> new = found.features(torch.tensor([0.123, 0.7], dtype=torch.float64))
+            >>> new.shape, bool((new[0] @ new[1] - torch.exp(torch.tensor(-(0.577**2)))).abs() < 1e-6)
+            (torch.Size([2, 8]), True)
+        """
+        if not isinstance(self.source, KernelMatrix):
+            raise ConfigError(
+                "features of new points need the kernel; decompose quintic.lowrank.KernelMatrix(kernel, points), "
+                "or take kernel(new, points[indices]) @ normalization"
+            )
+        at = torch.as_tensor(self.indices, device=self.source.device)
+        return self.source.out(self.source.to_points(points, at) @ torch.as_tensor(self.normalization))
+
 
 def nystrom(
     A: Any,
@@ -63,7 +93,8 @@ def nystrom(
     Exactly one of ``rank``, ``tol`` and ``indices`` is given.
 
     Args:
-        A: (..., n, n), Hermitian and positive semi-definite, whatever :func:`quintic.lowrank.interpolative` takes.
+        A: (..., n, n), Hermitian and positive semi-definite, whatever :func:`quintic.lowrank.interpolative` takes; or
+            a :class:`quintic.lowrank.KernelMatrix`, of which never more than blocks are held.
         rank: k, 1 to n.
         tol: Largest relative error ||A - F F'||_F / ||A||_F.
         method: Selection rule, see :data:`quintic.lowrank.selection.RULES`.
@@ -115,8 +146,9 @@ def _from_landmarks(source: Source, at: Tensor, method: str, labels: Sequence[An
             "(at the scale of the matrix); cur takes any matrix"
         )
     kept = value > limit * value[..., -1:]
-    F = C @ (Q * torch.where(kept, value, 1.0).rsqrt().mul(kept).unsqueeze(-2))
-    F = F * (source.scale.sqrt() if isinstance(source.scale, Tensor) else source.scale**0.5)
+    normalization = Q * torch.where(kept, value, 1.0).rsqrt().mul(kept).unsqueeze(-2)
+    root = source.scale.sqrt() if isinstance(source.scale, Tensor) else source.scale**0.5
+    F = C @ normalization * root
     indices = source.out(at)
     names = labels_at(labels, indices, source.shape[-1], "labels")
-    return Nystrom(source.out(F), source.out(F.mH), method, source, indices, names)
+    return Nystrom(source.out(F), source.out(F.mH), method, source, indices, source.out(normalization / root), names)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError
-from quintic.linalg.sketch import OVERSAMPLING, dominant, safe_scale, seeded, sketch_rows
+from quintic.linalg.sketch import OVERSAMPLING, Operator, dominant, safe_scale, seeded, sketch_rows
 from quintic.lowrank.pivots import pivoted_qr, prepared
 
 __all__ = [
@@ -115,11 +115,11 @@ def k_means(A: Tensor, k: int, *, seed: int = 0) -> Tensor:
     return _each(points, lambda P: _nearest_to_centres(P, k, seed))
 
 
-def uniform(A: Tensor, k: int, *, seed: int = 0) -> Tensor:
+def uniform(A: Tensor | Operator, k: int, *, seed: int = 0) -> Tensor:
     """Any k different columns."""
     A = prepared(A, k)
     order = torch.randperm(A.shape[-1], generator=seeded(seed))[:k]
-    return order.to(A.device).expand(*A.shape[:-2], k)
+    return order.to(getattr(A, "device", None)).expand(*A.shape[:-2], k)
 
 
 def subsampled(

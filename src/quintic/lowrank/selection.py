@@ -1,8 +1,8 @@
 """The selection rules by name, and how they are applied to what is not a matrix in memory.
 
-A rule that needs products only (residual_aware, sketched_lu, deim) works on every source. All others work on the
-matrix itself where it is in memory, and on a sketch Omega A / sqrt(l) of l = 2 k + 10 rows where it is not: its columns
-have nearly the lengths and angles of those of A.
+A rule that needs products only (residual_aware, sketched_lu, deim), or nothing (uniform), works on every source. All
+others work on the matrix itself where it is in memory, and on a sketch Omega A / sqrt(l) of l = 2 k + 10 rows where it
+is not: its columns have nearly the lengths and angles of those of A.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RULES: dict[str, Callable[..., Tensor]] = {
 }
 """Selection rules by name; ``quality`` is the residual-aware rule of Osinsky, ``fast`` a sketch and LU pivots."""
 
-_BY_PRODUCTS = {pivots.residual_aware, pivots.sketched_lu, pivots.deim}
+_BY_PRODUCTS = {pivots.residual_aware, pivots.sketched_lu, pivots.deim, scores.uniform}
 
 
 def select_columns(A: Any, k: int, *, method: Method = "quality", seed: int = 0) -> Tensor:

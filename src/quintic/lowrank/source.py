@@ -6,7 +6,8 @@ from it. A selection rule or a factorisation needs no more, and therefore works 
 * :class:`Dense`: a tensor (..., m, n) or numpy array; the only one with a batch, and with gradients;
 * :class:`Sparse`: a scipy or torch sparse matrix;
 * :class:`Products`: an operator (:class:`quintic.linalg.sketch.Operator`, scipy's ``LinearOperator`` among them);
-* :class:`quintic.lowrank.RowBlocks`: rows that come in blocks, from a memory-mapped file or any iterable: out of core.
+* :class:`quintic.lowrank.RowBlocks`: rows that come in blocks, from a memory-mapped file or any iterable: out of core;
+* :class:`quintic.lowrank.KernelMatrix`: a kernel and its points.
 
 Integers and booleans are computed in float64, half precision in float32. Matrices of so large or small a scale that
 squares of it would overflow or underflow are computed at scale 1. Tensors give tensors, everything else numpy arrays.
@@ -31,6 +32,7 @@ from quintic.linalg.sketch import Operator, gaussian, probe_norm, safe_scale
 from quintic.lowrank.residual import residual_of_thin
 
 __all__ = [
+    "PART",
     "Dense",
     "Products",
     "Source",
@@ -43,7 +45,8 @@ __all__ = [
 ]
 
 _WORKED_IN = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-_PART = 2**22  # elements of a residual that are formed at a time
+PART = 2**22
+"""Elements of a residual, or of a matrix that is computed, that are formed at a time."""
 _PROBES = 32
 
 
@@ -116,7 +119,7 @@ class Dense(Source):
 
     def residual(self, left: Tensor, right: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
         left = left / self.scale
-        height = max(1, _PART // (self.shape[-1] * math.prod(self.shape[:-2])))
+        height = max(1, PART // (self.shape[-1] * math.prod(self.shape[:-2])))
         off, whole = [], []
         for start in range(0, self.shape[-2], height):
             part = self.tensor[..., start : start + height, :]
@@ -160,7 +163,7 @@ class Sparse(Source):
 
     def _dense_residual(self, left: Tensor, right: Tensor) -> Tensor:
         left = left / self.scale
-        height = max(1, _PART // self.shape[1])
+        height = max(1, PART // self.shape[1])
         off = []
         for start in range(0, self.shape[0], height):
             at = torch.arange(start, min(start + height, self.shape[0]), device=self.device)
@@ -270,6 +273,11 @@ def as_source(A: Any) -> Source:
         return _sparse(place, to_tensor(coo.data), coo.shape, returns_tensors=False)
     elif not isinstance(A, np.ndarray) and isinstance(A, Operator):
         return Products(A)
+    elif callable(A):
+        raise DataError(
+            "found a function, expected a matrix; a kernel and its points are one as KernelMatrix(kernel, X), "
+            "and a function that gives blocks of rows as RowBlocks(function)"
+        )
     tensor = to_tensor(A)
     check_shape(tensor.shape)
     check_finite(tensor.detach())
