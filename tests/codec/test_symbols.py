@@ -34,10 +34,13 @@ def changed(sequence, place, value):
 def test_what_is_no_code_of_the_plan_is_refused(plan):
     sequence = to_sequence(random_symbols(plan, 3, 20, seed=0))
     step = f"the tokens of step {len(plan.atoms) - 1} are not 3 x"
+    last = plan.step_rule(len(plan.atoms) - 1)
+    radix = last.radices(plan.size or 20, joint=False)[-1]
     for wrong, words in (
         (sequence[:-1], step),
         (np.append(sequence, 0), f"{len(sequence) + 1} tokens where the plan has {len(sequence)}"),
         (changed(sequence, -1, -1), step),
+        (changed(sequence, -1, radix), step),
         (changed(sequence, -1, 1 << 40), step),
     ):
         with pytest.raises(ConfigError, match=words):
