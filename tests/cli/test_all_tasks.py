@@ -37,6 +37,18 @@ def test_every_task_has_presets_and_trains(run):
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
 
 
+def test_roles_of_a_run(run, capsys):
+    task = tomllib.loads((run / "config.toml").read_text())["task"]
+    capsys.readouterr()
+    assert quintic("roles", run, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    trained = load_file(run / "checkpoints" / "step-6" / "model.safetensors")
+    shapes = {row["name"]: tuple(row["shape"]) for row in rows}
+    assert shapes and all(tuple(trained[name].shape) == shape for name, shape in shapes.items())
+    assert quintic("roles", run, "--task", task) == 2
+    assert "give one run folder" in capsys.readouterr().err
+
+
 def test_every_task_resumes_bit_for_bit(run, capsys):
     assert quintic("verify-resume", run, "--steps", "4", "--cut", "2") == 0
     assert "exact: 4 steps equal 2 steps" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from quintic.cli.printing import say
-from quintic.cli.wiring import build_settings, kind_of, split_arguments
+from quintic.cli.wiring import build_settings, kind_of, open_run, split_arguments
 from quintic.core import ConfigError
 
 __all__ = ["roles"]
@@ -16,8 +16,8 @@ __all__ = ["roles"]
 
 def roles(
     *arguments: str,
-    task: str = "lm",
-    size: str = "laptop",
+    task: str | None = None,
+    size: str | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Print the table of parameters: shape, role, algorithm, scale and reason.
@@ -25,25 +25,31 @@ def roles(
     Parameters
     ----------
     arguments
-        Settings as section.field=value.
+        A run folder, or settings as section.field=value.
     task
-        What would be trained: lm, tarflow or ddpm (with images of 28 x 28 pixels unless said otherwise, and of 10 classes
-        where it learns classes).
+        What would be trained: lm, as if left out, tarflow or ddpm (with images of 28 x 28 pixels unless said
+        otherwise, and of 10 classes where it learns classes).
     size
-        Preset, as for train.
+        Preset, as for train; laptop if left out.
     as_json
         Print a JSON array with an object for each parameter.
 
     Examples
     --------
+    quintic roles runs/book
     quintic roles --size tiny
     quintic roles optim.embeddings=row-l2
     quintic roles --task tarflow --json
     """
     paths, overrides = split_arguments(arguments)
     if paths:
-        raise ConfigError(f"roles takes settings only, found the path {paths[0]}")
-    settings = kind_of(task).with_shape(task, build_settings(task, size, overrides))
+        if len(paths) > 1 or task is not None or size is not None:
+            raise ConfigError("give one run folder, which has its task and sizes; or --task, --size and settings")
+        _, settings, header = open_run(paths[0])
+        task, settings = header["task"], settings.override(overrides)
+    else:
+        task = task or "lm"
+        settings = kind_of(task).with_shape(task, build_settings(task, size or "laptop", overrides))
 
     import torch
 
