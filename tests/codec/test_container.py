@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from quintic.codec import Header, Plan, paper_plan, read_parts
 from quintic.codec.container import checksum_size, join
-from quintic.core import CodecError
+from quintic.core import CodecError, ConfigError
 
 SIDES = st.integers(1, 1 << 21)
 PRESET = st.builds(
@@ -96,6 +96,9 @@ def test_errors_say_what_is_wrong():
         (file + b"x", "53 bytes where 52 were expected"),
         (file[:3] + b"\x1e" + file[4:], "preset 14 does not exist"),
         (file[:4] + b"\x80" + file[5:], "flags 10000000"),
+        (file[:4] + b"\x20" + file[5:], "newer quintic: flags 00100000"),
+        (file[:4] + b"\x06" + file[5:], "flags 00000110"),
+        (file[:2], "it begins with ab 51"),
         (file[:7] + b"\x80\x00" + file[8:], "shortest form"),
     ]:
         with pytest.raises(CodecError, match=words):
@@ -113,6 +116,13 @@ def test_a_side_has_an_end():
     assert read_parts(join(header, b"")).header == header
     with pytest.raises(CodecError, match="more than 2097152 a side"):
         read_parts(join(dataclasses.replace(header, width=(1 << 21) + 1), b""))
+
+
+@pytest.mark.parametrize("beyond", [{"called": (0, 1)}, {"single": True}])
+def test_what_a_stored_plan_cannot_say_is_refused(beyond):
+    plan = Plan((-900, 0, 600), (3, 4), rule="grouped", **beyond)
+    with pytest.raises(ConfigError, match="only named as a preset"):
+        Header(12, 12, 0, 0, b"abcd", preset=0, plan=plan).to_bytes()
 
 
 def test_short_files_have_short_checksums():
