@@ -132,6 +132,26 @@ def test_zero_gradients_move_nothing_but_decay(scale):
         assert params[1].isfinite().all()
 
 
+def test_what_gradients_of_zero_do_to_an_expert_and_to_rows():
+    """Unused from the start: nothing, exactly. Used before: the expert moves on, at the same speed, while rows fade."""
+    stack, rows = parameters((3, 8, 8), (8, 8))
+    optimizer = Muon([stack, rows], lr=0.01, weight_decay=0.0)
+    before, speeds, fading = snapshot([stack]), [], []
+    for step in range(300):
+        stack.grad, rows.grad = randn(3, 8, 8, seed=step), randn(8, 8, seed=1000 + step)
+        stack.grad[0] = 0.0
+        if step >= 20:
+            stack.grad[1] = 0.0
+            rows.grad[:4] = 0.0
+        last = snapshot([stack, rows])
+        optimizer.step()
+        speeds.append((stack[1] - last[0][1]).norm().item())
+        fading.append((rows[:4] - last[1][:4]).norm().item())
+    assert torch.equal(stack[0], before[0][0])
+    assert speeds[-1] == pytest.approx(speeds[20], rel=0.1)
+    assert fading[-1] < 1e-3 * fading[20]
+
+
 def test_awkward_shapes_and_strides():
     base = randn(10, 12)
     params = [
