@@ -255,3 +255,43 @@ def test_masked_elements_are_not_taken_for_numbers():
     with pytest.raises(DataError, match="masked elements"):
         interpolative(A, rank=1)
     assert interpolative(np.ma.masked_array(np.eye(4)), rank=4).error() == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:Constructing a DIA matrix")
+@pytest.mark.parametrize("form", ["csr", "csc", "coo", "dok", "lil", "bsr", "dia"])
+@pytest.mark.parametrize("kind", [scipy.sparse.csr_matrix, scipy.sparse.csr_array])
+@pytest.mark.parametrize("dtype", [np.float32, np.int8, np.bool_, np.complex64])
+def test_scipy_matrices_of_all_forms_and_dtypes(form, kind, dtype):
+    S = kind(sparse_matrix()).asformat(form)
+    S = (S != 0 if dtype is np.bool_ else S * 9).astype(dtype).asformat(form)
+    A = S.toarray()
+    whole = A.astype(float) if A.dtype.kind in "bi" else A
+    source, T = as_source(S), torch.from_numpy(whole)
+    assert source.dtype == T.dtype and source.shape == A.shape
+    X, Y = randn(50, 3, dtype=T.dtype), randn(60, 2, dtype=T.dtype)
+    torch.testing.assert_close(source.matmat(X), T @ X)
+    torch.testing.assert_close(source.rmatmat(Y), T.mH @ Y)
+    np.testing.assert_allclose(cur(S, rank=50).reconstruct(), whole, atol=1e-3)
+
+
+def test_scipy_elements_at_one_place_add_up_and_the_matrix_is_left_as_it_is():
+    data, places = np.array([1.0, 2.0, 4.0, 8.0]), (np.array([0, 0, 1, 0]), np.array([2, 0, 1, 2]))
+    coo = scipy.sparse.coo_array((data, places), (3, 3))
+    unsorted = scipy.sparse.csr_array((data[[0, 1, 3, 2]], np.array([2, 0, 2, 1]), np.array([0, 3, 4, 4])), (3, 3))
+    for given in (coo, unsorted):
+        before = given.toarray()
+        assert before[0, 2] == 9
+        source = as_source(given)
+        torch.testing.assert_close(source.matmat(torch.eye(3).double()), torch.from_numpy(before))
+        assert given.nnz == 4 and given.data.tolist() in (data.tolist(), data[[0, 1, 3, 2]].tolist())
+    assert unsorted.indices.tolist() == [2, 0, 2, 1]
+
+
+@pytest.mark.parametrize("decompose", [cur, interpolative, svd])
+def test_a_batch_of_sparse_matrices_is_refused(decompose):
+    batch = torch.eye(4).expand(2, 4, 4).contiguous()
+    for given in (batch.to_sparse(), batch.to_sparse_csr(), batch.to_sparse(2)):
+        with pytest.raises(DataError, match=r"sparse matrix .m, n., found shape \(2, 4, 4\)"):
+            decompose(given, rank=1)
+    with pytest.raises(DataError, match=r"element \(1, 2\) is nan, which is not finite"):
+        decompose(scipy.sparse.coo_array(([1.0, np.nan], ([0, 1], [0, 2])), (2, 3)), rank=1)

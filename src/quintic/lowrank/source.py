@@ -265,12 +265,11 @@ def as_source(A: Any) -> Source:
         return A
     if isinstance(A, Tensor):
         if A.layout != torch.strided:
+            _check_single(A.shape)
             A = A.detach().to_sparse_coo().coalesce()
             return _sparse(A.indices(), to_tensor(A.values()), A.shape, returns_tensors=True)
-    elif hasattr(A, "tocoo"):  # a scipy sparse matrix or array
-        coo = A.tocoo()
-        place = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
-        return _sparse(place, to_tensor(coo.data), coo.shape, returns_tensors=False)
+    elif hasattr(A, "tocsr"):  # a scipy sparse matrix or array
+        return _sparse_of_scipy(A)
     elif not isinstance(A, np.ndarray) and isinstance(A, Operator):
         return Products(A)
     elif callable(A):
@@ -332,13 +331,46 @@ def frobenius(part: Tensor) -> Tensor:
     return torch.linalg.vector_norm(part, dim=(-2, -1))
 
 
-def _sparse(place: Tensor, values: Tensor, shape: Any, *, returns_tensors: bool) -> Sparse:
-    """From coordinates (2, count); elements at the same place add up."""
-    rows, columns = check_shape(shape)
+def _sparse_of_scipy(A: Any) -> Sparse:
+    """Its own compressed rows and columns, which scipy makes faster than coordinates are sorted here."""
+    _check_single(A.shape)
+    csr = A.tocsr()
+    csr = csr.astype(to_tensor(csr.data[:1]).numpy().dtype, copy=False)
+    if not csr.has_canonical_format:  # elements at the same place add up
+        csr = csr.copy()
+        csr.sum_duplicates()
+    if not np.isfinite(csr.data).all():
+        coo = csr.tocoo()
+        _check_finite_at(torch.from_numpy(np.stack([coo.row, coo.col])), torch.from_numpy(coo.data))
+
+    def compressed(part: Any) -> Tensor:
+        first, at = (torch.from_numpy(each.astype(np.int64)) for each in (part.indptr, part.indices))
+        return torch.sparse_csr_tensor(first, at, to_tensor(part.data), part.shape, check_invariants=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # as below
+        return Sparse(compressed(csr), compressed(csr.conj(copy=False).T.tocsr()), returns_tensors=False)
+
+
+def _check_single(shape: Any) -> tuple[int, int]:
+    """Rows and columns of a sparse matrix, of which there are no batches."""
+    shape = check_shape(shape)
+    if len(shape) != 2:
+        raise DataError(f"expected a sparse matrix (m, n), found shape {shape}; sparse ones are taken one at a time")
+    return shape[0], shape[1]
+
+
+def _check_finite_at(place: Tensor, values: Tensor) -> None:
     if not values.isfinite().all():
-        bad = int((~values.isfinite()).nonzero()[0])
+        bad = int((~values.isfinite()).nonzero()[0, 0])
         at = ", ".join(str(i) for i in place[:, bad].tolist())
         raise DataError(f"element ({at}) is {values[bad].item()}, which is not finite")
+
+
+def _sparse(place: Tensor, values: Tensor, shape: Any, *, returns_tensors: bool) -> Sparse:
+    """From coordinates (2, count); elements at the same place add up."""
+    rows, columns = shape
+    _check_finite_at(place, values)
 
     def compressed(place: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
         coo = torch.sparse_coo_tensor(place, values, (rows, columns), check_invariants=False)
