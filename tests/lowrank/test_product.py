@@ -8,7 +8,7 @@ import torch
 from tests.lowrank.matrices import randn, relative
 
 from quintic.core import ConfigError, DataError
-from quintic.lowrank import cr, cur
+from quintic.lowrank import cr, cur, product
 
 
 def pair(n=12, terms=9, m=10, dtype=torch.float64, seed=0):
@@ -26,6 +26,29 @@ def test_top_takes_the_longest_terms():
     torch.testing.assert_close(found.reconstruct(), X[:, found.indices] @ Y[found.indices])
     assert found.error() == pytest.approx(relative(X @ Y, found.reconstruct()))
     assert "ProductSkeleton(12 x 10, rank 4" in repr(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("sizes", [(90, 9, 70), (30, 60, 20), (40, 7, 9)])  # n, l, m
+@pytest.mark.parametrize("middle", ["as chosen", "full"])
+def test_the_error_is_that_of_the_product_which_is_never_whole(sizes, dtype, middle, monkeypatch):
+    monkeypatch.setattr(product, "PART", 100)
+    X, Y = pair(*sizes, dtype)
+    X = X * 0.7 ** torch.arange(sizes[1])
+    whole, found = X @ Y, cr(X, Y, 5, middle=middle)
+    left = whole - found.reconstruct()
+    multiply, largest = torch.Tensor.__matmul__, []
+
+    def watched(A, B):
+        largest.append(A.shape[0] * B.shape[1])
+        return multiply(A, B)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    off, size = found.source.residual(found.left, found.right)
+    assert max(largest) < whole.numel()
+    few = 1e-4 if dtype == torch.float32 else 1e-10
+    assert float(size) == pytest.approx(float(whole.norm()), rel=few)
+    assert float(off) == pytest.approx(float(left.norm()), rel=few)
 
 
 def test_all_terms_are_the_product():
@@ -145,8 +168,8 @@ def test_the_product_itself_can_be_decomposed_without_being_formed():
     scaled = A * 1e-50
     torch.testing.assert_close(source.columns(at) * 1e50, A[:, at])
     torch.testing.assert_close(source.rows(at) * 1e50, A[at])
-    for product, expected in ((source.matmat(Y.mH), scaled @ Y.mH), (source.rmatmat(X), scaled.mH @ X)):
-        torch.testing.assert_close(product * source.scale * 1e50, expected * 1e50)
+    for made, expected in ((source.matmat(Y.mH), scaled @ Y.mH), (source.rmatmat(X), scaled.mH @ X)):
+        torch.testing.assert_close(made * source.scale * 1e50, expected * 1e50)
     assert cur(source, rank=9).error() < 1e-10
 
 

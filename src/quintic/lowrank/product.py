@@ -26,7 +26,7 @@ from torch import Tensor
 from quintic.core import ConfigError, DataError, suggest
 from quintic.linalg.sketch import seeded
 from quintic.lowrank.result import Approximation, whole_number
-from quintic.lowrank.source import Dense, Source, as_source
+from quintic.lowrank.source import PART, Dense, Source, as_source, frobenius
 
 __all__ = ["CHOICES", "MIDDLES", "ProductSkeleton", "cr"]
 
@@ -148,7 +148,20 @@ class _Product(Source):
         return self.x[at] @ self.y * self.scale
 
     def residual(self, left: Tensor, right: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-        return Dense(self.x @ self.y).residual(left / self.scale, right, seed)
+        left = left / self.scale
+        terms = self.x.shape[1]
+        if terms + left.shape[1] < min(self.shape):
+            # X Y - L R = (X, -L) (Y; R), of which two triangles keep the norm.
+            T = torch.linalg.qr(torch.cat([self.x, -left], 1), mode="r").R
+            S = torch.linalg.qr(torch.cat([self.y, right]).mH, mode="r").R
+            return frobenius(T @ S.mH), frobenius(T[:, :terms] @ S[:, :terms].mH)
+        off, whole = [], []
+        height = max(1, PART // self.shape[1])
+        for x, part in zip(self.x.split(height), left.split(height), strict=True):
+            product = x @ self.y
+            whole.append(frobenius(product))
+            off.append(frobenius(product - part @ right))
+        return torch.linalg.vector_norm(torch.stack(off)), torch.linalg.vector_norm(torch.stack(whole))
 
 
 def _drawn(norms: Tensor, rank: int, seed: int, ones: Tensor) -> tuple[Tensor, Tensor]:
