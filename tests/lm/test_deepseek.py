@@ -17,7 +17,7 @@ from quintic.lm.deepseek import load_deepseek, read_config, save_deepseek
 
 transformers = pytest.importorskip("transformers")
 
-TINY = replace(LMConfig(), vocab_size=264, route_scale=1.7, num_shared=2)
+TINY = replace(LMConfig(), vocab_size=264, route_scale=1.7, num_shared=2, rope_theta=20_000.0)
 IDS = torch.randint(0, 257, (2, 30), generator=torch.Generator().manual_seed(0))
 
 

@@ -284,7 +284,7 @@ def test_double_backward_is_refused():
 
 
 def test_memory_for_the_backward_pass_is_input_and_projection_only():
-    n, d, f, experts, k = 512, 32, 8, 16, 4
+    n, d, f, experts, k = 512, 32, 12, 16, 4
     x, ids, gates, gate_up, down = inputs(n, d, f, experts, k, dtype=torch.float32)
     given = {t.data_ptr() for t in (x, gates, gate_up, down)}
     kept = []
