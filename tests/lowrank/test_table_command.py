@@ -181,6 +181,8 @@ def test_what_was_missing_is_told(table, tmp_path, capsys):
         ("a\tb\n1,500\t2,5\n3\t,5\n", [[1.5, 2.5], [3, 0.5]]),
         ("a;b\n0,500;2\n", [[0.5, 2]]),  # no thousands begin with 0
         ("a;b\n1000,500;2\n", [[1000.5, 2]]),
+        ("1,5;2,5\n3,25; 4\n", [[1.5, 2.5], [3.25, 4]]),
+        ("1,5\t 2,5\t,5\n3\t4\t5\n", [[1.5, 2.5, 0.5], [3, 4, 5]]),
     ],
 )
 def test_decimal_commas_are_read(tmp_path, text, values):

@@ -185,8 +185,11 @@ def _without_gaps(table: NamedTable, places: list[str], missing: str) -> NamedTa
 def _lines(path: Path, text: str) -> list[tuple[int, list[str]]]:
     """Number and cells of every line that is not blank; a quoted cell may span several."""
     lines: list[tuple[int, list[str]]] = []
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = max("\t;,", key=re.sub(r'"[^"]*"', "", first).count)
+    first = re.sub(r'"[^"]*"', "", next((line for line in text.splitlines() if line.strip()), ""))
+    delimiter = max("\t;,", key=first.count)
+    for other in "\t;":  # a first line of numbers may have more decimal commas than cells
+        if other in first and all(_is_number(c) or _DECIMAL_COMMA.fullmatch(c.strip()) for c in first.split(other)):
+            delimiter = other
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     number = 1
     try:
