@@ -92,6 +92,10 @@ def test_the_papers_levels_are_those_of_the_linear_schedule():
     abar = np.cumprod(1 - beta)
     np.testing.assert_allclose(np.array(plan.levels[::-1]) / 256, np.log(abar / (1 - abar)), atol=0.5 / 256 + 1e-9)
     assert len(plan.atoms) == 999  # sigma_1 = 0: T - 1 integers
+    assert paper_plan(2, 64).levels == (plan.levels[0], plan.levels[-1])
+    for calls in (1, 1001):
+        with pytest.raises(ConfigError, match="2 to 1000 steps"):
+            paper_plan(calls, 64)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,12 @@ def test_the_papers_levels_are_those_of_the_linear_schedule():
         ({"levels": (1, 2), "atoms": (2,), "rule": "single"}, "one atom a step"),
         ({"levels": (1, 2), "atoms": (1,), "rule": "pursuit"}, "coefficient bits"),
         ({"levels": (1, 40000), "atoms": (1,)}, "-128"),
+        ({"levels": (-40000, 1), "atoms": (1,)}, "-128"),
+        ({"levels": (1, 2, 3), "atoms": (1, 1), "called": ()}, "calls of a plan"),
+        ({"levels": (1, 2, 3), "atoms": (1, 1), "called": (1, 2)}, "calls of a plan"),
+        ({"levels": (1, 2, 3), "atoms": (1, 1), "called": (0, 0)}, "calls of a plan"),
+        ({"levels": (1, 2, 3), "atoms": (1, 1), "called": (0, 3)}, "calls of a plan"),
+        ({"levels": (1, 2), "atoms": (1,), "single": True}, "single precision"),
     ],
 )
 def test_impossible_plans_are_refused(fields, words):

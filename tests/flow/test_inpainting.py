@@ -20,7 +20,7 @@ def shifting_flow():
 
 def test_the_unknown_pixel_has_its_distribution_given_the_known_one():
     flow = shifting_flow()
-    n = 1500
+    n = 5000  # so many tell a spread that is 2 % too large: a term of the acceptance that is a fifth too small
     images = torch.zeros(n, 1, 1, 2, dtype=F64)
     images[:, 0, 0, 0] = 0.8
     known = torch.tensor([[[True, False]]])
@@ -29,8 +29,8 @@ def test_the_unknown_pixel_has_its_distribution_given_the_known_one():
     found = inpaint(flow, images, known, steps=60, step_size=0.3)
     assert torch.equal(found.images[..., 0], images[..., 0])
     drawn = found.images[:, 0, 0, 1]
-    assert float(drawn.mean()) == pytest.approx(float(mu), abs=0.06)
-    assert float(drawn.std()) == pytest.approx(1.0, abs=0.04)
+    assert float(drawn.mean()) == pytest.approx(float(mu), abs=0.03)
+    assert float(drawn.std()) == pytest.approx(1.0, abs=0.014)
     assert 0.3 < float(found.acceptance.mean()) < 0.9
 
 
