@@ -7,33 +7,26 @@ matrices of one row (an embedding is many of them) or of one element: a diagonal
 as its matrix sign, and a 1 x d matrix is divided by its length (posts 10592, 11416).
 
 A role that is declared (:func:`quintic.core.roles.declare`), by the module that created the parameter or from outside,
-decides. Else it is inferred from the module's type, from tied weights and, for the output head only, from names.
-What cannot be told is marked ambiguous: parameters of unknown modules go to AdamW, and a last linear layer
-that may or may not be the output goes to Muon.
+decides. Else it is inferred (:mod:`quintic.optim.inference`).
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
 from quintic.core import ConfigError, suggest
-from quintic.core.roles import ParameterRole, Role, Split, declared_roles
+from quintic.core.roles import Role, Split, declared_roles
+from quintic.optim.inference import Guess, infer
 from quintic.optim.lr import UPDATE_RMS, scale_factor
 from quintic.optim.split import parts_of
 
 __all__ = ["EMBEDDINGS", "VECTORS", "RolePart", "RoleRow", "RoleTable", "how_to_declare", "roles"]
 
-_HEAD_NAMES = {"lm_head", "head", "output", "classifier", "unembed", "unembedding", "embed_out", "to_logits", "score"}
-_LAST_NAMES = {*_HEAD_NAMES, "fc"}  # of a last layer only: others are called so too
-_EXPERT_NAME = re.compile(r"expert|moe", re.IGNORECASE)
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MUON = (Role.MATRIX, Role.EXPERT_STACK, Role.ROUTER)
 _WITHOUT_ADAM = {"sign": ("elements", "sign of the momentum"), "l2": ("vector", "the momentum over its length")}
 
@@ -74,6 +67,8 @@ class RoleRow:
     orientation: str = "out_in"
     ambiguous: bool = False
     """The role was not declared and could not be told from the module."""
+    frozen: bool = False
+    """It wants no gradient: nothing happens to it before that changes."""
 
     @property
     def numel(self) -> int:
@@ -112,12 +107,12 @@ class RoleTable:
 
     @property
     def ambiguous(self) -> tuple[RoleRow, ...]:
-        """Rows whose role had to be assumed."""
-        return tuple(row for row in self.rows if row.ambiguous)
+        """Rows whose role had to be assumed; frozen parameters need none."""
+        return tuple(row for row in self.rows if row.ambiguous and not row.frozen)
 
     def parameters_under(self, algorithm: str) -> int:
         """Number of scalar parameters that an algorithm updates."""
-        return sum(row.numel for row in self.rows if row.algorithm == algorithm)
+        return sum(row.numel for row in self.rows if row.algorithm == algorithm and not row.frozen)
 
     def __repr__(self) -> str:
         header = ("parameter", "shape", "role", "algorithm", "matrices", "lr x", "rms / lr", "why")
@@ -130,7 +125,7 @@ class RoleTable:
                 ", ".join(f"{p.matrices} x ({p.n}, {p.m})" for p in row.parts),
                 _each(f"{part.scale:.4g}" for part in row.parts) or f"{row.scale:.4g}",
                 _each(f"{part.update_rms:.3g}" for part in row.parts) or f"{row.update_rms:.3g}",
-                ("AMBIGUOUS: " if row.ambiguous else "") + row.why,
+                ("frozen: " if row.frozen else "AMBIGUOUS: " if row.ambiguous else "") + row.why,
             )
             for row in self.rows
         ]
@@ -141,7 +136,11 @@ class RoleTable:
         ]
         muon, adamw = self.parameters_under("muon"), self.parameters_under("adamw")
         share = 100 * muon / max(1, muon + adamw)
-        lines.append(f"total: {muon + adamw:,} parameters, {muon:,} ({share:.1f}%) under Muon, {adamw:,} under AdamW")
+        frozen = sum(row.numel for row in self.rows if row.frozen)
+        lines.append(
+            f"total: {muon + adamw:,} parameters, {muon:,} ({share:.1f}%) under Muon, {adamw:,} under AdamW"
+            + (f"; {frozen:,} more are frozen" if frozen else "")
+        )
         return "\n".join(lines)
 
 
@@ -181,13 +180,13 @@ def roles(
         if value not in known:
             raise ConfigError(f"unknown {option} {value!r}{suggest(str(value), known)}")
     declared = declared_roles(model)
-    inferred = _infer(model, declared)
+    inferred = infer(model, declared)
     rows = []
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         if name in declared:
             role, known = declared[name].role, declared[name]
-            guess = _Guess(role, "declared", "stack", split=known.split, orientation=known.orientation)
+            guess = Guess(role, "declared", "stack", split=known.split, orientation=known.orientation)
             expected = 3 if role is Role.EXPERT_STACK else 2
             if role in _MUON and len(shape) != expected:
                 raise ConfigError(f"{name} is declared as {role.value} but has shape {shape}; expected {expected} axes")
@@ -211,9 +210,11 @@ def roles(
                 raise ConfigError(f"{name} of shape {shape}: {error}") from None
             parts = tuple(_part(scale, *part[1:]) for part in found)
         algorithm = "adamw" if layout is None else "muon"
-        rows.append(
-            RoleRow(name, shape, guess.role, algorithm, parts, why, layout, split, orientation, guess.ambiguous)
+        frozen = not parameter.requires_grad
+        row = RoleRow(
+            name, shape, guess.role, algorithm, parts, why, layout, split, orientation, guess.ambiguous, frozen
         )
+        rows.append(row)
     table = RoleTable(tuple(rows))
     if strict and table.ambiguous:
         listed = "\n".join(f"  {row.name} {row.shape}: {row.why}" for row in table.ambiguous)
@@ -234,103 +235,3 @@ def how_to_declare(row: RoleRow) -> str:
 def _part(scale: str, matrices: int, n: int, m: int) -> RolePart:
     factor = scale_factor(scale, n, m) if n * m else 1.0
     return RolePart(matrices, n, m, factor, factor / math.sqrt(max(n, m, 1)))
-
-
-class _Guess(NamedTuple):
-    role: Role
-    why: str
-    layout: str | None = None
-    ambiguous: bool = False
-    split: Split | None = None
-    orientation: str = "out_in"
-
-
-def _infer(model: nn.Module, declared: Mapping[str, ParameterRole]) -> dict[str, _Guess]:
-    """Roles by module type, for every parameter, under the name that ``named_parameters`` gives it."""
-    modules = list(model.modules())
-    tables = {id(m.weight) for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    vocabularies = {tuple(m.weight.shape) for m in modules if isinstance(m, nn.Embedding)}
-    linears = [m for m in modules if isinstance(m, nn.Linear)]
-    tied = tables & {id(m.weight) for m in linears}
-    output = getattr(model, "get_output_embeddings", lambda: None)()  # Hugging Face models name their head
-    head = id(output.weight) if isinstance(output, nn.Linear) else None
-    first = next((m for m in modules if isinstance(m, (nn.Linear, *_CONV))), None)
-
-    found: dict[str, _Guess] = {}
-    last_linear = None
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for local, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            name = f"{path}.{local}" if path else local
-            guess = _infer_one(path, module, local, parameter, is_first=module is first)
-            if isinstance(module, nn.Linear) and local == "weight":
-                last_linear = name
-                if id(parameter) in tied:
-                    guess = _Guess(Role.HEAD, "tied to an embedding")
-                elif id(parameter) == head:
-                    guess = _Guess(Role.HEAD, "the model's output embedding")
-                elif path.rsplit(".", 1)[-1].lower() in _HEAD_NAMES:
-                    guess = _Guess(Role.HEAD, "output layer by name")
-                elif module is linears[-1] and _named_as_last(path):
-                    guess = _Guess(Role.HEAD, "last layer, and output layer by name")
-                elif tuple(parameter.shape) in vocabularies and module is linears[-1]:
-                    guess = _Guess(Role.HEAD, "last layer, as large as the embedding")
-            elif id(parameter) in tied:
-                guess = _Guess(Role.EMBEDDING, "embedding, tied to the output layer")
-            found[name] = guess
-    known = [*(d.role for d in declared.values()), *(g.role for name, g in found.items() if name not in declared)]
-    if last_linear is not None and last_linear not in declared and Role.HEAD not in known and not tied:
-        why = "last linear layer; should it be the output layer, it belongs to AdamW"
-        found[last_linear] = _Guess(Role.MATRIX, why, "stack", ambiguous=True)
-    return found
-
-
-def _named_as_last(path: str) -> bool:
-    """Whether a last layer has, or lies in, an output's name: head.fc, classifier.6; not layers.11.output.dense."""
-    for part in path.lower().split("."):
-        if part.isdigit():
-            return False
-        if part in _LAST_NAMES:
-            return True
-    return False
-
-
-def _infer_one(path: str, module: nn.Module, local: str, parameter: nn.Parameter, *, is_first: bool) -> _Guess:
-    """What the module's type says of one of its parameters."""
-    kind = type(module).__name__
-    if parameter.ndim < 2 and local == "weight" and isinstance(module, (nn.Linear, nn.Embedding, *_CONV)):
-        raise ConfigError(
-            f"{path or kind}.weight of {kind} has shape {tuple(parameter.shape)}: it was flattened or sharded away. "
-            "Shard with torch's fully_shard, which keeps shapes, or make the optimizer before"
-        )
-    if parameter.ndim < 2:
-        return _Guess(Role.VECTOR, f"{local} of {kind}")
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return _Guess(Role.EMBEDDING, "embedding")
-    if parameter.ndim == 2 and (isinstance(module, nn.Linear) or ("Linear" in kind and local == "weight")):
-        return _Guess(Role.MATRIX, f"{local} of {kind}", "stack")
-    if isinstance(module, _CONV):
-        if is_first:
-            return _Guess(Role.MATRIX, "first convolution: its inputs are pixels, not features")
-        if module.groups > 1:
-            return _Guess(Role.MATRIX, "grouped convolution: not one matrix")
-        return _Guess(Role.MATRIX, f"{kind} as (out, in * kernel)", "conv")
-    if isinstance(module, _CONV_TRANSPOSED):
-        return _Guess(Role.MATRIX, "transposed convolution: its first axis is the input")
-    if isinstance(module, nn.MultiheadAttention) and parameter.ndim == 2:
-        fused: Split | None = {"blocks": 3} if local == "in_proj_weight" else None
-        return _Guess(Role.MATRIX, "attention projection", "stack", split=fused)
-    if kind == "Conv1D" and parameter.ndim == 2:
-        return _Guess(Role.MATRIX, "Hugging Face's Conv1D, a matrix (in, out)", "stack", orientation="in_out")
-    if isinstance(module, nn.RNNBase):
-        return _Guess(Role.MATRIX, "recurrent weights, all gates as one matrix", "stack")
-    if parameter.ndim == 2 and "Router" in kind:
-        return _Guess(Role.ROUTER, f"{local} of {kind}", "stack")
-    if "Norm" in kind or "bias" in local:
-        return _Guess(Role.VECTOR, f"{local} of {kind}")
-    if parameter.ndim == 3 and (_EXPERT_NAME.search(f"{path}.{local}") or _EXPERT_NAME.search(kind)):
-        return _Guess(Role.EXPERT_STACK, "three axes in a module of experts", "stack")
-    return _Guess(Role.VECTOR, f"{local} of {kind}: {parameter.ndim} axes, role not declared, so AdamW", ambiguous=True)
