@@ -46,10 +46,10 @@ def roles(
         if len(paths) > 1 or task is not None or size is not None:
             raise ConfigError("give one run folder, which has its task and sizes; or --task, --size and settings")
         _, settings, header = open_run(paths[0])
-        task, settings = header["task"], settings.override(overrides)
+        name, settings = str(header["task"]), settings.override(overrides)
     else:
-        task = task or "lm"
-        settings = kind_of(task).with_shape(task, build_settings(task, size or "laptop", overrides))
+        name = task or "lm"
+        settings = kind_of(name).with_shape(name, build_settings(name, size or "laptop", overrides))
 
     import torch
 
@@ -57,7 +57,7 @@ def roles(
 
     optim = settings["optim"]
     with torch.device("meta"):
-        model = kind_of(task).build(task, settings)
+        model = kind_of(name).build(name, settings)
     table = table_of(model, scale=optim.scale, vectors=optim.vectors, embeddings=optim.embeddings)
     if as_json:
         rows = [
