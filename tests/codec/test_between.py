@@ -214,7 +214,7 @@ def test_models_without_residuals_keep_the_presets_of_before():
     with pytest.raises(CodecError, match="another model"):
         plain.decode(made[1].data)
     plan = preset_plan(5, as_model(smooth_model()).curve, 144, 60)
-    with pytest.raises(ConfigError, match="residuals"):
+    with pytest.raises(ConfigError, match="cannot be stored"):
         plain.code(original, plan=plan)
 
 

@@ -64,6 +64,13 @@ def test_queries_keys_and_values_are_three_matrices(name, rows, matrices):
     assert (part.matrices, part.n * part.matrices) == (matrices, rows)
 
 
+def test_the_last_projection_of_an_attention_is_not_the_output():
+    model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    assert [row.name for row in roles(model).ambiguous] == ["0.weight"]
+    alone = nn.MultiheadAttention(8, 2)
+    assert not roles(alone, strict=True).ambiguous and kinds(alone)["out_proj.weight"] == ("matrix", "muon")
+
+
 def test_fused_matrices_of_hugging_face_models():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(

@@ -44,7 +44,8 @@ def infer(model: nn.Module, declared: Mapping[str, ParameterRole]) -> dict[str, 
     modules = list(model.modules())
     tables = {id(m.weight) for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     vocabularies = {tuple(m.weight.shape) for m in modules if isinstance(m, nn.Embedding)}
-    linears = [m for m in modules if isinstance(m, nn.Linear)]
+    inner = {m.out_proj for m in modules if isinstance(m, nn.MultiheadAttention)}  # never a model's output
+    linears = [m for m in modules if isinstance(m, nn.Linear) and m not in inner]
     tied = tables & {id(m.weight) for m in linears}
     output = getattr(model, "get_output_embeddings", lambda: None)()  # Hugging Face models name their head
     head = id(output.weight) if isinstance(output, nn.Linear) else None
@@ -64,7 +65,7 @@ def infer(model: nn.Module, declared: Mapping[str, ParameterRole]) -> dict[str, 
                 continue
             place, owner, tensor = _owner(model, path, module, local)
             guess = _infer_one(place, owner, tensor, parameter, is_first=owner is first)
-            if isinstance(owner, nn.Linear) and tensor == "weight":
+            if isinstance(owner, nn.Linear) and tensor == "weight" and owner not in inner:
                 last_linear = name
                 if id(parameter) in tied:
                     guess = Guess(Role.HEAD, "tied to an embedding")
