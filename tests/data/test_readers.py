@@ -73,6 +73,20 @@ def test_json_lines(tmp_path):
     assert read(path, field="body") == ["one\ntwo", "three"]
 
 
+def test_several_fields_of_a_json_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"ask": "What? {answer}", "answer": "This."}\n{"ask": "", "answer": "That.", "id": 3}\n')
+    assert read(path, field="Q: {ask}\nA: {answer}") == ["Q: What? {answer}\nA: This.", "Q: \nA: That."]
+    assert read(path, field="{answer}{answer}!") == ["This.This.!", "That.That.!"]
+    for field, message in (
+        ("{ask}{reply}", "no field 'reply'"),
+        ("{id} {ask}", "no field 'id'"),
+        ("{}", "no field '{}'"),
+    ):
+        with pytest.raises(DataError, match=rf"a\.jsonl:1: {message}"):
+            read(path, field=field)
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_json_lines_are_read_one_by_one(tmp_path, suffix):
     """Lines far larger together than what is held at a time: a corpus need not fit in the memory."""

@@ -25,7 +25,7 @@ class DataConfig:
     encoding: str = "auto"
     """auto (byte order mark, else UTF-8) or any codec of Python, such as gb18030 or utf-16."""
     field: str = "text"
-    """Field of a JSON line that holds the text."""
+    """Field of a JSON line that holds the text; or several in a text around them, such as "{prompt}\\n{response}"."""
     validation_fraction: float = 0.05
     """Part of the text, before the test part, that only measures; in order of the characters."""
     test_fraction: float = 0.05

@@ -12,12 +12,13 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 from quintic.core import DataError
 from quintic.core.files import PICTURES
@@ -37,6 +38,8 @@ _MARKS = (
 _WIDE = ("utf-16", "utf-32", "utf16", "utf32")
 _GZIP = b"\x1f\x8b"
 _PDF = b"%PDF-"
+_BRACED = re.compile(r"\{([^{}]+)\}")
+"""A field within a text."""
 _HEAD = 8192
 """Bytes by which binary files are told from text."""
 _PART = 1 << 20
@@ -120,7 +123,7 @@ def read_documents(files: Iterable[Path], *, encoding: str = "auto", field: str 
     Args:
         files: As found by :func:`find_sources`.
         encoding: ``auto`` takes a byte order mark, else UTF-8; or a codec's name.
-        field: Of JSON lines.
+        field: Of JSON lines; or several in a text of one's own, each between braces: ``{title}: {body}``.
 
     Raises:
         DataError: A file is unreadable, binary, undecodable or not the JSON lines that its name promises; for a text
@@ -259,6 +262,8 @@ def _fitting(path: Path, tried: str) -> str:
 
 
 def _json_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
+    parts = _BRACED.split(field) if _BRACED.search(field) else ["", field, ""]  # text and names in turn
+    between, names = parts[::2], parts[1::2]
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -268,22 +273,29 @@ def _json_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
             raise DataError(f"{path}:{number}: not JSON ({error.msg}); .jsonl needs one JSON object a line") from error
         if not isinstance(value, dict):
             raise DataError(
-                f"{path}:{number}: expected a JSON object with a field {field!r}, found {line[:40].rstrip()!r}"
+                f"{path}:{number}: expected a JSON object with a field {names[0]!r}, found {line[:40].rstrip()!r}"
             )
-        if field not in value:
-            strings = [key for key, entry in value.items() if isinstance(entry, str)]
-            advice = f"; choose one with data.field={strings[0]}" if strings else ""
-            fields = ", ".join(map(repr, value))
-            raise DataError(f"{path}:{number}: no field {field!r}; the fields are {fields}{advice}")
-        if not isinstance(value[field], str):
-            raise DataError(f"{path}:{number}: field {field!r} is not text but {type(value[field]).__name__}")
-        if "\\u" in line:  # an escape may be half of a character
-            try:
-                value[field].encode()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{path}:{number}: field {field!r} has half of a surrogate pair "
-                    f"(\\u{ord(value[field][error.start]):04x} at character {error.start}), which is no text; "
-                    "mend or delete the line"
-                ) from error
-        yield value[field]
+        texts = [_field(path, number, line, value, name) for name in names]
+        yield between[0] + "".join(text + after for text, after in zip(texts, between[1:], strict=True))
+
+
+def _field(path: Path, number: int, line: str, value: dict[str, Any], name: str) -> str:
+    """The text in a field of a line."""
+    if name not in value:
+        strings = [key for key, entry in value.items() if isinstance(entry, str)]
+        advice = f"; choose one with data.field={strings[0]}" if strings else ""
+        fields = ", ".join(map(repr, value))
+        raise DataError(f"{path}:{number}: no field {name!r}; the fields are {fields}{advice}")
+    text = value[name]
+    if not isinstance(text, str):
+        raise DataError(f"{path}:{number}: field {name!r} is not text but {type(text).__name__}")
+    if "\\u" in line:  # an escape may be half of a character
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}:{number}: field {name!r} has half of a surrogate pair "
+                f"(\\u{ord(text[error.start]):04x} at character {error.start}), which is no text; "
+                "mend or delete the line"
+            ) from error
+    return text
