@@ -60,6 +60,8 @@ def test_anchors_of_the_page_have_headings(page):
 
 
 def test_numbers_in_the_words_of_pages_are_those_of_the_results():
+    """Pages speak of the committed results: who commits others, of another machine perhaps, rewrites these sentences."""
+
     def words(name: str) -> str:
         return " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split())
 
@@ -68,7 +70,7 @@ def test_numbers_in_the_words_of_pages_are_those_of_the_results():
         assert match, (name, pattern)
         for said, number in zip(match.groups(), numbers, strict=True):
             digits = len(said.partition(".")[2])
-            assert said == f"{number:.{digits}f}", (name, pattern, number)
+            assert said == f"{number:.{digits}f}", f"docs/{name} says {said}, the results {number}: rewrite it"
 
     found = results()
     race = list(found["muon_race"]["sizes"].values())
@@ -86,7 +88,10 @@ def test_numbers_in_the_words_of_pages_are_those_of_the_results():
             *(seconds[f"{name}, float64"] for name in ("scipy", "quality", "fast")))  # fmt: skip
     excess = 100 * statistics.fmean(run["max_vio"] for run in found["demo"]["runs"])
     rounded(r"about (\d+) % more than its share", "posts/loss_free.md", excess)
-    assert all(2 <= run["max_vio"] / run["max_vio_floor"] <= 3 for run in found["demo"]["runs"])
+    times = [run["max_vio"] / run["max_vio_floor"] for run in found["demo"]["runs"]]
+    assert all(2 <= t <= 3 for t in times), f"docs/posts/loss_free.md says two to three times the floor, it is {times}"
     width256 = found["muon_speed"]["steps"]["12 x (256, 256)"]
-    assert width256["quintic, bfloat16"] < width256["torch"] < width256["quintic"]  # as posts/muon.md says
-    assert all(t["pytorch_optimizer"] < t["quintic"] for t in found["muon_speed"]["steps"].values())
+    order = sorted(("quintic, bfloat16", "torch", "quintic"), key=lambda name: width256[name])
+    assert order == ["quintic, bfloat16", "torch", "quintic"], f"docs/posts/muon.md has another order than {order}"
+    slower = [n for n, t in found["muon_speed"]["steps"].items() if t["pytorch_optimizer"] >= t["quintic"]]
+    assert not slower, f"docs/posts/muon.md says that pytorch_optimizer is quicker everywhere, but not on {slower}"
