@@ -60,7 +60,7 @@ def test_anchors_of_the_page_have_headings(page):
 
 
 def test_numbers_in_the_words_of_pages_are_those_of_the_results():
-    """Pages speak of the committed results: who commits others, of another machine perhaps, rewrites these sentences."""
+    """Pages speak of the committed results: who commits others, perhaps of another machine, rewrites them."""
 
     def words(name: str) -> str:
         return " ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split())
