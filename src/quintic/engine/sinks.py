@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -157,9 +156,8 @@ class _Hosted:
 
 def _identity(run: Run) -> str:
     """Tells this run from others of its folder's name; made once and kept in ``run.json``."""
-    path = run.folder / "run.json"
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if "log_id" not in facts:
-        facts["log_id"] = secrets.token_hex(4)
-        run.record(log_id=facts["log_id"])
-    return facts["log_id"]
+    if (known := run.facts().get("log_id")) is not None:
+        return known
+    made = secrets.token_hex(4)
+    run.record(log_id=made)
+    return made
