@@ -147,7 +147,7 @@ def test_a_flow_takes_a_class_and_guidance(run, tmp_path, capsys):
     assert quintic("generate", run, "--n", "2", "--class", "3", "--guidance", "2", "--out", tmp_path / "a.png") == 0
     assert quintic("generate", run, "--n", "2", "--class", "99", "--out", tmp_path / "b.png") == 2
     assert not (tmp_path / "b.png").exists()
-    names = json.loads((run / "run.json").read_text())["data"]["class_names"]
+    names = json.loads((run / "run.json").read_text())["data"]["classes"]
     made = [tmp_path / "by-number.npz", tmp_path / "by-name.npz"]
     for file, given in zip(made, ("3", names[3]), strict=True):
         assert quintic("generate", run, "--n", "2", "--class", given, "--out", file.with_suffix(".png")) == 0

@@ -140,7 +140,7 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
     if loaded.header["task"] == "ddpm":
         images = _diffuse(loaded, n, seed, options)
     else:
-        names = [] if loaded.shipped else Run(folder).facts().get("data", {}).get("class_names", [])
+        names = [] if loaded.shipped else Run(folder).facts().get("data", {}).get("classes", [])
         images = _flow(loaded, n, seed, options, names)
     _write_images(images, out)
 

@@ -115,7 +115,7 @@ class ImageTask(ABC):
             lines.append("every training image also mirrored")
         lines += [f"{name}: {note}" for name, note in self.data.notes.items()]
         facts = {"images": splits, "shape": list(self.data.shape), "licence": self.data.licence}
-        return lines, facts | ({"class_names": list(self.data.class_names)} if self.num_classes else {})
+        return lines, facts | ({"classes": list(self.data.class_names)} if self.num_classes else {})
 
     def batch(self, examples: NDArray[np.int64]) -> dict[str, Tensor]:
         """Training images: ``images`` (n, c, h, w), and ``labels`` (n,) if classes are wanted."""
