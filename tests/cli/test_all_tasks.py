@@ -104,8 +104,8 @@ def test_every_task_generates_and_evaluates(run, tmp_path, capsys):
     assert re.search(rf"loss [\d.]+ {re.escape(unit)}", capsys.readouterr().out)
     if task == "lm":
         assert quintic("generate", run, "--max-tokens", "5") == 0
-        assert quintic("generate", run, "--n", "4") == 2
-        assert "--n has no meaning for a run of task lm" in capsys.readouterr().err
+        assert quintic("generate", run, "--steps", "4") == 2
+        assert "--steps has no meaning for a run of task lm" in capsys.readouterr().err
         return
     outs = [tmp_path / f"{i}.png" for i in range(3)]
     for seed, out in zip((0, 0, 1), outs, strict=True):

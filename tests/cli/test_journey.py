@@ -87,6 +87,17 @@ def test_the_configuration_names_its_sources(run, book):
     assert re.search(r"^dtype = \"float32\"  # fastest", text, re.M) or config["engine"]["dtype"] == "bfloat16"
 
 
+def test_several_texts_are_those_of_seeds_that_follow_each_other(run, capsys):
+    texts = []
+    for seed in (5, 6):
+        assert quintic("generate", run, "--prompt", "the", "--max-tokens", 10, "--seed", seed) == 0
+        texts.append(capsys.readouterr().out)
+    assert quintic("generate", run, "--prompt", "the", "--max-tokens", 10, "--seed", 5, "--n", 2) == 0
+    assert capsys.readouterr().out == f"--- seed 5\n{texts[0]}--- seed 6\n{texts[1]}"
+    assert quintic("generate", run, "--n", 0) == 2
+    assert "--n must be at least 1" in capsys.readouterr().err
+
+
 def test_generate_is_seeded_and_streams_the_prompt_first(run, capsys):
     texts = []
     for seed in (1, 1, 2):
@@ -128,6 +139,21 @@ def test_report_can_be_made_again(copy, capsys):
     assert quintic("report", copy) == 0
     assert str(copy / "report.html") in capsys.readouterr().out.replace("\n", "")
     assert "<svg" in (copy / "report.html").read_text()
+
+
+def test_a_run_is_trained_longer(copy, tmp_path, capsys):
+    before = (copy / "config.toml").read_bytes()
+    assert quintic("resume", copy, "--steps", 16) == 0
+    told = capsys.readouterr().out
+    assert "going on from step 8" in told and f"run folder: {copy}-16" in told and "finished 16 steps" in told
+    assert [row["step"] for row in read_metrics(tmp_path / "copy-16" / "metrics.jsonl")] == list(range(1, 17))
+    assert (copy / "config.toml").read_bytes() == before
+    assert quintic("resume", copy, "--steps", 16) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert quintic("resume", copy, "--steps", 3) == 2
+    assert "14 steps already: --steps, the number of all steps, must be more" in capsys.readouterr().err
+    assert quintic("resume", copy, "--out", tmp_path / "other") == 2
+    assert "give --steps too" in capsys.readouterr().err
 
 
 def test_resume_of_a_finished_run_says_so(copy, capsys):

@@ -87,6 +87,41 @@ def test_several_fields_of_a_json_line(tmp_path):
             read(path, field=field)
 
 
+def test_conversations_become_paragraphs(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    ours = [{"role": "user", "content": "Hi {x}"}, {"role": "assistant", "content": "Hello\nyou"}]
+    theirs = [{"from": "human", "value": "Hi"}]
+    path.write_text("".join(json.dumps({"messages": each, "id": "7"}) + "\n" for each in (ours, theirs)))
+    assert read(path, field="messages") == ["user: Hi {x}\n\nassistant: Hello\nyou", "human: Hi"]
+    assert read(path, field="#{id}\n{messages}")[1] == "#7\nhuman: Hi"
+    path.write_text(json.dumps({"messages": theirs}))
+    with pytest.raises(DataError, match=r"no field 'text'.*choose one with data\.field=messages"):
+        read(path)
+    for wrong in (
+        [],
+        ["Hi"],
+        [{"role": "user"}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"content": "x"}],
+    ):
+        path.write_text(json.dumps({"messages": wrong}))
+        with pytest.raises(DataError, match=r"chat\.jsonl:1: field 'messages' is not text but list; expected a string"):
+            read(path, field="messages")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("codec", ["utf-8", "utf-16"])
+def test_arrays_of_json(tmp_path, indent, codec):
+    path = tmp_path / "a.json"
+    path.write_text("\n \n" + json.dumps([{"body": "one"}, {"body": " "}, "two"], indent=indent), encoding=codec)
+    assert read(path, field="body") == ["one", "two"]
+    assert find_sources([tmp_path / "a.json"]).files == [path]
+    with pytest.raises(DataError, match=r"a\.json\[0\]: no field 'text'; the fields are 'body'"):
+        read(path)
+    path.write_text('{"body": "one"}\n{"body": "two"}\n')  # lines, under the other name
+    assert read(path, field="body") == ["one", "two"]
+
+
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_json_lines_are_read_one_by_one(tmp_path, suffix):
     """Lines far larger together than what is held at a time: a corpus need not fit in the memory."""
@@ -175,6 +210,11 @@ MISTAKES = {
         r"f\.jsonl is not utf-8 text: byte 0xff at offset 14010",
     ),
     "g.jsonl": (b'{"text": "\0"}', "looks binary"),
+    "h.json": (b'[{"text": "x"}, {"text": 3}]', r"h\.json\[1\]: field 'text' is not text but int"),
+    "i.json": (b'[{"text": "x"},\n {"text"]', r"i\.json: not JSON \(.* in line 2\)"),
+    "j.json": (b'{\n "text": "x"\n}', r"neither an array of JSON objects nor one object a line.*name it \.txt"),
+    "k.json": (b"[[1]]", r"k\.json\[0\]: expected a JSON object with a field 'text', found '\[1\]'"),
+    "l.parquet": (b"PAR1\x15\0", r"is a Parquet file; give its rows as JSON lines"),
     "torn.jsonl.gz": (gzip.compress(b'{"text": "x"}\n' * 1000)[:-9], "damaged gzip"),
     "liar.jsonl.gz": (b'{"text": "x"}', "is not a gzip file"),
 }

@@ -119,8 +119,8 @@ def test_ranks_take_the_one_that_the_first_of_them_sees(folder):
     assert ck.usable_checkpoint(folder, lambda _: None, ranks=Other()) == folder / "step-10"
 
 
-def test_pruning_keeps_the_newest_and_the_best(folder):
-    ck.prune_checkpoints(folder, 1, best=5)
+def test_pruning_keeps_the_newest_and_those_asked_for(folder):
+    ck.prune_checkpoints(folder, 1, (None, 5))
     assert list(ck.list_checkpoints(folder)) == [5, 100]
 
 

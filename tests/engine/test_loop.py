@@ -69,7 +69,7 @@ def test_a_whole_run(whole):
     assert json.loads((whole.folder / "run.json").read_text()) == {"status": "finished", "steps": 12}
     assert json.loads((whole.folder / "machine.json").read_text())["torch"] == torch.__version__
     assert [path.name for path in whole.samples.iterdir()] == ["step-000012.txt"]
-    assert list(list_checkpoints(whole.checkpoints)) == [10, 12]
+    assert list(list_checkpoints(whole.checkpoints)) == [7, 10, 12]  # 7: before the rate falls
 
 
 @pytest.mark.parametrize("at", ["before_save", "in_save", "after_save", "in_evaluation", "in_sample", "in_metrics"])

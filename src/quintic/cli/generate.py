@@ -59,7 +59,7 @@ def generate(
     stop
         End before this text; repeat for several.
     n
-        How many images; 36 if left out.
+        How many texts, one after the other with seeds that follow each other, 1 if left out; or images, 36 if left out.
     steps
         Calls of the network per image of a diffusion model; more is finer and slower.
     sampler
@@ -87,6 +87,7 @@ def generate(
     --------
     quintic generate runs/book --prompt "Call me" --max-tokens 100
     quintic generate runs/book --temperature 0 --checkpoint last
+    quintic generate runs/book --prompt "Call me" --n 3
     quintic generate runs/shapes --n 64 --out shapes.png
     quintic generate runs/flow --class 3 --guidance 2
     """

@@ -108,21 +108,27 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
 
     known = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
     sampling: dict[str, Any] = {"max_tokens": 200} | {name: options.pop(name) for name in known if name in options}
-    prompt = options.pop("prompt", "")
+    prompt, n = options.pop("prompt", ""), options.pop("n", 1)
     refuse(options, "lm")
+    if n < 1:
+        raise ConfigError(f"--n must be at least 1, found {n}")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"--prompt is not UTF-8 text ({error.reason} at character {error.start})") from error
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
     model: LanguageModel = loaded.model  # type: ignore[assignment]
-    with loaded.precision:
-        for piece in generate_text(model, tokenizer, prompt, **sampling):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    sys.stdout.write("\n")
+    first = sampling.pop("seed")
+    for seed in range(first, first + n):
+        if n > 1:  # any of them can be had again alone
+            sys.stdout.write(f"--- seed {seed}\n")
+        sys.stdout.write(prompt)
+        sys.stdout.flush()
+        with loaded.precision:
+            for piece in generate_text(model, tokenizer, prompt, seed=seed, **sampling):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        sys.stdout.write("\n")
 
 
 def own_task(loaded: LoadedModel, folder: Path) -> LanguageModelTask:

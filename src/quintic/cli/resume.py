@@ -1,24 +1,40 @@
-"""``quintic resume``: go on with a run that was stopped or killed."""
+"""``quintic resume``: go on with a run that was stopped or killed, or train one longer."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
+from cyclopts import Parameter
 from rich.console import Console
 
 from quintic.cli.printing import say
-from quintic.core import DataError
+from quintic.core import ConfigError, DataError
 
 __all__ = ["resume"]
 
 
-def resume(run: Path, /, *, device: str | None = None, log: str | None = None) -> None:
-    """Continue a stopped run to its last step, bit for bit as if it had never stopped.
+def resume(
+    run: Path,
+    /,
+    *,
+    steps: int | None = None,
+    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    device: str | None = None,
+    log: str | None = None,
+) -> None:
+    """Continue a stopped run to its last step, bit for bit as if it had never stopped; or train a run longer.
 
     Parameters
     ----------
     run
         The run folder.
+    steps
+        Train to this number of steps in all, more than the run was meant to have: in a new folder, from the last
+        checkpoint before the learning rate fell, with the optimizer's state and the place in the data.
+    out
+        The new folder of --steps. Default: RUN-STEPS.
     device
         Continue on another device than the run's own.
     log
@@ -27,23 +43,29 @@ def resume(run: Path, /, *, device: str | None = None, log: str | None = None) -
     Examples
     --------
     quintic resume runs/book
+    quintic resume runs/book --steps 2000 --out runs/longer
     """
     from quintic.cli.train import run_training
     from quintic.cli.wiring import build_task, open_run, refuse_untrained
     from quintic.core.machine import pick_device
+    from quintic.engine import Run
     from quintic.engine.checkpoint import list_checkpoints
+    from quintic.engine.extension import extend_run
     from quintic.engine.mesh import join_ranks, world_size
     from quintic.engine.metrics import read_metrics
     from quintic.engine.sinks import check_sink
 
     if log is not None:
         check_sink(log)
+    if out is not None and steps is None:
+        raise ConfigError(
+            "--out is the folder of a longer run: give --steps too. A resume goes on in the run's own folder"
+        )
     folder, settings, header = open_run(run)
-    rows = read_metrics(folder.metrics_file)
-    steps = settings["engine"].steps
     refuse_untrained(run, header)
-    if rows and rows[-1]["step"] >= steps and steps in list_checkpoints(folder.checkpoints):
-        say(f"{run} is finished: all {steps} steps are done; nothing to resume")
+    rows, last = read_metrics(folder.metrics_file), settings["engine"].steps
+    if steps is None and rows and rows[-1]["step"] >= last and last in list_checkpoints(folder.checkpoints):
+        say(f"{run} is finished: all {last} steps are done. Train longer with: quintic resume {run} --steps {2 * last}")
         return
     if device is not None:
         settings = settings.derive("engine.device", device, "given")
@@ -63,4 +85,11 @@ def resume(run: Path, /, *, device: str | None = None, log: str | None = None) -
                 f"the data of {run} has changed since it was started, so a resume would not continue the same run; "
                 f"put the text back as it was ({source}), or start a new run with quintic train"
             )
+        if steps is not None:
+            longer = run.with_name(f"{run.absolute().name}-{steps}") if out is None else out
+            settings = settings.derive("engine.steps", steps, f"given, after {last} of {run}")
+            extend = partial(extend_run, folder, longer, settings, header, last, partial(say, console=console))
+            ranks.together(extend if ranks.is_main else lambda: None)
+            say(f"run folder: {longer}", console=console)
+            folder = Run(longer)
         run_training(console, task, settings, folder, ranks, log)

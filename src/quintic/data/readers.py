@@ -1,7 +1,8 @@
-"""Text from files: plain text, markdown, JSON lines, each also gzipped; one document per file or JSON line.
+"""Text from files: plain text, markdown, JSON, each also gzipped; one document per file or entry of a JSON file.
 
 Nothing is guessed silently: bytes that do not decode, binary content and broken JSON are errors that name the file
-and the place. A text is read in parts and JSON lines one by one, so that a file may be larger than the memory.
+and the place. A text is read in parts and JSON lines one by one, so that a file may be larger than the memory; an array
+of JSON is read whole.
 """
 
 from __future__ import annotations
@@ -10,18 +11,17 @@ import codecs
 import contextlib
 import gzip
 import io
-import json
 import os
-import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, TextIO
 
 from quintic.core import DataError
 from quintic.core.files import PICTURES
+from quintic.data.json_text import json_file, json_lines
 
 __all__ = ["EXTENSIONS", "Source", "find_sources", "read_documents"]
 
@@ -38,8 +38,7 @@ _MARKS = (
 _WIDE = ("utf-16", "utf-32", "utf16", "utf32")
 _GZIP = b"\x1f\x8b"
 _PDF = b"%PDF-"
-_BRACED = re.compile(r"\{([^{}]+)\}")
-"""A field within a text."""
+_PARQUET = b"PAR1"
 _HEAD = 8192
 """Bytes by which binary files are told from text."""
 _PART = 1 << 20
@@ -123,7 +122,7 @@ def read_documents(files: Iterable[Path], *, encoding: str = "auto", field: str 
     Args:
         files: As found by :func:`find_sources`.
         encoding: ``auto`` takes a byte order mark, else UTF-8; or a codec's name.
-        field: Of JSON lines; or several in a text of one's own, each between braces: ``{title}: {body}``.
+        field: Of JSON; or several in a text of one's own, each between braces: ``{title}: {body}``.
 
     Raises:
         DataError: A file is unreadable, binary, undecodable or not the JSON lines that its name promises; for a text
@@ -137,9 +136,12 @@ def read_documents(files: Iterable[Path], *, encoding: str = "auto", field: str 
                 f"unknown encoding {encoding!r}; use auto or the name of a Python codec, such as utf-8, gb18030, utf-16"
             ) from error
     for path in files:
+        name = path.name.lower().removesuffix(".gz")
         documents: Iterable[Iterable[str]] = (_TextFile(path, encoding),)
-        if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
-            documents = ((text,) for text in _json_lines(path, _lines(path, encoding), field))
+        if name.endswith(".jsonl"):
+            documents = ((text,) for text in json_lines(path, _lines(path, encoding), field))
+        elif name.endswith(".json"):
+            documents = ((text,) for text in json_file(path, _lines(path, encoding), field))
         yield from (document for document in documents if any(part.strip() for part in document))
 
 
@@ -226,6 +228,11 @@ def _encoding(path: Path, head: bytes, encoding: str) -> str:
         encoding = f"{name}-{sys.byteorder[0]}e"  # without a mark, a stream has to be told
     if head.startswith(_PDF):
         raise DataError(f"{path} is a PDF; give its text, as pdftotext or a PDF viewer's export makes it")
+    if head.startswith(_PARQUET):
+        raise DataError(
+            f"{path} is a Parquet file; give its rows as JSON lines, as made by pandas: "
+            'pandas.read_parquet(FILE).to_json("rows.jsonl", orient="records", lines=True)'
+        )
     if b"\0" in head and not encoding.lower().startswith(_WIDE):
         raise DataError(
             f"{path} looks binary (it has zero bytes); give text files, or data.encoding=utf-16 if that is what it is"
@@ -259,43 +266,3 @@ def _fitting(path: Path, tried: str) -> str:
     """A common encoding in which the file does decode."""
     names = [name for name in ("utf-8", "gb18030", "big5", "shift_jis", "cp1252") if name != tried]
     return next((name for name in names if _undecodable(path, name) is None), "latin-1")
-
-
-def _json_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
-    parts = _BRACED.split(field) if _BRACED.search(field) else ["", field, ""]  # text and names in turn
-    between, names = parts[::2], parts[1::2]
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error.msg}); .jsonl needs one JSON object a line") from error
-        if not isinstance(value, dict):
-            raise DataError(
-                f"{path}:{number}: expected a JSON object with a field {names[0]!r}, found {line[:40].rstrip()!r}"
-            )
-        texts = [_field(path, number, line, value, name) for name in names]
-        yield between[0] + "".join(text + after for text, after in zip(texts, between[1:], strict=True))
-
-
-def _field(path: Path, number: int, line: str, value: dict[str, Any], name: str) -> str:
-    """The text in a field of a line."""
-    if name not in value:
-        strings = [key for key, entry in value.items() if isinstance(entry, str)]
-        advice = f"; choose one with data.field={strings[0]}" if strings else ""
-        fields = ", ".join(map(repr, value))
-        raise DataError(f"{path}:{number}: no field {name!r}; the fields are {fields}{advice}")
-    text = value[name]
-    if not isinstance(text, str):
-        raise DataError(f"{path}:{number}: field {name!r} is not text but {type(text).__name__}")
-    if "\\u" in line:  # an escape may be half of a character
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{path}:{number}: field {name!r} has half of a surrogate pair "
-                f"(\\u{ord(text[error.start]):04x} at character {error.start}), which is no text; "
-                "mend or delete the line"
-            ) from error
-    return text

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,11 +212,11 @@ def load_average(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: stored.read(name, like.get(name)) for name in stored.shapes}
 
 
-def prune_checkpoints(folder: Path, keep_last: int, best: int | None) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints and the best one."""
+def prune_checkpoints(folder: Path, keep_last: int, keep: Collection[int | None] = ()) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints and those of the steps in ``keep``."""
     found = list_checkpoints(folder)
     for step in sorted(found)[:-keep_last]:
-        if step != best:
+        if step not in keep:
             shutil.rmtree(found[step])
 
 

@@ -61,6 +61,8 @@ class EngineConfig:
     """Steps between samples; 0 samples at the end only."""
     keep_last: int = 2
     """Newest checkpoints kept, at least 1; the best validated one is kept besides."""
+    keep_stable: bool = True
+    """Whether wsd's last checkpoint before the rate falls is made and kept; ``resume --steps`` goes on from it."""
     background_save: bool = False
     """Whether training goes on while a checkpoint is written, from a copy of the state in memory."""
     load_every: int = 10

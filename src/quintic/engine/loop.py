@@ -51,6 +51,7 @@ from quintic.engine.step import StepParts, TrainingError, take_step
 from quintic.engine.task import Task
 from quintic.engine.utilization import Peak
 from quintic.optim import OptimConfig, build_optimizer
+from quintic.optim.lr import decay_start
 
 __all__ = ["Outcome", "TrainingError", "train"]
 
@@ -165,6 +166,7 @@ def _train(
         parts = StepParts(task, model, optimizer, clipping, order, engine, optim, dtype, flops, peak, ranks)
         sample = ""
         saved = state.step
+        stable = decay_start(engine.steps, optim) if engine.keep_stable else None
         last_step = engine.steps if stop_at is None else min(stop_at, engine.steps)
 
         def save() -> None:
@@ -196,7 +198,7 @@ def _train(
                     metrics.append(state.row)
                     display.step(state.row)
                     if saved == state.step and ranks.is_main:
-                        prune_checkpoints(run.checkpoints, engine.keep_last, run.best_step())
+                        prune_checkpoints(run.checkpoints, engine.keep_last, (run.best_step(), stable))
                 if state.step >= last_step or should_stop():
                     break
 
@@ -211,7 +213,7 @@ def _train(
                 if (state.row.get("spike") or 0.0) > SPIKE:
                     display.note(f"step {state.step}: the loss is {state.row['spike']:.0f} sigma above the last steps'")
                 # Save first: whatever follows may fail.
-                if should_stop() or due_after(state.step, engine).save:
+                if should_stop() or due_after(state.step, engine).save or state.step == stable:
                     save()
             if saved != state.step:
                 save()

@@ -33,7 +33,16 @@ from quintic.core import ConfigError, suggest
 if TYPE_CHECKING:
     from quintic.optim.config import OptimConfig
 
-__all__ = ["SCALES", "UPDATE_RMS", "ConvertedLr", "convert_lr", "lr_factor", "momentum_at", "scale_factor"]
+__all__ = [
+    "SCALES",
+    "UPDATE_RMS",
+    "ConvertedLr",
+    "convert_lr",
+    "decay_start",
+    "lr_factor",
+    "momentum_at",
+    "scale_factor",
+]
 
 UPDATE_RMS = 0.2
 """RMS of one update per unit of learning rate under ``moonlight`` and ``rms``; Adam's is about the same."""
@@ -139,6 +148,24 @@ def lr_factor(step: int, total_steps: int, config: OptimConfig) -> float:
     decay = min(round(config.decay_fraction * total_steps), total_steps - warmup)
     t = max(0.0, (step - (total_steps - decay) + 1) / (decay + 1))
     return final + (1.0 - final) * (1.0 - (math.sqrt(t) if config.decay_shape == "1-sqrt" else t))
+
+
+def decay_start(total_steps: int, config: OptimConfig) -> int | None:
+    """Steps that ``wsd`` takes before the rate falls: what they reach can be trained on to any length.
+
+    Returns:
+        Their number; None if there are none, or the schedule is another or has no decay.
+
+    Example:
+        >>> from quintic.optim import OptimConfig
+        >>> decay_start(200, OptimConfig(decay_fraction=0.4)), decay_start(200, OptimConfig(schedule="cosine"))
+        (120, None)
+    """
+    if config.schedule != "wsd":
+        return None
+    warmup = round(config.warmup_fraction * total_steps)
+    decay = min(round(config.decay_fraction * total_steps), total_steps - warmup)
+    return total_steps - decay if 0 < decay < total_steps else None
 
 
 def momentum_at(step: int, total_steps: int, config: OptimConfig) -> float:
