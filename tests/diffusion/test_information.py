@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from quintic.core import ConfigError
+from quintic.core import ConfigError, DataError
 from quintic.diffusion import ErrorCurve, GaussianDenoiser, NetworkDenoiser, UNet, load_denoiser, measure_errors
+from quintic.diffusion.residuals import measure_residuals
 
 LEVELS = [-8 + 0.5 * i for i in range(33)]
 
@@ -64,3 +65,15 @@ def test_curves_that_cannot_be_are_refused():
             ErrorCurve(levels, errors, 4)
     with pytest.raises(ConfigError, match="values > 0"):
         ErrorCurve((0.0, 1.0), (1.0, 0.5), 0)
+
+
+@pytest.mark.parametrize(
+    "measure", [lambda *given, **more: measure_errors(*given, [0.0, 1.0], **more), measure_residuals]
+)
+def test_a_measurement_of_nothing_is_refused(gaussian, measure):
+    model, images = gaussian
+    for batch in (0, -1):
+        with pytest.raises(ConfigError, match=f"batch = {batch}; expected a whole number, 1 or more"):
+            measure(model, images[:3], batch=batch)
+    with pytest.raises(DataError, match="one image or more, found none"):
+        measure(model, images[:0])

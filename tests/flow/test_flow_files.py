@@ -83,5 +83,11 @@ def test_scores_are_bits_minus_png(make_flow):
     with torch.no_grad():
         several = flow.bits_per_dim(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), samples=2, seed=5)
     assert score_images(flow, images, samples=2, seed=5, batch=4).bits_per_dim == pytest.approx(several.numpy())
-    with pytest.raises(DataError):
-        score_images(flow, images[:, :, :4])
+    for wrong in (images[:, :, :4], images[..., 0]):
+        with pytest.raises(DataError):
+            score_images(flow, wrong)
+    with pytest.raises(DataError, match=r"with labels \(n,\), found \(8,\)"):
+        score_images(flow, images, np.arange(8) % 3)
+    for wrong in ({"batch": -1}, {"batch": 0}, {"samples": 0}):  # no number would be computed, and some returned
+        with pytest.raises(ConfigError, match="expected a whole number, 1 or more"):
+            score_images(flow, images, **wrong)

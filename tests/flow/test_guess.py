@@ -99,5 +99,5 @@ def test_flows_that_cannot_have_one_are_refused():
         LinearGuess.fit(TarFlow((1, 4, 4), direction="sampling", **sizes))
     with pytest.raises(ConfigError, match="4800"):
         LinearGuess.fit(TarFlow((3, 40, 40), **sizes))
-    with pytest.raises(ConfigError, match="two samples"):
+    with pytest.raises(ConfigError, match="samples = 1; expected a whole number, 2 or more"):
         LinearGuess.fit(TarFlow((1, 4, 4), **sizes), 1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quintic.core import DataError
+from quintic.core import ConfigError, DataError
 from quintic.flow import TarFlow, inpaint
 
 F64 = torch.float64
@@ -74,3 +74,19 @@ def test_an_impossible_start_is_refused(make_flow):
     flow = make_flow(noise="uniform", preprocess="logit")
     with pytest.raises(DataError, match="no density"):
         inpaint(flow, torch.full((1, 1, 4, 6), 2.0, dtype=F64), torch.zeros(4, 6, dtype=torch.bool))
+
+
+def test_steps_that_would_change_nothing_and_masks_that_are_none_are_refused(make_flow):
+    flow = make_flow()
+    images, known = torch.zeros(2, 1, 4, 6, dtype=F64), torch.zeros(4, 6, dtype=torch.bool)
+    for wrong in ({"steps": 0}, {"steps": -1}, {"step_size": 0.0}, {"step_size": -1.0}, {"step_size": float("nan")}):
+        with pytest.raises(ConfigError, match=rf"{next(iter(wrong))} = .*; expected a"):
+            inpaint(flow, images, known, **wrong)
+    for mask in (known.double(), known.byte()):
+        with pytest.raises(DataError, match=rf"a mask of bool, .* found {mask.dtype}: known > 0"):
+            inpaint(flow, images, mask)
+    with pytest.raises(DataError, match=r"known has shape \(5, 6\); expected that of the images, \(2, 1, 4, 6\)"):
+        inpaint(flow, images, torch.zeros(5, 6, dtype=torch.bool))
+    for other in (images[:, :, :3], images[0], images.byte()):
+        with pytest.raises(DataError, match=r"expected images \(batch, 1, 4, 6\) with pixels from -1 to 1, found"):
+            inpaint(flow, other, known[:3])

@@ -277,13 +277,18 @@ def test_no_images_are_no_images(make_flow):
 
 def test_an_impossible_number_of_images_or_labels_is_refused_before_anything_is_drawn(make_flow):
     flow, told = make_flow(num_classes=3), []
-    for options in ({"n": 0}, {"n": -1}, {"n": 2, "batch": 0}):
-        with pytest.raises(ConfigError, match=r"n = -?\d and batch = \d+; expected 1 or more"):
+    for options in ({"n": 0}, {"n": -1}, {"n": 2, "batch": 0}, {"n": 2, "batch": -1}, {"n": 2.5}):
+        with pytest.raises(ConfigError, match=r"(n|batch) = [-.\d]+; expected a whole number, 1 or more"):
             flow.sample(**options)
     for labels in (torch.tensor([0, 1, 2]), torch.tensor([0, 3]), 3):
         with pytest.raises(DataError, match="labels"):
             flow.sample(2, labels, batch=1, progress=lambda done, n: told.append(done))
     assert not told
+    with pytest.raises(ConfigError, match="batch = 0"):
+        plan_sampling(flow, 0)
+    image = torch.zeros(flow.shape, dtype=F64)
+    with pytest.raises(ConfigError, match="steps = 1; expected a whole number, 2 or more"):
+        flow.interpolate(image, image, 1)
 
 
 def test_a_plan_covers_all_blocks_and_changes_no_image(make_flow):

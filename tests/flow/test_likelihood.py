@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from quintic.core import DataError
+from quintic.core import ConfigError, DataError
 from quintic.flow.likelihood import bits, dequantise, logit_forward, logit_inverse
 
 F64 = torch.float64
@@ -106,6 +106,12 @@ def test_the_uniform_density_costs_all_the_bits():
 def test_what_is_no_picture_is_refused(two_pixels, wrong):
     with pytest.raises(DataError, match=r"levels|integers"):
         two_pixels.bits_per_dim(wrong)
+
+
+def test_a_mean_of_no_draws_is_refused(two_pixels):
+    for wrong in ({"samples": 0}, {"samples": -1}, {"first": -1}):
+        with pytest.raises(ConfigError, match=r"= -?\d; expected a whole number"):
+            two_pixels.bits_per_dim(torch.zeros(1, 1, 1, 2, dtype=torch.int64), **wrong)
 
 
 def test_logit_and_back_with_its_jacobian():

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
 from typing import Any
 
 from quintic.core.errors import ConfigError, suggest
 
-__all__ = ["check_least", "check_names", "check_types"]
+__all__ = ["check_counts", "check_least", "check_names", "check_types"]
 
 _ACCEPTED = {"bool": bool, "int": Integral, "float": Real, "str": str}
 
@@ -67,3 +68,23 @@ def check_least(section: str, values: Any, least: Mapping[str, float]) -> None:
         if not bound <= value < math.inf:
             finite = " and finite" if isinstance(value, float) else ""
             raise ConfigError(f"{section}.{field} must be at least {bound}{finite}, found {value}")
+
+
+def check_counts(least: int = 1, **counts: Any) -> None:
+    """Make sure that arguments of a function are whole numbers, and at least so large: name=value.
+
+    Raises:
+        ConfigError: One is not.
+
+    Example:
+        >>> check_counts(samples=2, batch=-1)
+        Traceback (most recent call last):
+        quintic.core.errors.ConfigError: batch = -1; expected a whole number, 1 or more
+    """
+    for name, value in counts.items():
+        try:
+            fits = operator.index(value) >= least
+        except TypeError:
+            fits = False
+        if not fits:
+            raise ConfigError(f"{name} = {value!r}; expected a whole number, {least} or more")

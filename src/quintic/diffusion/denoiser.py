@@ -161,7 +161,7 @@ class GaussianDenoiser:
     def spectrum(self) -> Tensor:
         """(c h w,) float64 variances along all directions, those of ``rest`` last."""
         others = math.prod(self._shape) - len(self._variances)
-        return torch.cat([self._variances, torch.full((others,), self._rest, dtype=torch.float64)])
+        return torch.cat([self._variances, self._variances.new_full((others,), self._rest)])
 
     def predict_x0(self, x: Tensor, log_snr: float | Tensor) -> Tensor:
         """The posterior mean; see :class:`Denoiser`.
@@ -171,7 +171,7 @@ class GaussianDenoiser:
         """
         check_noisy(x, self._shape)
         device = x.device
-        level = torch.as_tensor(log_snr, dtype=torch.float64).reshape(-1, 1)
+        level = torch.as_tensor(log_snr, dtype=torch.float64, device="cpu").reshape(-1, 1)
         alpha, sigma = alpha_sigma(level)
         gain = alpha * self._variances / (alpha**2 * self._variances + sigma**2)
         gain_rest = alpha * self._rest / (alpha**2 * self._rest + sigma**2)
@@ -212,5 +212,5 @@ class GaussianDenoiser:
             raise CheckpointError(f"{path} is not a file of a Gaussian denoiser: {error}") from error
 
     def _tensors(self) -> dict[str, Tensor]:
-        rest = torch.tensor(self._rest, dtype=torch.float64)
+        rest = torch.tensor(self._rest, dtype=torch.float64, device="cpu")
         return {"mean": self._mean, "basis": self._basis, "variances": self._variances, "rest": rest}

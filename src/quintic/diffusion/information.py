@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quintic.core import ConfigError
+from quintic.core import ConfigError, DataError
+from quintic.core.settings import check_counts
 from quintic.diffusion.denoiser import Denoiser
 from quintic.diffusion.noise_schedule import alpha_sigma
 from quintic.diffusion.residuals import Residuals
@@ -93,9 +94,13 @@ def measure_errors(
         batch: Images per call.
 
     Raises:
-        ConfigError: The levels do not rise, or there are fewer than two.
+        ConfigError: The levels do not rise, there are fewer than two, or ``batch`` is less than 1.
+        DataError: No images.
     """
     check_levels(levels)
+    check_counts(batch=batch)
+    if not len(images):
+        raise DataError("the errors of a denoiser are measured on one image or more, found none")
     sums = np.zeros(len(levels))
     for start in range(0, len(images), batch):
         x0 = images[start : start + batch].float()

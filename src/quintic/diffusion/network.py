@@ -116,7 +116,7 @@ class NetworkDenoiser:
             labels: (b,) classes, of a model with classes.
         """
         check_noisy(x, self.shape)
-        level = torch.as_tensor(log_snr, dtype=torch.float64).expand(len(x))
+        level = torch.as_tensor(log_snr, dtype=torch.float64, device="cpu").expand(len(x))
         weight = self.network.enter.weight  # images go to where the network is, and come back
         labels = None if labels is None else labels.to(weight.device)
         there = {"device": weight.device, "dtype": weight.dtype}

@@ -45,7 +45,7 @@ def alpha_sigma(log_snr: float | Tensor, like: Tensor | None = None) -> tuple[Te
         >>> [round(float(v), 4) for v in alpha_sigma(0.0)]
         [0.7071, 0.7071]
     """
-    level = torch.as_tensor(log_snr, dtype=torch.float64)
+    level = torch.as_tensor(log_snr, dtype=torch.float64, device="cpu")
     alpha, sigma = torch.sigmoid(level).sqrt(), torch.sigmoid(-level).sqrt()
     if like is None:
         return alpha, sigma

@@ -27,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quintic.core import ConfigError
+from quintic.core import ConfigError, DataError
+from quintic.core.settings import check_counts
 from quintic.diffusion.denoiser import Denoiser, GaussianDenoiser
 from quintic.diffusion.noise_schedule import alpha_sigma
 from quintic.diffusion.samplers import seeded_noise
@@ -136,7 +137,14 @@ def measure_residuals(denoiser: Denoiser, images: Tensor, *, seed: int = 0, batc
         images: (n, c, h, w) in [-1, 1] that it was not trained on.
         seed: Of the noise.
         batch: Images per call.
+
+    Raises:
+        ConfigError: ``batch`` is less than 1.
+        DataError: No images.
     """
+    check_counts(batch=batch)
+    if not len(images):
+        raise DataError("the residuals of a denoiser are measured on one image or more, found none")
     colours, rows, columns = transforms(denoiser.shape)
     sizes, squares = [], []
     batches = [images[start : start + batch].float() for start in range(0, len(images), batch)]

@@ -80,9 +80,9 @@ class StepwiseDenoiser:
 
     def step(self, log_snr: float | Tensor) -> Tensor:
         """Fractional step of a noise level, float64."""
-        level = torch.as_tensor(log_snr, dtype=torch.float64).cpu().numpy()
+        level = torch.as_tensor(log_snr, dtype=torch.float64, device="cpu").numpy()
         steps = np.arange(len(self._log_snr), dtype=np.float64)
-        return torch.as_tensor(np.interp(level, self._log_snr[::-1], steps[::-1]))
+        return torch.as_tensor(np.interp(level, self._log_snr[::-1], steps[::-1]), device="cpu")
 
     @torch.no_grad()
     def predict_x0(self, x: Tensor, log_snr: float | Tensor, labels: Tensor | None = None) -> Tensor:
@@ -95,6 +95,6 @@ class StepwiseDenoiser:
         if (labels is None) != (self.num_classes == 0):
             wanted = f"labels of {self.num_classes} classes" if self.num_classes else "no labels"
             raise ConfigError(f"this model wants {wanted}, found {'none' if labels is None else 'some'}")
-        level = torch.as_tensor(log_snr, dtype=torch.float64).expand(len(x))
+        level = torch.as_tensor(log_snr, dtype=torch.float64, device="cpu").expand(len(x))
         predicted = self._predict(x, self.step(level).to(x), labels)[:, : x.shape[1]]
         return x0_from_target(self.target, x, predicted, level)

@@ -97,8 +97,8 @@ class DDPMTask(ImageTask):
         """Squared error of the target, summed over all values."""
         x0 = batch["images"]
         b, device = len(x0), x0.device
-        times = (torch.randperm(b) + torch.rand(b)) / b
-        levels = torch.tensor([self.schedule.log_snr(float(t)) for t in times], dtype=torch.float64)
+        times = (torch.randperm(b, device="cpu") + torch.rand(b, device="cpu")) / b
+        levels = torch.tensor([self.schedule.log_snr(float(t)) for t in times], dtype=torch.float64, device="cpu")
         labels = batch.get("labels")
         if labels is not None:
             withheld = torch.rand(b, device=device) < self.config.class_dropout
@@ -109,7 +109,7 @@ class DDPMTask(ImageTask):
         """Squared error with fixed noise, at levels spread as in training."""
         x0 = batch["images"]
         times = ((np.arange(first, first + len(x0)) + 0.5) * _GOLDEN) % 1.0
-        levels = torch.tensor([self.schedule.log_snr(float(t)) for t in times], dtype=torch.float64)
+        levels = torch.tensor([self.schedule.log_snr(float(t)) for t in times], dtype=torch.float64, device="cpu")
         drawn = self.noise(noise.normal, x0, first).to(x0)
         return self._loss(model, x0, drawn, levels, batch.get("labels"))
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError
+from quintic.core.settings import check_counts
 
 if TYPE_CHECKING:
     from quintic.flow.tarflow import TarFlow
@@ -56,22 +57,24 @@ class LinearGuess:
             raise ConfigError("this flow samples in one parallel pass and guesses nothing")
         if model.dims > _MOST:
             raise ConfigError(f"a linear guess is for up to {_MOST} numbers an image, this flow's have {model.dims}")
-        if samples < 2:
-            raise ConfigError(f"a guess is learned from at least two samples, found {samples}")
+        check_counts(2, samples=samples)
         images = model.sample(samples, labels, seed=seed, method="sequential", denoise=False, batch=_BATCH).images
         x, rows = model.as_tokens(images)[0], model.rows(labels, samples)
         matrices, shifts = [], []
         for block in model.stack:
             parts = [slice(first, first + _BATCH) for first in range(0, samples, _BATCH)]
             z = torch.cat([block(x[part], None if rows is None else rows[part])[0] for part in parts])
-            one, other = block.ordered(z).flatten(1).double(), block.ordered(x).flatten(1).double()
+            # On the CPU first: not every device has float64.
+            one, other = (block.ordered(v).flatten(1).cpu().double() for v in (z, x))
             centre, target = one.mean(0), other.mean(0)
             one, other = one - centre, other - target
             # A hundredth of the latents' own size keeps the map sane where samples say nothing.
-            square = one.T @ one + 0.01 * one.square().sum(0).mean() * torch.eye(model.dims).to(one)
+            square = one.T @ one + 0.01 * one.square().sum(0).mean() * torch.eye(
+                model.dims, dtype=one.dtype, device="cpu"
+            )
             matrix = torch.linalg.solve(square, one.T @ other)
-            matrices.append(matrix.to(z.dtype))
-            shifts.append((target - centre @ matrix).to(z.dtype))
+            matrices.append(matrix.to(z))
+            shifts.append((target - centre @ matrix).to(z))
             x = z
         return cls(torch.stack(matrices), torch.stack(shifts))
 

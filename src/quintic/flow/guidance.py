@@ -58,10 +58,10 @@ class Guidance:
                 raise ConfigError(f"unknown guidance {name} {value!r}{suggest(value, known)}")
 
     def weights(self, start: int, end: int, tokens: int) -> Tensor:
-        """Weights of tokens ``start`` to ``end - 1`` of a block, (end - start,) float64."""
+        """Weights of tokens ``start`` to ``end - 1`` of a block, (end - start,) float64 on the CPU."""
         if self.schedule == "constant":
-            return torch.full((end - start,), self.weight, dtype=torch.float64)
-        return self.weight * torch.arange(start, end, dtype=torch.float64) / (tokens - 1)
+            return torch.full((end - start,), self.weight, dtype=torch.float64, device="cpu")
+        return self.weight * torch.arange(start, end, dtype=torch.float64, device="cpu") / (tokens - 1)
 
     def combine(
         self, mu: tuple[Tensor, Tensor], alpha: tuple[Tensor, Tensor] | None, weights: Tensor

@@ -9,13 +9,15 @@ the unknown pixels given the known ones. The size t is adapted, per image, in th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quintic.core import DataError
+from quintic.core import ConfigError, DataError
 from quintic.core.counter_rng import Stream
+from quintic.core.settings import check_counts
 from quintic.flow.precision import full_precision
 from quintic.flow.tarflow import TarFlow
 
@@ -58,10 +60,18 @@ def inpaint(
         seed: Of all noise.
 
     Raises:
-        ConfigError: The weights are in half precision.
-        DataError: The density of an image is 0 to begin with.
+        ConfigError: ``steps`` or ``step_size`` is not positive, or the weights are in half precision.
+        DataError: Images or a mask of another shape or dtype, or the density of an image is 0 to begin with.
     """
-    known = torch.broadcast_to(known, images.shape)
+    check_counts(steps=steps)
+    if step_size is not None and not 0.0 < step_size < math.inf:
+        raise ConfigError(f"step_size = {step_size!r}; expected a positive number, or None for the usual one")
+    if images.ndim != 4 or tuple(images.shape[1:]) != model.shape or not images.is_floating_point():
+        raise DataError(
+            f"expected images (batch, {', '.join(map(str, model.shape))}) with pixels from -1 to 1, "
+            f"found {tuple(images.shape)} of {images.dtype}"
+        )
+    known = _mask(known, images)
     draws = Stream(seed, "inpainting")
     size = images.numel()
 
@@ -70,7 +80,8 @@ def inpaint(
 
     gaussian = model.noise == "gaussian"
     x = images + model.sigma * normal(0) if gaussian else images.clone()
-    first = step_size or (0.1 * model.sigma**2 if gaussian else 1e-4)
+    usual = 0.1 * model.sigma**2 if gaussian else 1e-4
+    first = usual if step_size is None else step_size
     t = torch.full((len(x), 1, 1, 1), first, dtype=x.dtype, device=x.device)
     uniform = torch.from_numpy(Stream(seed, "inpainting", "accept").uniform(0, steps * len(x))).to(x)
     value, slope = _value_and_slope(model, x, known, labels)
@@ -97,6 +108,19 @@ def inpaint(
     if gaussian:
         x = model.denoise(x, labels)
     return Inpainting(torch.where(known, images, x), accepted / max(1, steps - steps // 2))
+
+
+def _mask(known: Tensor, images: Tensor) -> Tensor:
+    """The mask in the shape and on the device of the images."""
+    if known.dtype != torch.bool:
+        raise DataError(f"known must be a mask of bool, True where a pixel is kept, found {known.dtype}: known > 0")
+    try:
+        return torch.broadcast_to(known, images.shape).to(images.device)
+    except RuntimeError:
+        raise DataError(
+            f"known has shape {tuple(known.shape)}; expected that of the images, {tuple(images.shape)}, or one that "
+            "broadcasts to it, such as (height, width)"
+        ) from None
 
 
 def _value_and_slope(model: TarFlow, x: Tensor, known: Tensor, labels: Tensor | int | None) -> tuple[Tensor, Tensor]:

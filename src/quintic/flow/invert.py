@@ -105,7 +105,7 @@ class Workspace:
         both = batch * (2 if self.guidance else 1)
         self.room = Room(arguments["layers"], both, heads, model.tokens, arguments["head_width"], weight)
         self.mask = torch.ones(model.tokens, model.tokens, dtype=torch.bool, device=weight.device).tril()
-        self.weights = torch.empty(0)
+        self.weights = weight.new_empty(0)
         if self.guidance:
             self.weights = self.guidance.weights(1, model.tokens, model.tokens).to(weight)[:, None]
         self.unlabelled = None if rows is None else torch.full_like(rows, model.num_classes)

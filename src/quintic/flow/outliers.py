@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from quintic.core import DataError
+from quintic.core.settings import check_counts
 from quintic.flow.tarflow import TarFlow
 
 __all__ = ["ImageScores", "png_bits_per_dim", "score_images"]
@@ -64,14 +66,19 @@ def score_images(
         progress: Told images done and wanted.
 
     Raises:
-        DataError: Images of another shape than the flow's.
+        ConfigError: ``samples`` or ``batch`` is no whole number of 1 or more, or the weights are in half precision.
+        DataError: Images of another shape than the flow's, or labels of another number than images.
     """
+    check_counts(samples=samples, batch=batch)
+    if images.ndim != 4 or (labels is not None and labels.shape != (len(images),)):
+        told = "" if labels is None else f" with labels (n,), found {labels.shape}"
+        raise DataError(f"expected images (n, h, w, c), found {images.shape}{told}")
     found = np.empty(len(images))
     for start in range(0, len(images), batch):
         part = torch.from_numpy(np.ascontiguousarray(images[start : start + batch].transpose(0, 3, 1, 2)))
         rows = None if labels is None else torch.from_numpy(labels[start : start + batch])
         values = model.bits_per_dim(part, rows, samples=samples, seed=seed, first=start)
-        found[start : start + batch] = values.double().cpu().numpy()
+        found[start : start + batch] = values.cpu().numpy()
         if progress:
             progress(start + len(part), len(images))
     return ImageScores(found, found - np.array([png_bits_per_dim(image) for image in images]))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quintic.core.counter_rng import Stream
+from quintic.core.settings import check_counts
 from quintic.flow.guidance import Guidance
 from quintic.flow.invert import Tolerance, Workspace, invert_block, step_, sweep_
 from quintic.flow.precision import full_precision
@@ -85,8 +86,9 @@ def plan_sampling(
         seed: Of the latents to calibrate with.
 
     Raises:
-        ConfigError: The weights are in half precision.
+        ConfigError: The batch has less than one image, or the weights are in half precision.
     """
+    check_counts(batch=batch)
     with torch.inference_mode(), full_precision(model.stack[0].position):
         return _measured(model, batch, guidance, row, seed)
 

@@ -4,6 +4,8 @@ Latents are about normal, so their lengths hardly differ, and a straight line be
 ones that no image has. So the way is that of spherical interpolation, with the angle w between a and b:
 
     (sin((1 - t) w) a + sin(t w) b) / sin w       for t from 0 to 1
+
+If b points away from a, every direction is as short, and the way goes over a third point, always the same one.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quintic.core.counter_rng import Stream
 from quintic.flow.invert import Inversion
 
 __all__ = ["Samples", "great_circle"]
@@ -33,7 +36,10 @@ class Samples:
 
 
 def great_circle(a: Tensor, b: Tensor, steps: int) -> Tensor:
-    """Points between two, both included, evenly spaced in angle; on a straight line if they point the same way.
+    """Points between two, both included; of equally long ones evenly spaced in angle.
+
+    On a straight line if they point the same way or one is 0. If they point away from each other, over a point at a
+    right angle to both that is drawn once for all: as good a latent as any, where a straight line would pass 0.
 
     Args:
         a: Any shape.
@@ -51,7 +57,17 @@ def great_circle(a: Tensor, b: Tensor, steps: int) -> Tensor:
     """
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))
-    t = torch.linspace(0, 1, steps).to(a).view(-1, *[1] * a.ndim)
-    if angle.sin() < 1e-6:
+    t = torch.linspace(0, 1, steps, device="cpu").to(a).view(-1, *[1] * a.ndim)
+    if cosine < 0 and a.numel() > 1 and _beside(b, a).norm() < 1e-4 * b.norm():
+        third = _beside(torch.from_numpy(Stream(0, "great circle").normal(0, a.numel())).to(a).view(a.shape), a)
+        third = third * (0.5 * (a.norm() + b.norm()) / third.norm())
+        along = torch.cos(torch.pi * t)
+        return along.clamp_min(0) * a + torch.sin(torch.pi * t) * third + (-along).clamp_min(0) * b
+    if not angle.sin() >= 1e-6:  # NaN if one of them is 0
         return (1 - t) * a + t * b
     return (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
+
+
+def _beside(x: Tensor, a: Tensor) -> Tensor:
+    """The part of x at a right angle to a."""
+    return x - (x * a).sum() / a.square().sum() * a

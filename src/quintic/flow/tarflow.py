@@ -24,6 +24,7 @@ from quintic.core import ConfigError, DataError, SamplingError, suggest
 from quintic.core.counter_rng import Stream
 from quintic.core.initial import initialize_
 from quintic.core.roles import Constant, Role, declare
+from quintic.core.settings import check_counts
 from quintic.flow.block import FlowBlock
 from quintic.flow.config import DIRECTIONS, NOISES, PREPROCESSINGS
 from quintic.flow.guess import LinearGuess
@@ -190,9 +191,11 @@ class TarFlow(nn.Module):
             (b,).
 
         Raises:
-            ConfigError: The weights are in half precision.
+            ConfigError: ``samples`` is less than 1, ``first`` than 0, or the weights are in half precision.
             DataError: Pixels are no such integers.
         """
+        check_counts(samples=samples)
+        check_counts(0, first=first)
         weight = self.stack[0].position  # tells device and precision
         parts = []
         for draw in range(samples):
@@ -306,8 +309,7 @@ class TarFlow(nn.Module):
             ConfigError: Fewer than one image or batch, or see :meth:`decode`.
             SamplingError: An image was not finite in four draws.
         """
-        if n < 1 or batch < 1:
-            raise ConfigError(f"n = {n} and batch = {batch}; expected 1 or more of each")
+        check_counts(n=n, batch=batch)
         self.rows(labels, n)  # refused before anything is drawn
         if denoise is None:
             denoise = self.noise == "gaussian"
@@ -344,13 +346,18 @@ class TarFlow(nn.Module):
         Args:
             one: (c, h, w).
             other: (c, h, w).
-            steps: Images, both ends included.
+            steps: Images, both ends included, at least 2.
             labels: One class for all.
             **options: Of :meth:`decode`.
 
         Returns:
             (steps, c, h, w).
+
+        Raises:
+            ConfigError: Fewer than two images, or see :meth:`decode`.
+            DataError: Another shape, or a class out of range.
         """
+        check_counts(2, steps=steps)
         with torch.no_grad(), full_precision(self.stack[0].position):
             a, b = self(torch.stack([one, other]), labels)[0]
         return self.decode(great_circle(a, b, steps), labels, **options)[0]

@@ -148,7 +148,7 @@ class TarFlowTask(ImageTask):
         """Images of all classes in turn."""
         assert isinstance(model, TarFlow)
         n, c = self.config.sample_images, self.config
-        labels = torch.arange(n) % c.classes if c.classes else None
+        labels = torch.arange(n, device="cpu") % c.classes if c.classes else None
         guidance = Guidance(c.guidance) if c.guidance and c.classes else None
         return model.sample(n, labels, seed=seed, guidance=guidance, method="sequential", check=check).images
 
