@@ -53,7 +53,7 @@ def initialize_(model: nn.Module, seed: int | None) -> None:
             parameter.fill_(init.value)
             continue
         here: Tensor = getattr(parameter, "to_local", lambda whole=parameter: whole)()
-        flat = torch.empty(here.numel(), dtype=here.dtype)
+        flat = torch.empty(here.numel(), dtype=here.dtype, device="cpu")
         stream = Stream(seed, "weights", name)
         for place, first, length in _runs(parameter):
             for start in range(0, length, _CHUNK):

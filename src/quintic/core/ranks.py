@@ -73,7 +73,7 @@ class Ranks:
         """Sums over all ranks, in float64."""
         if self.mesh is None:
             return tuple(float(number) for number in numbers)
-        values = torch.tensor(numbers, dtype=torch.float64)
+        values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         self.sum_(values)
         return tuple(values.tolist())
 

@@ -205,7 +205,7 @@ def conv_spectral_norm(weight: Tensor, *, kind: str = "operator", size: Sequence
 def gaussian_start(short: int, count: int, seed: int, like: Tensor) -> Tensor:
     """(short, count) orthonormal columns that span a Gaussian subspace: a pure function of the first three."""
     generator = torch.Generator().manual_seed(seed)
-    columns = torch.randn((short, count), generator=generator, dtype=torch.float64)
+    columns = torch.randn((short, count), generator=generator, dtype=torch.float64, device="cpu")
     return torch.linalg.qr(columns).Q.to(like)
 
 

@@ -44,6 +44,6 @@ class Workspace:
         if size * dtype.itemsize > _KEPT_BYTES:
             return torch.empty(shape, dtype=dtype, device=device)
         if flat is None or flat.numel() < size:
-            flat, views = self._kept[name, dtype] = torch.empty(size, dtype=dtype), {}
+            flat, views = self._kept[name, dtype] = torch.empty(size, dtype=dtype, device=device), {}
         views[shape] = flat[:size].view(shape)
         return views[shape]

@@ -303,6 +303,7 @@ def check_target(target: tuple[float, ...] | None, num_experts: int) -> None:
 
 
 def _shares(target: tuple[float, ...] | None, experts: int) -> Tensor:
+    """Q on the CPU, where the step computes."""
     if target is None:
-        return torch.full((experts,), 1.0 / experts, dtype=torch.float64)
-    return torch.tensor(target, dtype=torch.float64)
+        return torch.full((experts,), 1.0 / experts, dtype=torch.float64, device="cpu")
+    return torch.tensor(target, dtype=torch.float64, device="cpu")

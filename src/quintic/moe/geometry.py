@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quintic.core.precision import in_float64
+
 __all__ = ["EXHAUSTIVE", "best_errors", "gram_matrices", "orthogonal_errors", "random_errors", "ranked_errors"]
 
 EXHAUSTIVE = 16
@@ -25,8 +27,8 @@ _CHUNK = 32  # tokens whose subsets are tried together: 2^16 float64 errors each
 
 
 def gram_matrices(v_tnd: Tensor) -> Tensor:
-    """(tokens, n, n) float64 inner products of the vectors of each token."""
-    v_tnd = v_tnd.double()
+    """(tokens, n, n) float64 inner products of the vectors of each token; on the CPU if their device has no float64."""
+    v_tnd = in_float64(v_tnd)
     return v_tnd @ v_tnd.transpose(1, 2)
 
 
@@ -68,7 +70,7 @@ def random_errors(gram_tnn: Tensor) -> Tensor:
     n = gram_tnn.shape[1]
     trace_t1 = gram_tnn.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
     rest_t1 = gram_tnn.sum((1, 2)).unsqueeze(1) - trace_t1
-    dropped = torch.arange(n, -1, -1, dtype=gram_tnn.dtype)
+    dropped = torch.arange(n, -1, -1, dtype=gram_tnn.dtype, device=gram_tnn.device)
     return trace_t1 * (dropped / n) + rest_t1 * (dropped * (dropped - 1) / max(1, n * (n - 1)))
 
 
@@ -86,7 +88,7 @@ def _all_subsets(gram_tnn: Tensor) -> Tensor:
     tokens, n, _ = gram_tnn.shape
     # Subset s in bits; with vector i it costs error(s) + G_ii + 2 sum over j in s of G_ij. Doubling fills both tables.
     error_ts = gram_tnn.new_zeros(tokens, 1)
-    size_s = torch.zeros(1, dtype=torch.int64)
+    size_s = torch.zeros(1, dtype=torch.int64, device=gram_tnn.device)
     for i in range(n):
         inner_ts = gram_tnn.new_zeros(tokens, 1)
         for j in range(i):
@@ -99,9 +101,9 @@ def _all_subsets(gram_tnn: Tensor) -> Tensor:
 
 def _greedy_with_exchanges(gram_tnn: Tensor) -> Tensor:
     tokens, n, _ = gram_tnn.shape
-    at = torch.arange(tokens)
+    at = torch.arange(tokens, device=gram_tnn.device)
     diagonal_tn = gram_tnn.diagonal(dim1=1, dim2=2)
-    dropped_tn = torch.zeros(tokens, n, dtype=torch.bool)
+    dropped_tn = torch.zeros_like(diagonal_tn, dtype=torch.bool)
     cross_tn = torch.zeros_like(diagonal_tn)  # inner product of each vector with the sum of the dropped
     error_t = gram_tnn.new_zeros(tokens)
     found = [error_t]

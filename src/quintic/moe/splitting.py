@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quintic.core import ConfigError, DataError
+from quintic.core.precision import in_float64
 from quintic.moe.activation import activate_, halves
 from quintic.moe.balance import Balance, NoBalance
 from quintic.moe.feedforward import FeedForward
@@ -95,13 +96,13 @@ class DenseSplit:
             )
         experts, height, width = self.w_in_ehd.shape
         hidden = self.w_out_edf.shape[2]
-        moe = MoE(
-            width, hidden, experts, top_k, num_shared=0, score="one" if normalize_experts is None else "relu",
-            select="relu", normalize_gates=False, normalize_experts=normalize_experts, route_scale=1.0,
-            router_offset=True, activation=self.activation, gated=height == 2 * hidden,
-            balance=NoBalance() if balance is None else balance, initialize=False,
-        )  # fmt: skip
-        moe = moe.to(self.w_in_ehd.device, self.w_in_ehd.dtype)
+        with self.w_in_ehd.device:
+            moe = MoE(
+                width, hidden, experts, top_k, num_shared=0, score="one" if normalize_experts is None else "relu",
+                select="relu", normalize_gates=False, normalize_experts=normalize_experts, route_scale=1.0,
+                router_offset=True, activation=self.activation, gated=height == 2 * hidden,
+                balance=NoBalance() if balance is None else balance, initialize=False,
+            ).to(self.w_in_ehd.dtype)  # fmt: skip
         with torch.no_grad():
             moe.experts.get_parameter(moe.experts.in_name).copy_(self.w_in_ehd)
             moe.experts.down.copy_(self.w_out_edf)
@@ -215,7 +216,7 @@ def _fit(x_td: Tensor, norms_te: Tensor) -> tuple[Tensor, Tensor]:
     The ridge is the one of least generalised cross-validation error (Golub, Heath and Wahba, 1979), since few tokens
     for the width would else fit their noise.
     """
-    dtype, x_td, norms_te = x_td.dtype, x_td.double(), norms_te.double()
+    like, x_td, norms_te = x_td, in_float64(x_td), in_float64(norms_te)
     mean_d, mean_e = x_td.mean(0), norms_te.mean(0)
     centred_td = x_td - mean_d
     value_d, vector_dd = torch.linalg.eigh(centred_td.t() @ centred_td)
@@ -231,7 +232,7 @@ def _fit(x_td: Tensor, norms_te: Tensor) -> tuple[Tensor, Tensor]:
     unit = len(x_td) * float(centred_td.square().mean().clamp(min=1e-30))
     ridge = min((unit * each for each in _RIDGES), key=validation)
     weight_ed = (vector_dd @ (along_de / (value_d + ridge).unsqueeze(1))).t()
-    return weight_ed.to(dtype), (mean_e - weight_ed @ mean_d).to(dtype)
+    return weight_ed.to(like), (mean_e - weight_ed @ mean_d).to(like)
 
 
 def _weights(ffn: nn.Module) -> tuple[Tensor, Tensor, str]:

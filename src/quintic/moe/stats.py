@@ -101,7 +101,7 @@ def sampling_floor(tokens: int, num_experts: int, top_k: int) -> float:
     relative = math.sqrt((1.0 - share) / (share * tokens))
     # Blom's approximation of the expected maximum of E standard normals.
     quantile = (num_experts - 0.375) / (num_experts + 0.25)
-    return relative * float(torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64)))
+    return relative * float(torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64, device="cpu")))
 
 
 def specialisation(counts_ve: Tensor, top_k: int) -> float:
@@ -166,7 +166,7 @@ class RouteRecorder:
         """Token ids of the next forward pass, as many as it routes; a negative one is not counted."""
         experts = [router.bias.shape[0] for router in self._routers]
         dtype = torch.int64 if most is None or most > torch.iinfo(torch.int32).max else torch.int32
-        self.tables = [torch.zeros(max(1, vocab_size), e, dtype=dtype) for e in experts]
+        self.tables = [torch.zeros(max(1, vocab_size), e, dtype=dtype, device="cpu") for e in experts]
         """Per layer: (vocabulary, experts) choices; one row without vocabulary."""
 
     def __enter__(self) -> RouteRecorder:
@@ -202,7 +202,7 @@ class RouteRecorder:
         if self.tokens is None:
             if self._vocab_size:
                 raise DataError("set recorder.tokens to the token ids of a batch before its forward pass")
-            token_n = torch.zeros(ids_nk.shape[0], dtype=torch.int64)
+            token_n = torch.zeros(ids_nk.shape[0], dtype=torch.int64, device="cpu")
         else:
             token_n = self.tokens.flatten().cpu()
             if len(token_n) != len(ids_nk):

@@ -61,7 +61,9 @@ def update_layers(
 def collect_aux_loss(layers: Iterable[MoE]) -> Tensor:
     """What :func:`quintic.moe.aux_loss` does with the MoE layers of a model."""
     losses: list[Tensor] = []
+    device = torch.device("cpu")
     for layer in layers:
+        device = layer.router.weight.device
         trained = layer.router.weight.requires_grad and torch.is_grad_enabled()
         if trained and any(not loss.requires_grad for loss in layer.meter.losses):
             raise ConfigError(
@@ -70,7 +72,7 @@ def collect_aux_loss(layers: Iterable[MoE]) -> Tensor:
             )
         losses += layer.meter.losses
         layer.meter.losses = []
-    return torch.stack(losses).sum() if losses else torch.zeros(())
+    return torch.stack(losses).sum() if losses else torch.zeros((), device=device)
 
 
 def _on_cpu(tensors: list[Tensor]) -> list[Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quintic.core.precision import accumulation_dtype
 from quintic.optim.sharded import local, sum_over_parts
 
 __all__ = ["cap_step_"]
@@ -39,14 +40,14 @@ def cap_step_(active: list[tuple[dict[str, Any], list[Tensor]]], before: list[Te
     params_all = [p for _, params in active for p in params]
     before = [local(old) for old in before]
     device = before[0].device
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    wide = accumulation_dtype(device)
     gains = []
     for (group, p, g), old in zip(moved, before, strict=True):
         dtype = torch.promote_types(p.dtype, torch.float32)
         promised = ((old.to(dtype) - p) * g).sum(dtype=wide).to(device)
         gains.append(-promised if group["maximize"] else promised)
     gain = sum_over_parts(gains, params_all)
-    rates = [torch.as_tensor(group["lr"], dtype=wide).reshape(()).to(device) for group, params in active if params]
+    rates = [torch.as_tensor(group["lr"], dtype=wide, device=device).reshape(()) for group, params in active if params]
     most = cap * torch.stack(rates).max()
     # Gradients that are not finite make a gain that compares as false, and there was no step.
     factor = torch.where(gain > most, most / gain, 1.0)

@@ -242,9 +242,11 @@ class GradientClipping:
         self.nonfinite = nonfinite
         self.steps = 0
         """Calls so far."""
-        self._norms = torch.full((window,), math.nan, dtype=torch.float64)  # newest last; NaN: not known yet
-        self._clipped = torch.zeros((), dtype=torch.int64)
-        self._nonfinite = torch.zeros((), dtype=torch.int64)
+        self._norms = torch.full(
+            (window,), math.nan, dtype=torch.float64, device="cpu"
+        )  # newest last; NaN: not known yet
+        self._clipped = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._nonfinite = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def __call__(self, parameters: Parameters) -> ClipResult:
         """Clip the gradients in place, record the norm, and return what was found and done."""
@@ -307,11 +309,11 @@ class GradientClipping:
         if missing := {"steps", "clipped", "nonfinite", "norms"} - state.keys():
             raise CheckpointError(f"this is not the state of gradient clipping: it has no {', '.join(sorted(missing))}")
         self.steps = int(state["steps"])
-        self._clipped = torch.tensor(int(state["clipped"]))
-        self._nonfinite = torch.tensor(int(state["nonfinite"]))
+        self._clipped = torch.tensor(int(state["clipped"]), device="cpu")
+        self._nonfinite = torch.tensor(int(state["nonfinite"]), device="cpu")
         window = len(self._norms)
         known = [float(norm) for norm in state["norms"]][-window:]
-        self._norms = torch.tensor([math.nan] * (window - len(known)) + known, dtype=torch.float64)
+        self._norms = torch.tensor([math.nan] * (window - len(known)) + known, dtype=torch.float64, device="cpu")
 
 
 def _check(max_norm: float | Tensor, nonfinite: str) -> None:

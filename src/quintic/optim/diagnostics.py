@@ -298,4 +298,4 @@ def _mean(values: list[float], weights: list[int]) -> float:
 
 
 def _median(values: list[float]) -> float:
-    return torch.tensor(values, dtype=torch.float64).nanmedian().item() if values else math.nan
+    return torch.tensor(values, dtype=torch.float64, device="cpu").nanmedian().item() if values else math.nan

@@ -182,7 +182,7 @@ def _convert(
         raise CheckpointError(f"the state of {name} has {found}; expected {', '.join(wanted)}")
     converted = {}
     for key in wanted:
-        value = torch.as_tensor(entry[key])
+        value = entry[key] if isinstance(entry[key], Tensor) else torch.as_tensor(entry[key], device="cpu")
         if key == "step":
             converted[key] = value.to(p.device, torch.float32, copy=True).reshape(())
             continue

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError
+from quintic.core.precision import in_float64
 
 __all__ = [
     "change",
@@ -148,8 +149,8 @@ def layer_shares(gradients: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def wide(t: Tensor) -> Tensor:
-    """In float64, on the CPU for Apple's GPUs, which have none."""
-    return (t.cpu() if t.device.type == "mps" else t).detach().double()
+    """In float64, on the CPU for devices that have none."""
+    return in_float64(t.detach())
 
 
 def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:

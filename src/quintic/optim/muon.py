@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from quintic.core import ConfigError, suggest
+from quintic.core.precision import accumulation_dtype
 from quintic.linalg.coefficients import Coefficients
 from quintic.linalg.workspace import Workspace
 from quintic.optim.adamw import new_state, state_dtype, update_with_adamw
@@ -222,8 +223,7 @@ class Muon(torch.optim.Optimizer):
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         # Written in place only: what compiled code assigns to an optimizer is lost.
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self._cap_factor = torch.ones((), dtype=wide, device=device)
+        self._cap_factor = torch.ones((), dtype=accumulation_dtype(device), device=device)
         warn_about_lr(self.param_groups, shared=adamw_lr is None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

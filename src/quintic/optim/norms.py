@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from quintic.core.precision import accumulation_dtype
 from quintic.optim.sharded import local, settled, sum_over_parts
 
 __all__ = ["global_norm", "scaled_norm", "spectral_norms"]
@@ -41,7 +42,7 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     """
     listed = [settled(t) for t in tensors if t.numel()]
     if not listed:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     cut = [(piece, t) for t in listed for piece in _pieces(local(t))]
     found = _each([piece for piece, _ in cut], listed[0].device)
     if not any(isinstance(t, DTensor) for t in listed):
@@ -66,16 +67,16 @@ def _each(tensors: list[Tensor], device: torch.device) -> list[tuple[list[int], 
     for (there, dtype, empty), indices in kinds.items():
         alike = [tensors[i] for i in indices]
         if empty:  # of a divided tensor perhaps nothing lies here
-            norms = torch.zeros(len(alike))
+            norms = torch.zeros(len(alike), device=device)
         elif (norms := _together(alike, there, dtype)) is None:
             norms = torch.stack([scaled_norm(t) for t in alike])
-        found.append((indices, norms.to(device, _wide(device))))
+        found.append((indices, norms.to(device, accumulation_dtype(device))))
     return found
 
 
 def _together(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor | None:
     """Norms of tensors of one kind in one pass, (number of tensors,); None if squares may be lost."""
-    if device.type == "mps" or (dtype == torch.float64 and device.type != "cpu"):
+    if accumulation_dtype(device) != torch.float64 or (dtype == torch.float64 and device.type != "cpu"):
         return None
     if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)) if dtype != torch.float64 else None
@@ -86,9 +87,9 @@ def _together(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) -
 
 
 def scaled_norm(t: Tensor) -> Tensor:
-    """Euclidean norm of one tensor by its largest magnitude, 0-d, float64."""
+    """Euclidean norm of one tensor by its largest magnitude, 0-d, float64 where the device has it."""
     low, high = torch.aminmax(t)  # much faster on CPUs than the infinity norm, and NaN goes through it too
-    peak = torch.maximum(-low, high).to(_wide(t.device))
+    peak = torch.maximum(-low, high).to(accumulation_dtype(t.device))
     peak = torch.where(peak > 0, peak, 1.0)
     x = t if t.dtype == torch.float64 else t.float()
     return peak * torch.linalg.vector_norm(x / peak.to(x.dtype)).to(peak.dtype)
@@ -97,7 +98,7 @@ def scaled_norm(t: Tensor) -> Tensor:
 def spectral_norms(matrices: Tensor) -> Tensor:
     """Largest singular value of each of (k, n, m), without over- or underflow; 0 for one that is not finite."""
     low, high = matrices.flatten(1).aminmax(dim=1)
-    peak = torch.maximum(-low, high).to(_wide(matrices.device))
+    peak = torch.maximum(-low, high).to(accumulation_dtype(matrices.device))
     usable = peak.isfinite()
     peak = torch.where(usable & (peak > 0), peak, 1.0)
     x = matrices if matrices.dtype == torch.float64 else matrices.float()
@@ -105,7 +106,3 @@ def spectral_norms(matrices: Tensor) -> Tensor:
     gram = x @ x.mT if x.shape[1] <= x.shape[2] else x.mT @ x
     gram = torch.where(usable[:, None, None], gram, 0.0)  # eigvalsh refuses NaN
     return peak * torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0.0).sqrt().to(peak.dtype)
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

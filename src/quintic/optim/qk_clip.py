@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError
+from quintic.core.precision import accumulation_dtype
 
 __all__ = ["TAU", "clip_factors", "clip_latent_qk_", "clip_qk_", "max_logits", "split_heads"]
 
@@ -87,7 +88,7 @@ def max_logits(
 
 
 def clip_factors(largest: Tensor, tau: float = TAU) -> Tensor:
-    """gamma = min(1, tau / S) of each head, float64; 1 for a head whose S is not finite.
+    """gamma = min(1, tau / S) of each head, float64 where the device has it; 1 for a head whose S is not finite.
 
     A batch whose logits are not finite says nothing about the weights, and Muon leaves out such a step by itself.
 
@@ -104,7 +105,7 @@ def clip_factors(largest: Tensor, tau: float = TAU) -> Tensor:
     """
     if not 0 < tau < math.inf:
         raise ConfigError(f"tau = {tau}; expected a positive number, such as {TAU:g}")
-    largest = largest.to(torch.float32 if largest.device.type == "mps" else torch.float64)
+    largest = largest.to(accumulation_dtype(largest.device))
     return torch.where(largest.isfinite() & (largest > tau), tau / largest, 1.0)
 
 
