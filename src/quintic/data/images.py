@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from quintic.core import ConfigError, DataError
 from quintic.core.files import PICTURES
 from quintic.core.settings import check_names, check_types
 from quintic.data.config import check_fractions
 from quintic.data.drawings import SHAPES, draw
+from quintic.data.pictures import Picture, find_pictures, fit, read_picture
 
 __all__ = ["ImageConfig", "ImageData", "ImageSplit", "as_pixels", "as_signed", "image_grid", "prepare_images"]
 
@@ -142,7 +143,10 @@ def as_pixels(signed: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def prepare_images(
-    paths: Sequence[Path] | None, config: ImageConfig, progress: Callable[[str], None] = lambda _: None
+    paths: Sequence[Path] | None,
+    config: ImageConfig,
+    progress: Callable[[str], None] = lambda _: None,
+    unreadable: Callable[[DataError], None] | None = None,
 ) -> ImageData:
     """Read or draw images and split them.
 
@@ -150,9 +154,12 @@ def prepare_images(
         paths: A folder of idx files, or folders and files of pictures; None draws.
         config: Settings.
         progress: Told in words what is going on.
+        unreadable: Told of each picture file that cannot be read, which is then left out; None raises what it would
+            be told.
 
     Raises:
-        DataError: Images are missing, unreadable, of unequal sizes, or too few for a split that was asked for.
+        DataError: Images are missing, unreadable (all of them, if some may be), of unequal sizes, or too few for a
+            split that was asked for.
     """
     if paths is None:
         return _drawn(config)
@@ -161,7 +168,7 @@ def prepare_images(
             raise DataError(f"no such file or folder: {path}")
     if len(paths) == 1 and paths[0].is_dir() and any(_IDX.fullmatch(p.name) for p in paths[0].iterdir()):
         return _from_idx(paths[0], config)
-    return _from_files(paths, config, progress)
+    return _from_files(paths, config, progress, unreadable)
 
 
 def _drawn(config: ImageConfig) -> ImageData:
@@ -237,32 +244,30 @@ def _read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
 def _fit_array(images: NDArray[np.uint8], config: ImageConfig) -> NDArray[np.uint8]:
     """(n, h, w) to (n, h', w', c)."""
     if config.size and images.shape[1:] != (config.size, config.size):
-        fitted = [np.asarray(_fit(Image.fromarray(image), config.size)) for image in images]
+        fitted = [np.asarray(fit(Image.fromarray(image), config.size)) for image in images]
         images = np.stack(fitted) if fitted else np.zeros((0, config.size, config.size), np.uint8)
     return np.repeat(images[..., None], 3 if config.channels == "rgb" else 1, axis=3)
 
 
-def _fit(image: Image.Image, size: int) -> Image.Image:
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-
-
-def _from_files(paths: Sequence[Path], config: ImageConfig, progress: Callable[[str], None]) -> ImageData:
-    files = _find(paths)
+def _from_files(
+    paths: Sequence[Path],
+    config: ImageConfig,
+    progress: Callable[[str], None],
+    unreadable: Callable[[DataError], None] | None,
+) -> ImageData:
+    files = find_pictures(paths)
     if not files:
         raise DataError(
             f"no pictures in {', '.join(map(str, paths))}; looked for {' '.join(PICTURES)} there and below, "
             "and for idx files as of MNIST"
         )
-    pictures, several = [], 0
-    for number, (path, _) in enumerate(files):
-        if number % 500 == 0:
-            progress(f"reading pictures: {number} of {len(files)}")
-        picture, frames = _read_picture(path, config)
-        pictures.append(picture)
-        several += frames > 1
+    files, read = _read_all(files, config.size, progress, unreadable)
+    pictures = [picture.image for picture in read]
     notes = {"source": f"{len(files)} picture files"}
-    if several:
+    if several := sum(picture.frames > 1 for picture in read):
         notes["frames"] = f"the first one of each of {several} files that have several"
+    if deep := sum(picture.deep for picture in read):
+        notes["bits"] = f"{deep} grey files of 16 bits, divided by 257 to have 8"
     grey = config.channels == "grey" or (config.channels == "auto" and all(p.mode == "L" for p in pictures))
     if config.channels == "auto":
         notes["channels"] = "grey, no file has colours" if grey else "rgb, some files have colours"
@@ -296,40 +301,28 @@ def _from_files(paths: Sequence[Path], config: ImageConfig, progress: Callable[[
     return _finish(splits, tuple(classes) if labelled else (), config, notes, _licence(paths))
 
 
-def _find(paths: Sequence[Path]) -> list[tuple[Path, str | None]]:
-    """Picture files with the name of the first subfolder each lies in, every file once, in sorted order."""
-    found: dict[Path, tuple[Path, str | None]] = {}
-    for path in paths:
-        if path.is_file():
-            found.setdefault(path.resolve(), (path, None))
-            continue
-        for file in sorted(path.rglob("*")):
-            parts = file.relative_to(path).parts
-            hidden = any(part.startswith(".") for part in parts)
-            if file.name.lower().endswith(PICTURES) and not hidden and file.is_file():
-                found.setdefault(file.resolve(), (file, parts[0] if len(parts) > 1 else None))
-    return list(found.values())
-
-
-def _read_picture(path: Path, config: ImageConfig) -> tuple[Image.Image, int]:
-    """One picture, upright, on white where it is transparent, at its final size, in mode L or RGB; and its frames."""
-    try:
-        with Image.open(path) as opened:
-            # Cameras put other views of the same picture behind it, as MPO.
-            frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{path} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-            coloured = image.mode not in ("1", "L", "LA")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB" if coloured else "L")
-            return _fit(image, config.size) if config.size else image, frames
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"cannot read {path} as a picture: {error}") from error
+def _read_all(
+    files: list[tuple[Path, str | None]],
+    size: int,
+    progress: Callable[[str], None],
+    unreadable: Callable[[DataError], None] | None,
+) -> tuple[list[tuple[Path, str | None]], list[Picture]]:
+    """Files that can be read, and what is in them."""
+    kept, read, problem = [], [], None
+    for number, file in enumerate(files):
+        if number % 500 == 0:
+            progress(f"reading pictures: {number} of {len(files)}")
+        try:
+            read.append(read_picture(file[0], size))
+            kept.append(file)
+        except DataError as error:
+            if unreadable is None:
+                raise
+            problem = error
+            unreadable(error)
+    if problem and not read:
+        raise problem
+    return kept, read
 
 
 def _emoji_group(stem: str) -> str:
