@@ -53,6 +53,7 @@ html_show_sphinx = False
 
 PACKAGES = (
     "linalg", "optim", "moe", "lm", "lowrank", "flow", "diffusion", "codec", "data", "engine", "core", "report",
+    "runs",
 )  # fmt: skip
 for _module in (import_module(f"quintic.{package}") for package in PACKAGES):
     # Names that are imported at their first use, so that they are seen here.

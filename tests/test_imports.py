@@ -47,7 +47,7 @@ def violations(room: str, source: str) -> list[str]:
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_imports_from_the_floors_below(path):
     room = path.relative_to(ROOT).parts[0]
-    if room in ("__init__.py", "__main__.py"):
+    if room in ("__init__.py", "__main__.py", "runs.py"):  # above all floors
         return
     assert room in FLOORS, f"{path} is in a room that the plan does not know"
     assert violations(room, path.read_text(encoding="utf-8")) == []

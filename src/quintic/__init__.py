@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from quintic.optim import clip_grad_norm_ as clip_grad_norm_
     from quintic.optim import convert_lr as convert_lr
     from quintic.optim import roles as roles
+    from quintic.runs import load_run as load_run
 
 _HOMES = {
     "AuxLoss": "moe",
@@ -78,6 +79,7 @@ _HOMES = {
     "interpolative": "lowrank",
     "load_deepseek": "lm",
     "load_denoiser": "diffusion",
+    "load_run": "runs",
     "msign": "linalg",
     "nystrom": "lowrank",
     "polar_express_coefficients": "linalg",

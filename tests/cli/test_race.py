@@ -7,8 +7,10 @@ import pytest
 from rich.console import Console
 from tests.cli.command import quintic
 
-from quintic.cli.race import _run_one
+from quintic.cli.race import _Course, _run_one
+from quintic.engine.metrics import read_metrics
 from quintic.engine.race import Arm
+from quintic.engine.run import Run
 
 SHORT = ["engine.steps=6", "engine.eval_every=3", "lm.num_layers=2", "--lr", "0.01", "--lr", "0.02", "--seeds", "2"]
 
@@ -37,7 +39,7 @@ def test_a_race_and_its_continuation(book, tmp_path, capsys):
     assert "<svg" in page and "adamw_beta2=0.98" in page and "src=" not in page
     # Take one run away: the race makes it again and comes to the same end.
     best = result["arms"][0]["best_lr"]
-    shutil.rmtree(out / f"muon-lr{best:g}-seed1-steps6" / "checkpoints")
+    shutil.rmtree(out / f"muon-lr{best:g}-seed1-steps6")
     assert quintic(*command) == 0
     again = json.loads((out / "race.json").read_text())
     assert [arm["losses"] for arm in again["arms"]] == [arm["losses"] for arm in result["arms"]]
@@ -88,7 +90,26 @@ def test_a_race_goes_on_over_an_arm_that_diverges(book, tmp_path, capsys):
 def test_two_fractions_of_a_short_schedule_that_round_to_the_same_steps_are_one_run(book, tmp_path):
     def finish(fraction):
         settings = ["engine.steps=6", "lm.num_layers=2"]
-        return _run_one(Console(quiet=True), tmp_path, "lm", "tiny", [book], settings, Arm("a", ()), 0.01, 0, fraction)
+        course = _Course(tmp_path, "lm", "tiny", [book], settings, None)
+        return _run_one(Console(quiet=True), course, Arm("a", ()), 0.01, 0, fraction)
 
     assert finish(0.6) == finish(0.7) and finish(0.6).steps == 4  # the second one is found, not refused
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["a-lr0.01-seed0-steps4"]
+
+
+def test_a_race_of_fine_tuning_starts_every_run_from_the_model(book, tmp_path, capsys):
+    start, race = tmp_path / "start", tmp_path / "race"
+    shape = ["engine.steps=2", "lm.num_layers=2", "lm.d_model=32"]
+    assert quintic("train", book, "--size", "tiny", *shape, "--out", start) == 0
+    short = ["engine.steps=2", "optim.schedule=constant", "--lr", "1e-9", "--seeds", "1", "--no-match"]
+    assert quintic("race", book, *short, "--from", start, "--arm", "one: optim.name=adamw", "--out", race) == 0
+    assert json.loads((race / "race.json").read_text())["arms"][0]["losses"] == pytest.approx(
+        [read_metrics(start / "metrics.jsonl")[-1]["val_loss"]],
+        rel=1e-3,  # the balance moves all the same
+    )
+    run = next(path for path in race.iterdir() if path.is_dir())
+    assert Run(run).header()["from"] == str(start) and (run / "initial.safetensors").is_file()
+    capsys.readouterr()
+    wider = ["--arm", "wide: lm.d_model=64", "--out", tmp_path / "other"]
+    assert quintic("race", book, *short, "--from", start, *wider) == 2
+    assert "does not fit the model" in capsys.readouterr().err

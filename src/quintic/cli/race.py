@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
 from quintic.cli.printing import say
-from quintic.cli.wiring import build_settings, build_task, split_arguments
+from quintic.cli.wiring import build_settings, build_task, kind_of, split_arguments
 from quintic.core import ConfigError
 from quintic.core.files import atomic_write, check_folder, check_name
 
 if TYPE_CHECKING:
+    from quintic.cli.origin import Origin
     from quintic.engine.race import Arm, Finish, Race
 
 __all__ = ["race"]
@@ -31,6 +32,7 @@ def race(
     seeds: int = 3,
     task: str = "lm",
     size: str = "tiny",
+    start: Annotated[Path | None, Parameter(name="--from")] = None,
     match: bool = True,
 ) -> None:
     """Compare optimizers or other settings fairly: each with its own best learning rate, over several seeds.
@@ -54,15 +56,19 @@ def race(
         What to train: lm, tarflow or ddpm.
     size
         Preset, as for train.
+    start
+        Fine-tune in every run: start from the weights, shape and tokenizer of this run or exported folder.
     match
         Also measure how many steps the winner needs for the losses of the others.
 
     Examples
     --------
     quintic race book.txt --out runs/race
+    quintic race other.txt --from runs/book --out runs/tuning --lr 0.001
     quintic race --task ddpm --out runs/images --lr 0.002 --lr 0.004 --seeds 2
     quintic race --out runs/r --arm "one: lm.top_k=1" --arm "two: lm.top_k=2"
     """
+    from quintic.cli.origin import open_origin
     from quintic.engine.race import run_race
     from quintic.report.race import write_race_report
 
@@ -81,9 +87,10 @@ def race(
         raise ConfigError(f"{out} holds a single run, not a race; choose another --out")
     check_folder(out)
     check_name(out)
+    origin = None if start is None else open_origin(start, task)
 
     result = run_race(
-        lambda *run: _run_one(console, out, task, size, paths, overrides, *run),
+        lambda *run: _run_one(console, _Course(out, task, size, paths, overrides, origin), *run),
         arms,
         start_lrs=lr or [0.004, 0.008, 0.016],
         seeds=range(seeds),
@@ -107,38 +114,53 @@ def _parse_arm(text: str) -> Arm:
     return Arm(name.strip(), tuple(overrides))
 
 
-def _run_one(
-    console: Console,
-    out: Path,
-    task: str,
-    size: str,
-    paths: list[Path],
-    overrides: list[str],
-    arm: Arm,
-    lr: float,
-    seed: int,
-    fraction: float,
-) -> Finish:
+class _Course(NamedTuple):
+    """What all runs of a race have in common."""
+
+    out: Path
+    task: str
+    size: str
+    paths: list[Path]
+    overrides: list[str]
+    origin: Origin | None
+
+    def header(self, fingerprint: str) -> dict[str, object]:
+        """Top-level keys of the configuration of a run."""
+        paths = [str(path.absolute()) for path in self.paths]
+        start = {} if self.origin is None else {"from": str(self.origin.folder.absolute())}
+        return {"task": self.task, "size": self.size, "paths": paths, "fingerprint": fingerprint, **start}
+
+
+def _run_one(console: Console, course: _Course, arm: Arm, lr: float, seed: int, fraction: float) -> Finish:
     """Train one run of the race, continue it, or find it finished."""
     from quintic.engine import Run
+    from quintic.engine.checkpoint import check_fit
     from quintic.engine.loop import TrainingError, train
     from quintic.engine.metrics import read_metrics
     from quintic.engine.race import Finish
 
-    settings = build_settings(task, size, [*overrides, *arm.overrides, f"optim.lr={lr}", f"engine.seed={seed}"])
-    made, settings, _ = build_task(task, paths, settings)
+    task, origin = course.task, course.origin
+    overrides = [*course.overrides, *arm.overrides, f"optim.lr={lr}", f"engine.seed={seed}"]
+    settings = build_settings(task, course.size, overrides)
+    if origin is not None:
+        settings = origin.settings(task, settings)
+    made, settings, _ = build_task(task, course.paths, settings)
     whole = settings["engine"].steps
     steps = max(1, round(whole * fraction))  # few steps round two fractions to one run: its words follow the steps
     settings = settings.derive("engine.steps", steps, f"{steps / whole:g} of the schedule")
-    folder = out / f"{arm.name}-lr{lr:g}-seed{seed}-steps{steps}"
+    header = course.header(made.fingerprint)
+    folder = course.out / f"{arm.name}-lr{lr:g}-seed{seed}-steps{steps}"
     if (folder / "config.toml").exists():
         run = Run.open(folder)
         if run.header()["fingerprint"] != made.fingerprint:
             raise ConfigError(f"{folder} was trained on other data; choose another --out for this race")
-        if run.settings_text() != settings.to_toml(_header(task, size, paths, made.fingerprint)):
+        if run.settings_text() != settings.to_toml(header):
             raise ConfigError(f"{folder} was trained with other settings; choose another --out for this race")
     else:
-        run = Run.create(folder, settings, _header(task, size, paths, made.fingerprint))
+        if origin is not None:
+            shapes = {name: tensor.shape for name, tensor in origin.weights.items()}
+            check_fit(shapes, kind_of(task).build(task, settings), str(origin.folder))
+        run = Run.create(folder, settings, header, None if origin is None else origin.weights)
     quiet = Console(quiet=True)
     with console.status(folder.name):
         try:
@@ -152,10 +174,6 @@ def _run_one(
         raise ConfigError("a race compares validation losses: keep data.validation_fraction above 0")
     loss = row["val_loss"]  # null stands for one that is not finite
     return Finish(float("inf") if loss is None else loss, row["seconds"], steps)
-
-
-def _header(task: str, size: str, paths: list[Path], fingerprint: str) -> dict[str, object]:
-    return {"task": task, "size": size, "paths": [str(path.absolute()) for path in paths], "fingerprint": fingerprint}
 
 
 def _print_table(console: Console, result: Race) -> None:
