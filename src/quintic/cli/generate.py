@@ -30,6 +30,7 @@ def generate(
     method: str | None = None,
     denoise: bool | None = None,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    overwrite: bool = False,
     seed: int = 0,
     checkpoint: str = "best",
     device: str = "auto",
@@ -73,7 +74,10 @@ def generate(
     denoise
         --no-denoise shows a flow's images with the noise it was trained on.
     out
-        PNG file of the images; their pixels go into an .npy file beside it. Default: in the run's samples, or here.
+        PNG file of the images; their pixels go into an .npy file beside it. Default: in the run's samples, or
+        here, under a free name.
+    overwrite
+        Replace image files that exist.
     seed
         Seed of the sampling: the same one gives the same text or images.
     checkpoint
@@ -97,7 +101,7 @@ def generate(
         "prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "min_p": min_p, "repetition_penalty": repetition_penalty, "stop": stop,
         "n": n, "steps": steps, "sampler": sampler, "label": label,
-        "guidance": guidance, "method": method, "denoise": denoise, "out": out,
+        "guidance": guidance, "method": method, "denoise": denoise, "out": out, "overwrite": overwrite or None,
     }  # fmt: skip
     options = {name: value for name, value in given.items() if value is not None}
     loaded = load_run_model(run, checkpoint, device, dtype)

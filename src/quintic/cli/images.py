@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quintic.cli.outputs import output_path
 from quintic.cli.printing import say
 from quintic.core import ConfigError, DataError, suggest
 from quintic.core.files import check_folder
@@ -125,17 +126,18 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
     from quintic.engine import Run
 
     n, seed = options.pop("n", 36), options.pop("seed")
-    out = options.pop("out", None)
-    if out is None and loaded.shipped:
-        out = Path(f"{'-'.join(folder.parts)}-seed{seed}.png")
-    elif out is None:
-        out = folder / "samples" / f"generated-seed{seed}.png"
+    out, overwrite = options.pop("out", None), options.pop("overwrite", False)
+    if loaded.shipped:
+        default = Path(f"{'-'.join(folder.parts)}-seed{seed}.png")
+    else:
+        default = folder / "samples" / f"generated-seed{seed}.png"
     if not 1 <= n <= _MOST_IMAGES:
         raise ConfigError(
             f"--n must be 1 to {_MOST_IMAGES:,}, as all are one picture, found {n:,}; for more use other seeds"
         )
-    if out.suffix.lower() != ".png":
+    if out is not None and out.suffix.lower() != ".png":
         raise ConfigError(f"--out must name a .png file, found {out}")
+    out = output_path(out, default, overwrite, beside=(".npy",))
     check_folder(out.parent)
     if loaded.header["task"] == "ddpm":
         images = _diffuse(loaded, n, seed, options)

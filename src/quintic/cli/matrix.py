@@ -44,6 +44,7 @@ def cur(
     missing: str = "error",
     scale: bool = False,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    overwrite: bool = False,
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -68,7 +69,9 @@ def cur(
     scale
         Divide every column by its root mean square, for columns in different units.
     out
-        Picture to write; TABLE-cur.svg in this folder if left out.
+        Picture to write; TABLE-cur.svg in this folder if left out, with a number if there is one.
+    overwrite
+        Replace a picture that exists.
     seed
         Seed of the rules that draw at random.
     as_json
@@ -81,7 +84,7 @@ def cur(
     """
     from quintic.lowrank import cur as decompose
 
-    target = picture_path(out, f"{table.stem}-cur.svg")
+    target = picture_path(out, f"{table.stem}-cur.svg", overwrite)
     read, A, options = _read(table, drop, missing, scale, rank, tol)
     found = decompose(A, method=method, seed=seed, **options)
     columns, rows = _choice("column", read, A, found.cols), _choice("row", read, A, found.rows)
@@ -108,6 +111,7 @@ def interpolative(
     missing: str = "error",
     scale: bool = False,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
+    overwrite: bool = False,
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -134,7 +138,9 @@ def interpolative(
     scale
         Divide every column by its root mean square, for columns in different units.
     out
-        Picture to write; TABLE-id.svg in this folder if left out.
+        Picture to write; TABLE-id.svg in this folder if left out, with a number if there is one.
+    overwrite
+        Replace a picture that exists.
     seed
         Seed of the rules that draw at random.
     as_json
@@ -147,7 +153,7 @@ def interpolative(
     """
     from quintic.lowrank import interpolative as decompose
 
-    target = picture_path(out, f"{table.stem}-id.svg")
+    target = picture_path(out, f"{table.stem}-id.svg", overwrite)
     read, A, options = _read(table, drop, missing, scale, rank, tol)
     found = decompose(A, side=side, method=method, seed=seed, **options)
     by_columns = side == "columns"

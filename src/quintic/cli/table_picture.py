@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quintic.cli.outputs import output_path
 from quintic.core import ConfigError
 from quintic.core.files import atomic_write, check_folder
 
@@ -100,20 +101,20 @@ def _heat_map(relative: NDArray[np.float64]) -> str:
     return base64.b64encode(load_image(relative * LIMIT)).decode()
 
 
-def picture_path(out: Path | None, name: str) -> Path:
-    """Where to draw: what was asked for, or a name in this folder.
+def picture_path(out: Path | None, name: str, overwrite: bool) -> Path:
+    """Where to draw: what was asked for, or a free name in this folder.
 
     Raises:
-        ConfigError: It has another ending, or cannot be written.
+        ConfigError: It has another ending, exists and may not be replaced, or cannot be written.
     """
-    target = out or Path(name)
-    if target.suffix.lower() != ".svg":
-        raise ConfigError(f"--out {target}: the picture is an SVG file; choose a name that ends in .svg")
+    if out is not None and out.suffix.lower() != ".svg":
+        raise ConfigError(f"--out {out}: the picture is an SVG file; choose a name that ends in .svg")
+    target = output_path(out, Path(name), overwrite)
     check_folder(target.parent)
     return target
 
 
 def write_picture(target: Path, svg: str) -> None:
-    """Write the picture, and the folder it is to be in."""
+    """Write the picture, and the folder it is to be in. What is no character, as in names of files, is a "?" there."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(target, svg)
+    atomic_write(target, svg.encode("utf-8", "replace"))
