@@ -28,6 +28,7 @@ from quintic.codec.selection import Ids
 from quintic.codec.symbols import random_symbols
 from quintic.core import ConfigError
 from quintic.diffusion.denoiser import Denoiser
+from quintic.diffusion.guidance import ClassConditional
 
 __all__ = [
     "Blurred",
@@ -147,14 +148,6 @@ def blur_matrix(length: int, sigma: float) -> Values:
     place = np.arange(length)
     weights = np.exp(-0.5 * np.square((place[:, None] - place) / sigma))
     return weights / weights.sum(1, keepdims=True)
-
-
-class ClassConditional(Denoiser, Protocol):
-    """A denoiser that can be told a class."""
-
-    def predict_x0(self, x: Tensor, log_snr: float | Tensor, labels: Tensor | None = None) -> Tensor:
-        """With labels (b,), or without a class."""
-        ...
 
 
 def classifier_direction(log_prob: Callable[[Tensor], Tensor], scale: float = 1.0) -> Direction:

@@ -2,6 +2,7 @@
 
 from quintic.diffusion.config import DDPMConfig
 from quintic.diffusion.denoiser import Denoiser, GaussianDenoiser
+from quintic.diffusion.guidance import ClassConditional
 from quintic.diffusion.information import ErrorCurve, measure_errors
 from quintic.diffusion.loading import load_denoiser, shipped_denoiser, shipped_names
 from quintic.diffusion.network import NetworkDenoiser
@@ -10,6 +11,7 @@ from quintic.diffusion.samplers import ancestral_sample, ddim_sample, reverse_st
 from quintic.diffusion.unet import UNet
 
 __all__ = [
+    "ClassConditional",
     "DDPMConfig",
     "Denoiser",
     "ErrorCurve",

@@ -26,6 +26,7 @@ from torch import Tensor
 from quintic.core import CheckpointError, ConfigError, suggest
 from quintic.core.files import atomic_write
 from quintic.diffusion.denoiser import check_noisy, tensors_fingerprint
+from quintic.diffusion.guidance import check_labels
 from quintic.diffusion.information import ErrorCurve
 from quintic.diffusion.noise_schedule import alpha_sigma
 from quintic.diffusion.residuals import Residuals
@@ -113,12 +114,17 @@ class NetworkDenoiser:
         Args:
             x: (b, c, h, w).
             log_snr: One, or (b,).
-            labels: (b,) classes, of a model with classes.
+            labels: (b,) classes, of a model with classes; -1 and None are "no class".
+
+        Raises:
+            ConfigError: Another shape, or labels that are out of range or not wanted.
         """
         check_noisy(x, self.shape)
         level = torch.as_tensor(log_snr, dtype=torch.float64, device="cpu").expand(len(x))
         weight = self.network.enter.weight  # images go to where the network is, and come back
-        labels = None if labels is None else labels.to(weight.device)
+        if labels is not None and self.num_classes:  # else the network refuses them
+            check_labels(labels, self.num_classes, least=-1)
+            labels = torch.where(labels < 0, self.num_classes, labels).to(weight.device)
         there = {"device": weight.device, "dtype": weight.dtype}
         said = self.network(x.to(**there), level.to(**there), labels)
         return x0_from_target(self.target, x, said.to(x), level)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quintic.core import CheckpointError, ConfigError, suggest
 from quintic.diffusion.denoiser import check_noisy
+from quintic.diffusion.guidance import check_labels
 from quintic.diffusion.network import TARGETS, x0_from_target
 
 __all__ = ["Predictor", "StepwiseDenoiser"]
@@ -89,12 +90,14 @@ class StepwiseDenoiser:
         """The expected clean image; see :class:`quintic.diffusion.Denoiser`.
 
         Raises:
-            ConfigError: Another shape, or labels that are missing or not wanted.
+            ConfigError: Another shape, or labels that are missing, out of range or not wanted.
         """
         check_noisy(x, self._shape)
         if (labels is None) != (self.num_classes == 0):
             wanted = f"labels of {self.num_classes} classes" if self.num_classes else "no labels"
             raise ConfigError(f"this model wants {wanted}, found {'none' if labels is None else 'some'}")
+        if labels is not None:
+            check_labels(labels, self.num_classes)
         level = torch.as_tensor(log_snr, dtype=torch.float64, device="cpu").expand(len(x))
         predicted = self._predict(x, self.step(level).to(x), labels)[:, : x.shape[1]]
         return x0_from_target(self.target, x, predicted, level)
