@@ -412,3 +412,19 @@ def test_a_threshold_is_drawn_only_where_it_applies(tmp_path, kind):
     config = CONFIG.replace("clip_norm = 0.5", f'clip_norm = 0.5\nclip = "{kind}"')
     page = page_of(make_run(tmp_path / "run", [row(s, moe=False) for s in range(1, 60)], config=config))
     assert "Gradient norm" in page and 'class="rule"' not in page
+
+
+def test_samples_that_lead_out_of_the_folder_are_not_shown(tmp_path):
+    folder = make_run(tmp_path / "run", [row(1)], samples={"step-000001.txt": "of the run"})
+    (tmp_path / "secret").write_text("precious")
+    (folder / "kept").write_text("elsewhere in it")
+    try:
+        (folder / "samples" / "step-000002.txt").symlink_to(tmp_path / "secret")
+        (folder / "samples" / "step-000003.txt").symlink_to("../kept")
+        (folder / "samples" / "step-000004.txt").symlink_to("nowhere")
+        (tmp_path / "link").symlink_to(folder)
+    except OSError:
+        pytest.skip("no symbolic links here")
+    for given in (folder, tmp_path / "link"):
+        page = page_of(given)
+        assert "of the run" in page and "elsewhere in it" in page and "precious" not in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,14 +151,17 @@ def read_records(folder: Path) -> Records:
         config_text=run.config_file.read_text(encoding="utf-8"),
         run=json_object(folder / "run.json"),
         machine=json_object(folder / "machine.json"),
-        samples=_samples(run.samples),
+        samples=_samples(run),
     )
 
 
-def _samples(folder: Path) -> list[tuple[int, Path]]:
-    names = re.compile(r"step-(\d+)\.(txt|png)")
-    found = [(int(match[1]), path) for path in folder.glob("*") if (match := names.fullmatch(path.name))]
-    return sorted(found)
+def _samples(run: Run) -> list[tuple[int, Path]]:
+    """Files by step. None that leads out of the run folder: a page is passed on, with what it shows."""
+    names, inside = re.compile(r"step-(\d+)\.(txt|png)"), os.path.realpath(run.folder)
+    found = [(int(match[1]), path) for path in run.samples.glob("*") if (match := names.fullmatch(path.name))]
+    return sorted(
+        (step, path) for step, path in found if path.is_file() and Path(os.path.realpath(path)).is_relative_to(inside)
+    )
 
 
 def json_object(path: Path, remedy: str = "the report can do without it: delete it and repeat") -> dict[str, Any]:
