@@ -75,13 +75,21 @@ def test_atomic_folder_appears_whole(tmp_path):
         pass
 
 
-def test_atomic_folder_that_fails_leaves_nothing_and_clears_a_leftover(tmp_path):
+def test_atomic_folder_that_fails_leaves_nothing_of_its_own_and_all_that_is_not(tmp_path):
     (tmp_path / "f.tmp").mkdir()
-    (tmp_path / "f.tmp" / "stale").write_text("of a killed process")
+    (tmp_path / "f.tmp" / "thesis.txt").write_text("somebody's own")
     with pytest.raises(ZeroDivisionError), files.atomic_folder(tmp_path / "f") as folder:
-        assert list(folder.iterdir()) == []
+        assert list(folder.iterdir()) == [] and folder.name.endswith(".tmp")
         1 / 0  # noqa: B018
-    assert list(tmp_path.iterdir()) == []
+    with files.atomic_folder(tmp_path / "g.tmp"):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["f.tmp", "g.tmp", "thesis.txt"]
+
+
+def test_atomic_folder_replaces_no_link(tmp_path):
+    (tmp_path / "f").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileExistsError), files.atomic_folder(tmp_path / "f"):
+        pass
 
 
 def test_cache_dir_follows_the_variable(tmp_path, monkeypatch):

@@ -64,6 +64,19 @@ def flip(path):
     path.write_bytes(bytes(data))
 
 
+def reseal(checkpoint, only=None, also=()):
+    """Write a manifest that agrees with what is there."""
+    names = [path.name for path in checkpoint.iterdir() if path.name != "manifest.json"] if only is None else only
+    for name in also:
+        if not (checkpoint / name).exists():
+            (checkpoint / name).write_bytes((checkpoint / "model.safetensors").read_bytes())
+    files = {
+        name: {"bytes": (checkpoint / name).stat().st_size, "sha256": sha256_file(checkpoint / name)}
+        for name in (*names, *also)
+    }
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": ck.FORMAT, "files": files}))
+
+
 DAMAGE = {
     "flipped weights": lambda c: flip(c / "model.safetensors"),
     "flipped optimizer": lambda c: flip(c / "training.safetensors"),
@@ -72,6 +85,14 @@ DAMAGE = {
     "missing manifest": lambda c: (c / "manifest.json").unlink(),
     "torn manifest": lambda c: (c / "manifest.json").write_text('{"format": 1, "fil'),
     "odd manifest": lambda c: (c / "manifest.json").write_text("[]"),
+    "deep manifest": lambda c: (c / "manifest.json").write_text("[" * 200_000),
+    "manifest of nothing": lambda c: reseal(c, only=()),
+    "manifest without weights": lambda c: reseal(c, only=("training.safetensors", "state.json")),
+    "manifest without numbers": lambda c: reseal(c, only=("training.safetensors", "model.safetensors")),
+    "manifest of half the weights": lambda c: reseal(
+        c, only=("training.safetensors", "state.json"), also=("model-00001-of-00002.safetensors",)
+    ),
+    "manifest of files elsewhere": lambda c: reseal(c, also=("../step-10/state.json",)),
     "newer format": lambda c: (c / "manifest.json").write_text(json.dumps({"format": 99, "files": {}})),
 }
 
@@ -127,6 +148,51 @@ def test_pruning_keeps_the_newest_and_those_asked_for(folder):
 def test_nothing_is_pickled(folder):
     names = {path.name for path in (folder / "step-5").iterdir()}
     assert names == {"model.safetensors", "training.safetensors", "state.json", "manifest.json"}
+
+
+def test_only_what_the_manifest_names_is_read(folder):
+    """As of a conversion that was broken off, or of a copy."""
+    path = folder / "step-100"
+    for part in ("model", "training", "average"):
+        save_file({"0.weight": torch.ones(5, 6)}, path / f"{part}-00001-of-00001.safetensors")
+    ck.verify_checkpoint(path)
+    model, optimizer = trained(seed=1, steps=0)
+    ck.load_model(path, model, averaged=True)
+    assert ck.load_training(path, model, optimizer).step == 100
+    assert torch.equal(model[0].weight, trained()[0][0].weight) and ck.load_average(path, {}) == {}
+
+
+NUMBERS = {
+    "no JSON": "{",
+    "too deep": "[" * 200_000,
+    "a list": [],
+    "no optimizer": {"step": 3},
+    "unknown": {"step": 3, "optimizer": {}, "zzz": 1},
+    "step of text": {"step": "x", "optimizer": {}},
+    "step below 0": {"step": -5, "optimizer": {}},
+    "row of numbers": {"step": 3, "optimizer": {}, "row": [1, 2]},
+    "losses of text": {"step": 3, "optimizer": {}, "recent_losses": ["a"]},
+    "state of nothing": {"step": 3, "optimizer": {"foo": 1}},
+    "state of another parameter": {"step": 3, "optimizer": {"optimizer.nope:k": 1}},
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_numbers_that_are_none_are_an_error(folder, kind):
+    text = NUMBERS[kind] if isinstance(NUMBERS[kind], str) else json.dumps(NUMBERS[kind])
+    (folder / "step-100" / "state.json").write_text(text)
+    model, optimizer = trained(seed=1, steps=0)
+    with pytest.raises(CheckpointError, match="step-100"):
+        ck.load_training(folder / "step-100", model, optimizer)
+
+
+@pytest.mark.parametrize("name", ["foo", "optimizer.nope:exp_avg"])
+def test_a_state_of_no_parameter_is_an_error(folder, name):
+    path = folder / "step-100" / "training.safetensors"
+    save_file({**load_file(path), name: torch.ones(2)}, path)
+    model, optimizer = trained(seed=1, steps=0)
+    with pytest.raises(CheckpointError, match="of no parameter here"):
+        ck.load_training(folder / "step-100", model, optimizer)
 
 
 def test_format_1_is_read(folder):

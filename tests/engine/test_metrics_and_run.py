@@ -44,6 +44,8 @@ def test_rows_are_cut_back_and_gaps_are_impossible(tmp_path):
         (lambda lines: lines[:2], [1, 2], ["steps 3 to 5"]),
         (lambda lines: [*lines[:1], b"\n", b"\xff\xfe{}\n", b"[3]\n", b'{"loss": 1}\n', *lines[3:]], [1, 4, 5], []),
         (lambda lines: [*lines, b"\0" * 9, b"\xff"], [1, 2, 3, 4, 5], []),
+        (lambda lines: [*lines, b"[" * 200_000, b"\n", b'{"step": %s}\n' % (b"9" * 5000)], [1, 2, 3, 4, 5], []),
+        (lambda lines: [*lines, b'{"step": %s}\n' % (b"9" * 400), b'{"step": true}\n'], [1, 2, 3, 4, 5], []),
     ],
 )
 def test_rows_that_the_disk_has_lost_are_told_of_and_stop_nothing(tmp_path, damage, left, words):
@@ -65,12 +67,13 @@ def test_ranks_follow_what_the_first_has_read(tmp_path):
         is_main = False
 
         def gather(self, mine):
-            return [{"step": 5, "loss": 0.5}, mine]
+            return [({"step": 5, "loss": 0.5}, 2.0), mine]
 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 4}\n')
     file = MetricsFile(path, keep_through=5, ranks=Other())
     assert (file.last_step, file.last_row) == (5, {"step": 5, "loss": 0.5})
+    assert [file.improves({"step": 6, "val_loss": loss}) for loss in (1.5, 2.0)] == [True, False]
     file.append({"step": 6})
     assert path.read_text() == '{"step": 4}\n'
 
@@ -88,12 +91,13 @@ def test_create_open_and_refuse(tmp_path):
         Run.open(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match=r"no config\.toml"):
         Run.open(tmp_path)
-    run.config_file.write_text("[")
-    with pytest.raises(CheckpointError, match="damaged"):
-        run.header()
+    for damaged in ("[", "a = " + "[" * 200_000):
+        run.config_file.write_text(damaged)
+        with pytest.raises(CheckpointError, match="damaged"):
+            run.header()
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b"3"])
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b"3", b"[" * 200_000])
 def test_damaged_facts_are_named(tmp_path, content):
     run = Run.create(tmp_path / "a", SETTINGS, {"task": "lm"})
     (run.folder / "run.json").write_bytes(content)
@@ -118,4 +122,8 @@ def test_best_is_among_the_saved_and_the_newer_of_a_tie(tmp_path):
     file.close()
     for step in (3, 4, 5, 6):
         (run.checkpoints / f"step-{step}").mkdir(parents=True)
+    assert run.best_step() == 6
+    with run.metrics_file.open("a") as damaged:
+        for loss in ('"abc"', "9" * 400, "[0.5]", "null"):
+            damaged.write(f'{{"step": 3, "val_loss": {loss}}}\n')
     assert run.best_step() == 6

@@ -53,6 +53,10 @@ def test_a_missing_file_is_an_error(tmp_path):
     files = cut_up(tmp_path, model.state_dict(), 0, [2, 2])
     with pytest.raises(CheckpointError, match="weight is not complete in model-00001-of-00002"):
         load_weights(files[:1], model)
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors are not all the files of one model"):
+        part_files(tmp_path, "model", ["model-00001-of-00002.safetensors"])
+    with pytest.raises(CheckpointError, match="not all the files of one model"):
+        part_files(tmp_path, "model", ["model-00001-of-00001.safetensors", "model.safetensors"])
 
 
 def test_other_parts_and_other_files_are_left_out(tmp_path):
@@ -75,6 +79,27 @@ def test_a_copy_does_not_follow_its_source():
     copied, shared = held_here({"x": x}, copy=True), held_here({"x": x})
     x.add_(1)
     assert copied.tensors["x"].tolist() == [1, 1] and shared.tensors["x"].tolist() == [2, 2]
+
+
+HEADERS = {
+    "no JSON": "{",
+    "too deep": "[" * 200_000,
+    "no table": "[1]",
+    "half a place": {"x": [[2, 3]]},
+    "no numbers": {"x": [[2, 3], ["a", "b"]]},
+    "other axes": {"x": [[2, 3, 1], [0, 0, 0]]},
+    "before the first": {"x": [[2, 3], [-1, 0]]},
+    "beyond the last": {"x": [[2, 3], [1, 0]]},
+    "larger than any memory": {"x": [[10**13, 3], [0, 0]]},
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_damaged_header_is_an_error(tmp_path, kind):
+    text = HEADERS[kind] if isinstance(HEADERS[kind], str) else json.dumps(HEADERS[kind])
+    save_file({"x": torch.ones(2, 3)}, tmp_path / "model.safetensors", metadata={"pieces": text})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        Stored([tmp_path / "model.safetensors"]).read("x")
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -162,9 +162,10 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Build a folder under ``NAME.tmp``, flush every file in it, then rename it to ``NAME``.
+    """Build a folder under a name of its own, ``NAME.xxxxxxxx.tmp``, flush every file, then rename it to ``NAME``.
 
-    A leftover ``NAME.tmp`` of a killed process is removed first. If the body raises, nothing remains.
+    If the body raises, nothing remains. What a killed process leaves behind nobody takes for the folder, and nobody
+    deletes here: another one of that name may be somebody's own.
 
     Args:
         path: Target folder; must not exist.
@@ -176,11 +177,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         FileExistsError: The target exists.
     """
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise FileExistsError(f"{path} exists already")
-    temporary = path.with_name(path.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     temporary.mkdir(parents=True)
     try:
         yield temporary

@@ -3,8 +3,8 @@
 ``checkpoints/step-N/`` holds three parts, ``model`` (weights and balancer), ``average`` (averaged weights, if the run
 keeps them) and ``training`` (state of the optimizer), each in one safetensors file or in one per shard
 (:mod:`quintic.engine.pieces`); ``state.json`` (numbers) and ``manifest.json`` (format version, size and SHA-256 of each
-file). It is built as ``step-N.tmp``, flushed and renamed. Which one is newest or best is read off the folders and the
-metrics, never off a pointer file. Nothing is pickled.
+file). It is built as ``step-N.xxxxxxxx.tmp``, flushed and renamed. Which one is newest or best is read off the folders
+and the metrics, never off a pointer file. Nothing is pickled, and no file is read that the manifest does not name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "TrainState",
     "check_fit",
     "clear_leftovers",
+    "files_of",
     "list_checkpoints",
     "load_average",
     "load_model",
@@ -37,6 +38,7 @@ __all__ = [
     "load_weights",
     "parameter_names",
     "prune_checkpoints",
+    "remove_checkpoint",
     "usable_checkpoint",
     "verify_checkpoint",
 ]
@@ -45,6 +47,7 @@ FORMAT = 3
 """Of what is written. Format 2 had whole tensors only, format 1 the state of the random generators too."""
 _READABLE = (1, 2, 3)
 _NAME = re.compile(r"step-(\d+)")
+_LEFTOVER = re.compile(r"step-\d+(\.[0-9a-f]{8})?\.tmp")
 
 
 @dataclass
@@ -98,18 +101,44 @@ def verify_checkpoint(path: Path, ranks: Ranks = ALONE) -> None:
             raise CheckpointError(problem)
 
 
-def _verify_share(path: Path, ranks: Ranks) -> None:
+def _manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """{name: (bytes, SHA-256)} of the files of a checkpoint, all parts of one among them.
+
+    Raises:
+        CheckpointError: It is damaged, of a newer format, or lacks a part.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         version, files = manifest["format"], manifest["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: no readable manifest.json") from error
     if version not in _READABLE:
         raise CheckpointError(
             f"checkpoint {path} has format {version}, this version of Quintic reads formats up to {FORMAT}; "
             f"it was written by Quintic {manifest.get('quintic', '?')}"
         )
+    if outside := [name for name in expected if name in ("", ".", "..") or "/" in name or "\\" in name]:
+        raise CheckpointError(f"checkpoint {path} is damaged: its manifest names {outside[0]!r}, no file in it")
+    parts = {part: part_files(path, part, expected) for part in ("model", "training")}
+    if missing := [part for part, found in parts.items() if not found]:
+        raise CheckpointError(f"checkpoint {path} is damaged: its manifest names no file of {missing[0]}")
+    if "state.json" not in expected:
+        raise CheckpointError(f"checkpoint {path} is damaged: its manifest does not name state.json")
+    return expected
+
+
+def files_of(path: Path, part: str) -> list[Path]:
+    """The files of ``model``, ``average`` or ``training`` that a manifest names; none of an absent part.
+
+    Raises:
+        CheckpointError: The manifest is damaged.
+    """
+    return part_files(path, part, _manifest(path))
+
+
+def _verify_share(path: Path, ranks: Ranks) -> None:
+    expected = _manifest(path)
     for name, (size, digest) in list(expected.items())[ranks.rank :: ranks.world]:
         file = path / name
         if not file.is_file():
@@ -163,8 +192,8 @@ def load_model(path: Path, model: nn.Module, *, averaged: bool = False) -> None:
     Raises:
         CheckpointError: The weights are of another model; the message names the first tensor that differs.
     """
-    average = part_files(path, "average") if averaged else []
-    load_weights(part_files(path, "model"), model, average)
+    average = files_of(path, "average") if averaged else []
+    load_weights(files_of(path, "model"), model, average)
 
 
 def load_weights(files: Sequence[Path], model: nn.Module, instead: Sequence[Path] = ()) -> None:
@@ -199,16 +228,43 @@ def check_fit(shapes: Mapping[str, Sequence[int]], model: nn.Module, origin: str
 
 
 def load_training(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Load the optimizer's state of a verified checkpoint, divided as the model is, and return its numbers."""
-    stored = Stored(part_files(path, "training"))
-    numbers = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    _unflatten_optimizer(model, optimizer, stored, numbers.pop("optimizer"))
-    return TrainState(**numbers)
+    """Load the optimizer's state of a verified checkpoint, divided as the model is, and return its numbers.
+
+    Raises:
+        CheckpointError: They are not what is written there, or the state is of another model's parameters.
+    """
+    stored = Stored(files_of(path, "training"))
+    state, scalars = _numbers(path / "state.json")
+    _unflatten_optimizer(model, optimizer, stored, scalars, path)
+    return state
+
+
+def _numbers(file: Path) -> tuple[TrainState, dict[str, Any]]:
+    """The numbers of a run, and those of its optimizer."""
+    try:
+        numbers = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(numbers, dict):
+        raise CheckpointError(f"{file} holds a {type(numbers).__name__} where a JSON object was expected")
+    wanted = {**{f.name: type(getattr(TrainState(), f.name)) for f in fields(TrainState)}, "optimizer": dict}
+    for name in sorted(numbers.keys() | wanted.keys()):
+        if name not in wanted:
+            raise CheckpointError(f"{file} has {name!r}, which this version of Quintic does not know")
+        kinds = (int, float) if wanted[name] is float else (wanted[name],)
+        if name not in numbers and name != "optimizer":
+            continue  # of an earlier format
+        if type(numbers.get(name)) not in kinds or (wanted[name] is int and numbers[name] < 0):
+            raise CheckpointError(f"{file} is damaged: {name!r} is {str(numbers.get(name))[:80]}")
+    if not all(isinstance(loss, int | float) for loss in numbers.get("recent_losses", ())):
+        raise CheckpointError(f"{file} is damaged: 'recent_losses' holds more than numbers")
+    scalars = numbers.pop("optimizer")
+    return TrainState(**numbers), scalars
 
 
 def load_average(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Averaged weights of a verified checkpoint, divided as others are; empty if the run keeps none."""
-    stored = Stored(part_files(path, "average"))
+    stored = Stored(files_of(path, "average"))
     return {name: stored.read(name, like.get(name)) for name in stored.shapes}
 
 
@@ -217,13 +273,22 @@ def prune_checkpoints(folder: Path, keep_last: int, keep: Collection[int | None]
     found = list_checkpoints(folder)
     for step in sorted(found)[:-keep_last]:
         if step not in keep:
-            shutil.rmtree(found[step])
+            remove_checkpoint(found[step])
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint; where a link stands for it, the link only: what it leads to, somebody has put there."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def clear_leftovers(folder: Path) -> None:
     """Delete what killed saves have left; for the start of a run, when nothing is being saved."""
     for path in folder.glob("step-*.tmp"):
-        shutil.rmtree(path)
+        if _LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -233,7 +298,7 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
 
 
 def _unflatten_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, stored: Stored, scalars: dict[str, Any]
+    model: nn.Module, optimizer: torch.optim.Optimizer, stored: Stored, scalars: dict[str, Any], path: Path
 ) -> None:
     numbers = {name: index for index, name in enumerate(parameter_names(model, optimizer))}
     parameters = dict(model.named_parameters())
@@ -241,7 +306,9 @@ def _unflatten_optimizer(
     for full in [*stored.shapes, *scalars]:
         if full.startswith("rng."):  # format 1
             continue
-        name, key = full.removeprefix("optimizer.").rsplit(":", 1)
+        name, _, key = full.removeprefix("optimizer.").rpartition(":")
+        if name not in numbers:
+            raise CheckpointError(f"{path} does not fit the model: it has a state {full!r}, of no parameter here")
         value = scalars[full] if full in scalars else stored.read(full, parameters[name])
         state.setdefault(numbers[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

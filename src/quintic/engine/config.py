@@ -56,11 +56,11 @@ class EngineConfig:
     eval_every: int = 100
     """Steps between validations; 0 validates at the end only."""
     checkpoint_every: int = 100
-    """Steps between checkpoints; 0 saves at the end only."""
+    """Steps between checkpoints; 0 saves at the end only. What validates better than all before is saved too."""
     sample_every: int = 0
     """Steps between samples; 0 samples at the end only."""
     keep_last: int = 2
-    """Newest checkpoints kept, at least 1; the best validated one is kept besides."""
+    """Newest checkpoints kept, at least 1; the one with the lowest validation loss is kept besides."""
     keep_stable: bool = True
     """Whether wsd's last checkpoint before the rate falls is made and kept; ``resume --steps`` goes on from it."""
     background_save: bool = False

@@ -2,15 +2,16 @@
 
 config -> data -> task and model -> (loss, stats) -> optimizer -> metrics -> checkpoint. A step is a pure function of
 the state before it: the examples of step s are positions s B to (s + 1) B of an order fixed by (data, seed), and so is
-the noise it draws, so a checkpoint needs to remember only s. Order of events after a step: save, then validate, then
-sample, then write the step's metrics; a crash in any of them loses nothing that was learned.
+the noise it draws, so a checkpoint needs to remember only s. Order of events after a step: save, then validate (and
+save what no period has saved and is better than all before), then sample, then write the step's metrics; a crash in any
+of them loses nothing that was learned.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from quintic.engine.checkpoint import (
 )
 from quintic.engine.config import EngineConfig, Settings
 from quintic.engine.hardware import agreed_dtype, changes
+from quintic.engine.lost import refuse_lost
 from quintic.engine.metrics import MetricsFile
 from quintic.engine.periods import due_after
 from quintic.engine.plan import check_batch
@@ -99,14 +101,19 @@ def train(
 
     Raises:
         TrainingError: Loss or gradient is not finite; the weights of the last checkpoint are intact.
-        CheckpointError: Every checkpoint is damaged or does not fit, or another process trains this run.
+        CheckpointError: Every checkpoint is damaged, gone or does not fit, or another process trains this run.
         ConfigError: The batch does not divide among the ranks.
     """
-    check_batch(settings["engine"].batch_size, ranks.world)
+    engine: EngineConfig = settings["engine"]
+    check_batch(engine.batch_size, ranks.world)
+    display = Display(console, engine.steps)
+    stable = decay_start(engine.steps, settings["optim"]) if engine.keep_stable else None
     with contextlib.ExitStack() as stack:
+        asked_here = stack.enter_context(stop_requests(display.note))  # one that comes while a model is loaded, too
         ranks.together(lambda: stack.enter_context(run.locked()) if ranks.is_main else None)
         try:
-            return _train(task, settings, run, console, quiet_peak, stop_at, ranks, log)
+            ranks.together(lambda: refuse_lost(run, engine, stable) if ranks.is_main else None)
+            return _train(task, settings, run, display, asked_here, stable, quiet_peak, stop_at, ranks, log)
         except Exception as error:
             if ranks.is_main:  # the disk may be what failed
                 with contextlib.suppress(OSError, QuinticError):
@@ -118,7 +125,9 @@ def _train(
     task: Task,
     settings: Settings,
     run: Run,
-    console: Console,
+    display: Display,
+    asked_here: Callable[[], bool],
+    stable: int | None,
     quiet_peak: bool,
     stop_at: int | None,
     ranks: Ranks,
@@ -139,7 +148,6 @@ def _train(
         run.samples.mkdir(exist_ok=True)
         task.save_with(run.folder)
     ranks.wait()
-    display = Display(console, engine.steps)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         state = TrainState()
@@ -166,7 +174,6 @@ def _train(
         parts = StepParts(task, model, optimizer, clipping, order, engine, optim, dtype, flops, peak, ranks)
         sample = ""
         saved = state.step
-        stable = decay_start(engine.steps, optim) if engine.keep_stable else None
         last_step = engine.steps if stop_at is None else min(stop_at, engine.steps)
 
         def save() -> None:
@@ -176,7 +183,7 @@ def _train(
 
         telling = contextlib.nullcontext() if sink is None else contextlib.closing(sink)
         saver = Saver(run.checkpoints, ranks, background=engine.background_save)
-        with telling, saver, stop_requests(display.note) as asked_here, display.live(state.step):
+        with telling, saver, display.live(state.step):
 
             def should_stop() -> bool:
                 return ranks.any(asked_here())  # all stop at the same place
@@ -191,6 +198,8 @@ def _train(
                         if values is None:
                             break
                         state.row |= values
+                        if saved != state.step and ranks.any(metrics.improves(state.row)):
+                            save()
                     if due.sample:
                         using = _in_use(model, average, dtype, ranks, whole=task.samples_whole)
                         with _samples_folder(run, ranks) as folder, using:

@@ -15,9 +15,11 @@ from typing import Any
 from quintic.core.files import atomic_write
 from quintic.core.ranks import ALONE, Ranks
 
-__all__ = ["MetricsFile", "iter_metrics", "read_metrics"]
+__all__ = ["MetricsFile", "iter_metrics", "read_metrics", "validation_loss"]
 
 Row = dict[str, Any]
+
+_MOST_STEPS = 2**53  # floats count no further
 
 
 def iter_metrics(path: Path, containing: str = "") -> Iterator[Row]:
@@ -35,15 +37,21 @@ def iter_metrics(path: Path, containing: str = "") -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if isinstance(row, dict) and type(step := row.get("step")) is int and 0 < step < _MOST_STEPS:
                 yield row
 
 
 def read_metrics(path: Path) -> list[Row]:
     """All rows of :func:`iter_metrics`."""
     return list(iter_metrics(path))
+
+
+def validation_loss(row: Row) -> float | None:
+    """The validation loss of a row, as it is written; None without one that is a finite number."""
+    value = _plain(row.get("val_loss"))
+    return value if isinstance(value, float) else None
 
 
 class MetricsFile:
@@ -67,8 +75,10 @@ class MetricsFile:
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         kept = [row for row in iter_metrics(path) if row["step"] <= keep_through] if ranks.is_main else []
+        best = min((loss for row in kept if (loss := validation_loss(row)) is not None), default=math.inf)
         # What the first rank has read: on a shared disk another may still see the file as it was.
-        self.last_row: Row = ranks.gather(kept[-1] if kept else {})[0]
+        self.last_row: Row
+        self.last_row, self._best = ranks.gather((kept[-1] if kept else {}, best))[0]
         self.last_step: int = self.last_row.get("step", 0)
         """Step of the last row; 0 before the first."""
         if self.last_step < keep_through - 1:  # the row of keep_through itself is in the checkpoint
@@ -87,8 +97,15 @@ class MetricsFile:
             self._file.write(_line(row))
             self._file.flush()
         self.last_row, self.last_step = row, row["step"]
+        if (loss := validation_loss(row)) is not None:
+            self._best = min(self._best, loss)
         if self._sink is not None:
             self._sink(_plain(row))
+
+    def improves(self, row: Row) -> bool:
+        """Whether a row has a lower validation loss than all before it."""
+        loss = validation_loss(row)
+        return loss is not None and loss < self._best
 
     def close(self) -> None:
         """Close the file."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,10 +80,26 @@ def save_held(folder: Path, part: str, held: Held) -> Path | None:
     return path
 
 
-def part_files(folder: Path, part: str) -> list[Path]:
-    """The files that hold a part of a checkpoint together; empty if it has none."""
-    pattern = re.compile(rf"{re.escape(part)}(-\d{{5,}}-of-\d{{5,}})?\.safetensors")
-    return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
+def part_files(folder: Path, part: str, names: Iterable[str] | None = None) -> list[Path]:
+    """The files that hold a part of a checkpoint together; empty if it has none.
+
+    Args:
+        folder: Holds them.
+        part: Name of the part.
+        names: Of the files to choose from; None takes all that are in the folder.
+
+    Raises:
+        CheckpointError: Some are missing among these names, or there are others of the same part.
+    """
+    pattern = re.compile(rf"{re.escape(part)}(?:-(\d{{5,}})-of-(\d{{5,}}))?\.safetensors")
+    among = sorted(path.name for path in folder.iterdir()) if names is None else sorted(names)
+    found = {name: match.groups() for name in among if (match := pattern.fullmatch(name))}
+    shards = max((int(of or 1) for _, of in found.values()), default=0)
+    if shards != len(found) or any(
+        int(of or 1) != shards or int(number or 1) > shards for number, of in found.values()
+    ):
+        raise CheckpointError(f"{folder}: {', '.join(found)} are not all the files of one {part}")
+    return [folder / name for name in found]
 
 
 class _Piece(NamedTuple):
@@ -119,14 +135,15 @@ class Stored:
         for number, path in enumerate(self._files):
             try:
                 file = safe_open(path, framework="pt")
-                places = json.loads((file.metadata() or {}).get("pieces", "{}"))
                 shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            except (OSError, SafetensorError) as error:
+                places = _places((file.metadata() or {}).get("pieces", "{}"), shapes)
+            except (OSError, SafetensorError, ValueError, RecursionError) as error:
                 raise CheckpointError(f"{path} is damaged: {error}") from error
             self._open.append(file)
             for name, shape in shapes.items():
                 whole, start = places.get(name, (shape, [0] * len(shape)))
-                self.shapes[name] = tuple(whole)
+                if self.shapes.setdefault(name, tuple(whole)) != tuple(whole):
+                    raise CheckpointError(f"{path} is damaged: {name} has another shape in another file")
                 self._pieces.setdefault(name, []).append(_Piece(number, start, shape))
 
     def read(self, name: str, like: Tensor | None = None) -> Tensor:
@@ -155,20 +172,45 @@ class Stored:
         for piece in pieces:
             if piece.start == first and piece.shape == sizes:
                 return self._open[piece.file].get_tensor(name)
-        nothing = (slice(0, 0),) * len(sizes)
-        region = torch.empty(sizes, dtype=self._open[pieces[0].file].get_slice(name)[nothing].dtype)
-        found = 0
+        parts: list[tuple[_Piece, list[int], list[int]]] = []
         for piece in pieces:
             low = [max(a, b) for a, b in zip(first, piece.start, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(first, sizes, piece.start, piece.shape, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
-                values = self._open[piece.file].get_slice(name)[_between(low, high, piece.start)]
-                region[_between(low, high, first)] = values
-                found += values.numel()
-        if found < math.prod(sizes):
+                parts.append((piece, low, high))
+        found = sum(math.prod(b - a for a, b in zip(low, high, strict=True)) for _, low, high in parts)
+        if found < math.prod(sizes):  # before there is room made for it: a damaged header may name any size
             files = ", ".join(path.name for path in self._files)
             raise CheckpointError(f"{name} is not complete in {files}; a file of the checkpoint is missing")
+        nothing = (slice(0, 0),) * len(sizes)
+        region = torch.empty(sizes, dtype=self._open[pieces[0].file].get_slice(name)[nothing].dtype)
+        for piece, low, high in parts:
+            values = self._open[piece.file].get_slice(name)[_between(low, high, piece.start)]
+            region[_between(low, high, first)] = values
         return region
+
+
+def _places(text: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[list[int], list[int]]]:
+    """Where the pieces of a file are, read from its header.
+
+    Raises:
+        ValueError: It says something else, or what does not fit the tensors of the file.
+    """
+    places = json.loads(text)
+    if not isinstance(places, dict):
+        raise ValueError("its header has no table of pieces")
+    for name, shape in shapes.items():
+        if name not in places:
+            continue
+        match places[name]:
+            case [[*whole], [*start]] if all(type(number) is int for number in (*whole, *start)) and (
+                len(whole) == len(start) == len(shape)
+                and all(0 <= low <= size - count for size, low, count in zip(whole, start, shape, strict=True))
+            ):
+                pass
+            case other:
+                raise ValueError(f"its header has a piece of {name} at {str(other)[:80]}")
+    return places
 
 
 def _between(low: list[int], high: list[int], origin: list[int]) -> tuple[slice, ...]:

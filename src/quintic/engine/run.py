@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from quintic.core.files import atomic_write, check_folder, check_name, make_read
 from quintic.core.tensors import save_tensors
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.config import Settings
-from quintic.engine.metrics import iter_metrics
+from quintic.engine.metrics import iter_metrics, validation_loss
 
 __all__ = ["Run"]
 
@@ -122,7 +121,7 @@ class Run:
         """
         try:
             return tomllib.loads(self.config_file.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.config_file} is damaged: {error}") from error
 
     def settings_text(self) -> str:
@@ -133,9 +132,9 @@ class Run:
         """Step of the existing checkpoint with the lowest validation loss; None if none was validated."""
         saved = list_checkpoints(self.checkpoints)
         losses = {
-            row["step"]: row["val_loss"]
+            row["step"]: loss
             for row in iter_metrics(self.metrics_file, containing='"val_loss"')
-            if row["step"] in saved and math.isfinite(row.get("val_loss") or math.nan)
+            if row["step"] in saved and (loss := validation_loss(row)) is not None
         }
         return min(losses, key=lambda step: (losses[step], -step), default=None)
 
@@ -148,7 +147,7 @@ class Run:
         path = self.folder / "run.json"
         try:
             old = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete it and repeat") from error
         merged = {name: value for name, value in {**old, **facts}.items() if value is not None}
         atomic_write(path, json.dumps(merged, indent=1, ensure_ascii=False))
@@ -169,5 +168,5 @@ class Run:
 def _object(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ import quintic
 from quintic.core import CheckpointError
 from quintic.core.files import atomic_folder, fsync_path, sha256_file
 from quintic.core.ranks import ALONE, Ranks
-from quintic.engine.checkpoint import FORMAT, TrainState, parameter_names
+from quintic.engine.checkpoint import FORMAT, TrainState, parameter_names, remove_checkpoint
 from quintic.engine.pieces import Held, held_here, save_held
 
 __all__ = ["Saver", "Snapshot", "take_snapshot", "write_checkpoint"]
@@ -78,15 +79,15 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> 
     needed = int(ranks.sum(sum(part.nbytes for part in snapshot.parts.values()))[0])
     with contextlib.ExitStack() as stack:
 
-        def begin() -> None:
-            if ranks.is_main:
-                _check_room(folder, needed)
-                if target.exists():
-                    shutil.rmtree(target)
-                stack.enter_context(atomic_folder(target))
+        def begin() -> Path:
+            if not ranks.is_main:
+                return folder  # the first one's answer counts
+            _check_room(folder, needed)
+            if os.path.lexists(target):
+                remove_checkpoint(target)
+            return stack.enter_context(atomic_folder(target))
 
         def write() -> dict[str, dict[str, Any]]:
-            temporary = target.with_name(target.name + ".tmp")
             if not temporary.is_dir():
                 raise CheckpointError(
                     f"{temporary}, made by the first rank, is not there: is {folder} on a shared disk?"
@@ -101,11 +102,10 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, ranks: Ranks = ALONE) -> 
             if ranks.is_main:
                 versions = {"format": FORMAT, "quintic": quintic.__version__, "torch": torch.__version__}
                 manifest = {**versions, "files": {name: entry for own in files for name, entry in sorted(own.items())}}
-                temporary = target.with_name(target.name + ".tmp")
                 (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             stack.close()  # flushed and renamed
 
-        ranks.together(begin)
+        temporary = ranks.together(begin)[0]
         files = ranks.together(write)
         ranks.together(finish)
     return target

@@ -33,7 +33,8 @@ def stop_requests(announce: Callable[[str], None] = lambda _: None) -> Iterator[
         if requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not requested:
-            announce(f"{signal.Signals(number).name}: saving and stopping (Ctrl-C again to stop at once)")
+            again = " (Ctrl-C again to stop at once)" if number == signal.SIGINT else ""
+            announce(f"{signal.Signals(number).name}: saving and stopping{again}")
         requested = True
 
     if threading.current_thread() is not threading.main_thread():

@@ -11,11 +11,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from quintic.core import ConfigError
-from quintic.engine.checkpoint import list_checkpoints
+from quintic.engine.checkpoint import files_of, list_checkpoints
 from quintic.engine.config import Settings
 from quintic.engine.loop import train
 from quintic.engine.metrics import read_metrics
-from quintic.engine.pieces import Stored, part_files
+from quintic.engine.pieces import Stored
 from quintic.engine.run import Run
 from quintic.engine.task import Task
 
@@ -81,7 +81,7 @@ def differences(first: Run, second: Run) -> tuple[int, list[str]]:
     one, two = (list(list_checkpoints(run.checkpoints).values())[-1] for run in (first, second))
     wrong, count = [], 0
     for part in ("average", "model", "training"):
-        left, right = (Stored(part_files(path, part)) for path in (one, two))
+        left, right = (Stored(files_of(path, part)) for path in (one, two))
         count += len(left.shapes)
         for name in sorted(left.shapes.keys() | right.shapes.keys()):
             missing = name not in left.shapes or name not in right.shapes
