@@ -285,11 +285,20 @@ def test_every_chart_is_well_formed_and_its_points_are_the_records(tmp_path):
     assert values == pytest.approx([row(round(s))["lr"] for s in steps], abs=1e-5)
     steps, values = points("Gradient norm", "each step")
     assert values == pytest.approx([row(round(s))["grad_norm"] for s in steps], rel=1e-3)
-    _, ends, _, tree = by_label["Gradient norm"]
-    low, high = map(float, ends.split())
-    (rule,) = [p.get("d") for p in tree.iter("path") if p.get("class") == "rule"]
-    height = 1 - int(re.fullmatch(r"M0 (\d+)H10000", rule)[1]) / 10000
-    assert low * (high / low) ** height == pytest.approx(0.5, rel=1e-3)  # optim.clip_norm
+    for label, expected in (("Gradient norm", 0.5), ("MaxVio of 2 MoE layers", 0.05)):  # optim.clip_norm, and chance
+        _, ends, _, tree = by_label[label]
+        low, high = map(float, ends.split())
+        (rule,) = [p.get("d") for p in tree.iter("path") if p.get("class") == "rule"]
+        height = 1 - int(re.fullmatch(r"M0 (\d+)H10000", rule)[1]) / 10000
+        assert low * (high / low) ** height == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_validation_far_above_the_training_is_in_the_frame(tmp_path):
+    rows = [row(step) | ({"val_bits_per_byte": 7.5, "val_loss": 9.5} if step == 50 else {}) for step in range(1, 60)]
+    page = page_of(make_run(tmp_path / "run", rows))
+    for label, value in (("Bits per byte", 7.5), ("Loss", 9.5)):
+        (top,) = re.findall(rf'data-y="\S+ (\S+)">\s*<svg[^>]*aria-label="{label} over', page)
+        assert float(top) >= value
 
 
 def test_no_clipping_no_threshold(tmp_path):
