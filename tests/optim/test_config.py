@@ -33,6 +33,7 @@ def train(net, optimizer, steps=10):
     [
         ("name", "sgd"),
         ("name", 3),
+        ("lr", 0.0),
         ("lr", -1.0),
         ("lr", "0.1"),
         ("lr", float("nan")),

@@ -110,6 +110,7 @@ class OptimConfig:
         check_types("optim", self)
         check_names("optim", self, _CHOICES)
         check_least("optim", self, {"lr": 0, "weight_decay": 0, "adamw_eps": 0, "cap": 0, "decay_rank": 1})
+        self._require("lr", self.lr > 0.0, "a positive number: at 0 nothing is learned")
         for name in ("momentum", "momentum_start", "adamw_beta1", "adamw_beta2"):
             self._require(name, 0.0 <= getattr(self, name) < 1.0, "a number in [0, 1)")
         for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction", "momentum_warmup_fraction"):

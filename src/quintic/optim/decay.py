@@ -1,4 +1,4 @@
-"""Spectral weight decay: shrink only the largest singular value of a matrix (post kexue.fm/archives/10648).
+"""Spectral weight decay: shrink the top of the spectrum of a matrix, and nothing else (post kexue.fm/archives/10648).
 
     W <- W - eta lambda W v v'        v = v_1, the top right singular vector of W
 
@@ -6,8 +6,11 @@ It is decoupled decay by the gradient of ||W||_2^2 / 2, which is sigma_1 u_1 v_1
 of ||W||_F^2 / 2 and shrinks every singular value. With rank r, V has r orthonormal columns and W V V' is taken.
 
 v is state: 15 power iterations from a Gaussian start when it is made, one per step from there on, which follows a
-slowly moving W closely. A v that lags behind does no harm: I - eta lambda V V' has norm at most 1 for
-0 <= eta lambda <= 2 and *any* orthonormal V, so that no singular value grows.
+slowly moving W closely where sigma_1 stands apart: k iterations leave (sigma_2 / sigma_1)^2k of v_2 in v, so that 15
+find v_1 if sigma_2 is below some 0.85 sigma_1. Else, as in Gaussian initial weights, v is a mixture of the top
+singular vectors, and the same eta lambda sigma_1 is taken off several large singular values together. A v that lags
+behind does no harm: I - eta lambda V V' has norm at most 1 for 0 <= eta lambda <= 2 and *any* orthonormal V, so that
+no singular value grows.
 
 For wide W the vectors of the shorter side are kept instead, and (I - eta lambda U U') W is taken: the same thing
 where v has converged, with the same guarantee, and the smaller state.
