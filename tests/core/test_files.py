@@ -15,6 +15,22 @@ def test_atomic_write_replaces_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions, and links for administrators only")
+def test_a_file_that_is_replaced_keeps_its_permissions_and_a_link_stays_one(tmp_path):
+    private = tmp_path / "elsewhere" / "private.txt"
+    private.parent.mkdir()
+    private.write_text("old")
+    private.chmod(0o600)
+    link = tmp_path / "link.txt"
+    link.symlink_to(private)
+    files.atomic_write(link, "new")
+    assert link.is_symlink() and private.read_text() == "new" and private.stat().st_mode & 0o777 == 0o600
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["elsewhere", "link.txt", "private.txt"]
+    (tmp_path / "dangling").symlink_to("later.txt")
+    files.atomic_write(tmp_path / "dangling", "here")
+    assert (tmp_path / "later.txt").read_text() == "here" and (tmp_path / "dangling").is_symlink()
+
+
 def test_atomic_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
     target = tmp_path / "a.txt"
     files.atomic_write(target, "old")

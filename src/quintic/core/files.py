@@ -130,6 +130,8 @@ def make_readable(path: str | os.PathLike[str]) -> None:
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write a file so that it holds the old content or the new, never a part.
 
+    A file that exists keeps its permissions, and a link stays one: what it points at is written.
+
     Args:
         path: Target; its folder must exist.
         data: Bytes, or text to be written as UTF-8 with ``\\n`` line ends.
@@ -139,7 +141,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """
     path = Path(path)
     content = data.encode("utf-8") if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         file = open(temporary, "xb")  # noqa: SIM115 (closed below)
     except OSError as error:
@@ -147,17 +150,19 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         raise
     try:
         with file:
+            with contextlib.suppress(FileNotFoundError):  # before there is anything to read
+                os.chmod(temporary, os.stat(target).st_mode & 0o777)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException as error:
         if isinstance(error, OSError):
             error.filename = str(path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    fsync_path(path.parent)
+    fsync_path(target.parent)
 
 
 @contextlib.contextmanager
