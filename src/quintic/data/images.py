@@ -29,7 +29,7 @@ from quintic.core.files import PICTURES
 from quintic.core.settings import check_names, check_types
 from quintic.data.config import check_fractions
 from quintic.data.drawings import SHAPES, draw
-from quintic.data.pictures import Picture, find_pictures, fit, read_picture
+from quintic.data.picture_reading import Picture, find_pictures, fit, read_picture
 
 __all__ = ["ImageConfig", "ImageData", "ImageSplit", "as_pixels", "as_signed", "image_grid", "prepare_images"]
 
