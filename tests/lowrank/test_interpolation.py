@@ -10,7 +10,7 @@ from tests.lowrank.matrices import best, randn, relative, with_spectrum
 
 from quintic.core import ConfigError, DataError
 from quintic.lowrank import RULES, interpolative
-from quintic.lowrank.interpolation import apply_inverse
+from quintic.lowrank.least_squares import apply_inverse
 
 
 @pytest.mark.parametrize("method", RULES)

@@ -41,6 +41,43 @@ def test_nystrom_is_differentiable():
     assert torch.autograd.gradcheck(lambda G: nystrom(G @ G.T, indices=[4, 1]).reconstruct(), G)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_nystrom_is_differentiable_at_equal_eigenvalues_and_at_dependent_columns(dtype):
+    root = torch.diag(torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0])).to(dtype)
+
+    def made(G):
+        return nystrom(G @ G.mH, indices=[0, 1]).reconstruct()
+
+    assert torch.autograd.gradcheck(made, root.requires_grad_())
+    thin = randn(6, 2, dtype=dtype).requires_grad_()
+    assert torch.autograd.gradcheck(lambda G: nystrom(G @ G.mH, indices=[4, 1, 0, 2]).reconstruct(), thin)
+    x = (100 * randn(300, 1)).requires_grad_()  # so far apart that the kernel is the identity
+    nystrom(torch.exp(-5 * torch.cdist(x, x).square()), rank=20).reconstruct().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_factors_of_nystrom_are_differentiable_twice_where_eigenvalues_differ():
+    G = randn(4, 4).requires_grad_()
+
+    def made(G):  # eigenvectors are known up to their sign
+        return nystrom(G @ G.T, indices=[3, 1]).F.abs()
+
+    assert torch.autograd.gradcheck(made, G) and torch.autograd.gradgradcheck(made, G)
+
+
+def test_nystrom_leaves_out_eigenvalues_that_are_rounding_errors():
+    found = nystrom(torch.diag(torch.tensor([1.0, 1e-17, 0.5, 1e-15, 0.0], dtype=torch.float64)), indices=[0, 1, 2, 3])
+    assert sorted(found.normalization.abs().amax(0).tolist()) == pytest.approx([0.0, 1.0, 2**0.5, 1e15**0.5])
+
+
+def test_more_columns_than_the_numerical_rank_do_not_make_nystrom_worse():
+    x = torch.linspace(0, 1, 200)
+    A = torch.exp(-20 * (x[:, None] - x).square())
+    for rank in (15, 30, 60, 200):
+        assert nystrom(A, rank=rank).error() < 2e-6
+    assert nystrom(A, tol=1e-6).rank <= 18
+
+
 def test_nystrom_of_an_ill_conditioned_kernel_keeps_its_accuracy():
     assert nystrom(hilbert(200), rank=20).error() < 1e-12
     assert nystrom(hilbert(200, torch.float32), rank=20).error() < 3e-5

@@ -81,8 +81,10 @@ def test_a_residual_in_a_single_direction_is_not_overlooked():
 
 
 def test_out_of_reach_is_an_error_not_a_bad_result():
-    with pytest.raises(ConfigError, match=r"out of reach: full rank leaves .* in torch.float32"):
+    with pytest.raises(ConfigError, match=r"rank 20 comes nearest of those tried up to 20, and leaves .* in float64"):
         cur(randn(30, 20, dtype=torch.float32), tol=1e-12)
+    with pytest.raises(ConfigError, match=r"in torch.float64; raise tol$"):
+        cur(randn(30, 20), tol=1e-30)
 
 
 def test_zero_has_rank_one():

@@ -3,8 +3,9 @@
     A ~ C Z,   C = A[:, J],   Z[:, J] = I
 
 For given J the best Z, in the Frobenius and in the spectral norm, is C^+ A, and it interpolates by itself where C has
-full rank. With C = Q T it is T^-1 Q' A, which costs one more product with A than the choice of J. A row decomposition
-A ~ X R with R = A[I, :] is that of the conjugate transpose.
+full rank. With C = Q T it is T^-1 Q' A, which costs one more product with A than the choice of J; how it is computed
+where columns depend on each other is said in :mod:`quintic.lowrank.least_squares`. A row decomposition A ~ X R with
+R = A[I, :] is that of the conjugate transpose.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError, suggest
+from quintic.lowrank.least_squares import apply_inverse, column_sizes, independent, least_squares
 from quintic.lowrank.result import Approximation, check_rank, labels_at, positions, search_rank
 from quintic.lowrank.selection import Method, choose, method_name
-from quintic.lowrank.source import Source, as_source
+from quintic.lowrank.source import Dense, Source, as_source
 
-__all__ = ["Interpolation", "apply_inverse", "interpolative"]
+__all__ = ["Interpolation", "interpolative"]
 
 SIDES = ("columns", "rows")
 
@@ -78,7 +80,8 @@ def interpolative(
     """Write a matrix as combinations of k of its columns or rows.
 
     Exactly one of ``rank``, ``tol`` and ``indices`` is given. For fixed indices (and for chosen ones, which count as
-    fixed) the factors are differentiable functions of a tensor A whose chosen columns are independent.
+    fixed) the factors are differentiable functions of a tensor A whose chosen columns are independent. Where they are
+    not, to working precision, the gradient is the one at constant rank, and can be taken once.
 
     Args:
         A: (..., m, n): tensor, numpy array, scipy or torch sparse matrix, operator or
@@ -128,8 +131,7 @@ def _from_columns(
     whole: Source, source: Source, side: str, at: Tensor, method: str, labels: Sequence[Any] | None
 ) -> Interpolation:
     C = source.columns(at)
-    Q, T = torch.linalg.qr(C / source.scale)
-    Z = apply_inverse(T, source.rmatmat(Q).mH)
+    Z = _coefficients(source, C / source.scale)
     # Exact in exact arithmetic; now also in floating point, and for columns that depend on each other.
     unit = (at.unsqueeze(-1) == at.unsqueeze(-2)).to(Z.dtype)
     unit = unit / unit.sum(-1, keepdim=True)  # a column that was named twice is half of each
@@ -140,22 +142,18 @@ def _from_columns(
     return Interpolation(whole.out(left), whole.out(right), method, whole, side, kept, names)
 
 
-def apply_inverse(T: Tensor, B: Tensor, *, adjoint: bool = False) -> Tensor:
-    """T^-1 B, or T'^-1 B, for an upper triangular T.
-
-    Where T may be singular to working precision the pseudo-inverse takes the place of the inverse, cut at singular
-    values of the size of rounding errors: T (T^+ B) is as near to B as the rounding errors of T allow.
-    """
-    eps = torch.finfo(T.dtype).eps
-    size = T.detach().diagonal(dim1=-2, dim2=-1).abs()
-    # The inverse of a triangle of rounding errors is exponentially larger than its diagonal tells: a wide margin.
-    regular = (size.amin(-1) > eps**0.5 * size.amax(-1))[..., None, None]
-    safe = torch.where(regular, T, torch.eye(T.shape[-1], dtype=T.dtype, device=T.device))
-    solved = torch.linalg.solve_triangular(safe.mH if adjoint else safe, B, upper=not adjoint)
-    if regular.all():
-        return solved
-    U, S, Vh = torch.linalg.svd(T.mH if adjoint else T)
-    kept = T.shape[-1] * eps * S[..., :1] < S
-    inverse = torch.where(kept, 1 / torch.where(kept, S, 1.0), 0.0)
-    # From right to left: the pseudo-inverse as a matrix of its own would have rounding errors of the size of B.
-    return torch.where(regular, solved, Vh.mH @ (inverse.unsqueeze(-1) * (U.mH @ B)))
+def _coefficients(source: Source, C: Tensor) -> Tensor:
+    """C^+ A."""
+    size = column_sizes(C)
+    C = C / size
+    Q, T = torch.linalg.qr(C)
+    regular = independent(T)
+    if regular.all() or not (isinstance(source, Dense) and C.requires_grad):
+        return apply_inverse(T, source.rmatmat(Q).mH) / size.mT
+    # QR has no derivative where columns depend on each other, and what comes back through it is not a number even
+    # where nothing went in: such matrices take another way, and none of a batch takes both.
+    Z = least_squares(C, source.tensor)
+    if regular.any():
+        Q, T = torch.linalg.qr(torch.where(regular, C, torch.eye(*C.shape[-2:], dtype=C.dtype, device=C.device)))
+        Z = torch.where(regular, torch.linalg.solve_triangular(T, Q.mH @ source.tensor, upper=True), Z)
+    return Z / size.mT

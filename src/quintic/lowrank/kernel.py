@@ -5,6 +5,9 @@
 It is the cross core of CUR with the same rows as columns, never exceeds A (A - F F' stays semi-definite) and touches
 only k columns once J is chosen. F = C Q Lambda^-1/2 from the eigenvalues of W that are above its rounding error.
 
+F itself has no derivative where eigenvalues of W coincide, since its columns may turn among themselves; F F' has one
+all the same, and gets it: those turns are left out. At a singular W it is the one at constant rank.
+
 Where A is a kernel of points, k(x, x_J) Q Lambda^-1/2 are features of any other point x (Williams and Seeger, NIPS
 2000): inner products of them approximate the kernel, and those of the given points are F.
 """
@@ -139,16 +142,51 @@ def _from_landmarks(source: Source, at: Tensor, method: str, labels: Sequence[An
         raise DataError(
             "expected a Hermitian matrix: A[J, J] differs from its conjugate transpose; symmetrise it first"
         )
-    value, Q = torch.linalg.eigh((W + W.mH) / 2)
+    W = (W + W.mH) / 2
+    value, Q = torch.linalg.eigh(W.detach())
     if (value[..., 0] < -100 * limit * size).any():
         raise DataError(
             f"expected a positive semi-definite matrix: A[J, J] has the eigenvalue {float(value[..., 0].min()):.3g} "
             "(at the scale of the matrix); cur takes any matrix"
         )
-    kept = value > limit * value[..., -1:]
-    normalization = Q * torch.where(kept, value, 1.0).rsqrt().mul(kept).unsqueeze(-2)
+    normalization: Tensor = _InverseRoot.apply(W, value, Q)  # pyright: ignore[reportAssignmentType]
     root = source.scale.sqrt() if isinstance(source.scale, Tensor) else source.scale**0.5
     F = C @ normalization * root
     indices = source.out(at)
     names = labels_at(labels, indices, source.shape[-1], "labels")
     return Nystrom(source.out(F), source.out(F.mH), method, source, indices, source.out(normalization / root), names)
+
+
+class _InverseRoot(torch.autograd.Function):
+    """N = Q Lambda^-1/2 of the eigenvalues above rounding errors, zero in other columns.
+
+    With M = N' dW N and P the projection on the eigenvectors left out
+
+        dN = N (-M / 2 + turn) + P dW N Lambda^-1,    turn_ij = M_ij (lambda_i + lambda_j) / (2 (lambda_j - lambda_i))
+
+    The turn is antihermitian, and does not change N N'.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, value: Tensor, Q: Tensor) -> Tensor:
+        # A cut that grows with k would make the error grow, once k is past the numerical rank.
+        kept = value > torch.finfo(value.dtype).eps * value[..., -1:]
+        N = Q * torch.where(kept, value, 1.0).rsqrt().mul(kept).unsqueeze(-2)
+        ctx.save_for_backward(N)
+        return N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # In terms of N alone, so that it can be differentiated again.
+        (N,), (G,) = ctx.saved_tensors, grads
+        size = N.abs().square().sum(-2)
+        value = torch.where(size > 0, 1 / torch.where(size > 0, size, 1.0), 0.0)
+        column, row = value.unsqueeze(-1), value.unsqueeze(-2)
+        gap = row - column
+        apart = gap.detach().abs() > torch.finfo(value.dtype).eps ** 0.5 * torch.maximum(row, column).detach()
+        turn = torch.where(apart, (row + column) / torch.where(apart, gap, 1.0), 0.0)
+        inner = N.mH @ G
+        to_W = N @ (inner * (turn - 1) / 2) @ N.mH
+        basis = N * value.sqrt().unsqueeze(-2)
+        to_W = to_W + (G - basis @ (basis.mH @ G)) @ (N * size.unsqueeze(-2)).mH
+        return (to_W + to_W.mH) / 2, None, None

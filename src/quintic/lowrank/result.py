@@ -10,6 +10,7 @@ copy, to tell its error from; keep ``left`` and ``right`` alone where the matrix
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -160,21 +161,24 @@ _Found = TypeVar("_Found", bound=Approximation)
 def search_rank(attempt: Callable[[int], _Found], source: Source, tol: float) -> _Found:
     """The approximation of smallest rank whose relative residual is at most ``tol``, by doubling and bisection.
 
-    Every attempt is checked by :func:`within`; a batch gets one rank, with which all of its matrices pass.
+    Every attempt is checked by :func:`within`, and the smallest that passed is returned; a batch gets one rank, with
+    which all of its matrices pass.
 
     Raises:
-        ConfigError: The tolerance is not in (0, 1), or not even the full rank reaches it in this dtype.
+        ConfigError: The tolerance is not in (0, 1), or no rank that was tried, up to the full one, reaches it.
     """
     if not isinstance(tol, SupportsFloat) or not 0 < float(tol) < 1:
         raise ConfigError(f"tol = {tol!r}; expected a relative error between 0 and 1")
     most = min(source.shape[-2:])
     below, rank = 0, min(8, most)
-    found = attempt(rank)
+    found, nearest = attempt(rank), (math.inf, rank)
     while not within(found, tol):
+        nearest = min(nearest, (_worst(found), rank))
         if rank == most:
+            wider = "" if torch.finfo(source.dtype).bits == 64 else " or give the matrix in float64"
             raise ConfigError(
-                f"tol = {tol:g} is out of reach: full rank leaves {_worst(found):.1e} in {source.dtype}; "
-                "raise tol or give the matrix in float64"
+                f"tol = {tol:g} is out of reach: rank {nearest[1]} comes nearest of those tried up to {most}, and "
+                f"leaves {nearest[0]:.1e} in {source.dtype}; raise tol{wider}"
             )
         below, rank = rank, min(2 * rank, most)
         found = attempt(rank)

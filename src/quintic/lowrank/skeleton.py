@@ -23,7 +23,7 @@ from torch import Tensor
 
 from quintic.core import ConfigError, suggest
 from quintic.linalg.sketch import OVERSAMPLING, gaussian
-from quintic.lowrank.interpolation import apply_inverse
+from quintic.lowrank.least_squares import apply_inverse
 from quintic.lowrank.pivots import cross_pivots, lu_pivots, residual_pivots
 from quintic.lowrank.result import Approximation, check_rank, labels_at, positions, search_rank
 from quintic.lowrank.selection import Method, choose, method_name

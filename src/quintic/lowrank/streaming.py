@@ -25,7 +25,7 @@ from torch import Tensor
 from quintic.core import DataError
 from quintic.core.counter_rng import Stream
 from quintic.linalg.sketch import OVERSAMPLING, gaussian
-from quintic.lowrank.interpolation import apply_inverse
+from quintic.lowrank.least_squares import apply_inverse
 from quintic.lowrank.result import whole_number
 from quintic.lowrank.row_blocks import RowBlocks
 from quintic.lowrank.selection import Method, choose, method_name
