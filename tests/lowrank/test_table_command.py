@@ -57,6 +57,10 @@ def test_names_are_recognised(table, tmp_path):
         (",a,b\n0,5,6\n1,7,8\n", ["a", "b"], ["0", "1"], [[5, 6], [7, 8]]),
         ('"","a"\n"1",5\n', ["a"], ["1"], [[5]]),  # R
         ("id,2001,2002\n1,5,6\n2,7,8\n", ["id", "2001", "2002"], ["line 2", "line 3"], [[1, 5, 6], [2, 7, 8]]),
+        ("country,2001,2002\na,5,6\nb,7,8\n", ["2001", "2002"], ["a", "b"], [[5, 6], [7, 8]]),
+        ("2020,2010,2000\n5,6,7\n", ["2020", "2010", "2000"], ["line 2"], [[5, 6, 7]]),
+        ("a,2001,2002\nb,2002,2003\n", ["column 2", "column 3"], ["a", "b"], [[2001, 2002], [2002, 2003]]),
+        ("a,2001,2001\nb,7,8\n", ["column 2", "column 3"], ["a", "b"], [[2001, 2001], [7, 8]]),
         ("p,1,2\nq,3,4\n", ["column 2", "column 3"], ["p", "q"], [[1, 2], [3, 4]]),
         ("code,a\n7,1\nA8,2\nB9,3\n", ["a"], ["7", "A8", "B9"], [[1], [2], [3]]),
         ('\r\n \r\n"x, y, z";b;c\r\n1;2;3\r\n', ["x, y, z", "b", "c"], ["line 4"], [[1, 2, 3]]),
@@ -67,6 +71,30 @@ def test_names_and_numbers_are_told_apart(tmp_path, text, columns, rows, values)
     (tmp_path / "t.csv").write_bytes(text.encode())
     read = read_table(tmp_path / "t.csv", [])
     assert (read.columns, read.rows, read.values.tolist()) == (columns, rows, values)
+
+
+def test_whether_there_is_a_header_can_be_said(tmp_path, capsys):
+    path = tmp_path / "t.csv"
+    path.write_text("size,10,20\na,5,6\nb,7,9\n", encoding="utf-8")
+    assert read_table(path, []).rows == ["size", "a", "b"]
+    told = read_table(path, ["20"], header=True)
+    assert (told.columns, told.rows, told.values.tolist()) == (["10"], ["a", "b"], [[5.0], [7.0]])
+    assert (told.header, told.labels) == (True, "size")
+    path.write_text("y,2001,2002\nz,5,6\n", encoding="utf-8")
+    assert read_table(path, [], header=False).values.tolist() == [[2001, 2002], [5, 6]]
+    run("cur", path, "--rank", 1, "--out", "a.svg")
+    assert "names of columns: from the first line; of rows: from the column 'y'" in capsys.readouterr().out
+    run("cur", path, "--rank", 1, "--out", "b.svg", "--no-header")
+    told = "names of columns: none (--header if the first line has them); of rows: from the column 'column 1'"
+    assert told in capsys.readouterr().out
+    run("id", path, "--rank", 1, "--out", "c.svg", "--header", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["header"] is True and facts["row_names"] == "y" and facts["shape"] == [1, 2]
+    np.save(tmp_path / "t.npy", np.eye(2))
+    with pytest.raises(ConfigError, match="a matrix without names; --header is for CSV and TSV"):
+        run("cur", tmp_path / "t.npy", "--header")
+    run("cur", tmp_path / "t.npy", "--rank", 1, "--out", "d.svg")
+    assert "names of" not in capsys.readouterr().out
 
 
 def test_columns_are_left_out_by_name(table):

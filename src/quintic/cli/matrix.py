@@ -41,6 +41,7 @@ def cur(
     tol: float | None = None,
     method: str = "quality",
     drop: Drop = None,
+    header: bool | None = None,
     missing: str = "error",
     scale: bool = False,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
@@ -63,6 +64,8 @@ def cur(
         Rule that chooses: quality, fast, pivoted-qr, leverage-top, k-means ...
     drop
         Name of a column to leave out; repeat for each.
+    header
+        Whether the first line has the names of columns, where it cannot be told: names that are numbers.
     missing
         Of cells that are empty, NA, N/A, NaN or null: error, drop-rows (leave out their rows) or mean (put the mean of
         the column).
@@ -85,7 +88,7 @@ def cur(
     from quintic.lowrank import cur as decompose
 
     target = picture_path(out, f"{table.stem}-cur.svg", overwrite)
-    read, A, options = _read(table, drop, missing, scale, rank, tol)
+    read, A, options = _read(table, drop, header, missing, scale, rank, tol)
     found = decompose(A, method=method, seed=seed, **options)
     columns, rows = _choice("column", read, A, found.cols), _choice("row", read, A, found.rows)
     title = f"{table.name}, and what {len(found.cols)} columns and {len(found.rows)} rows make of it"
@@ -108,6 +111,7 @@ def interpolative(
     side: str = "columns",
     method: str = "quality",
     drop: Drop = None,
+    header: bool | None = None,
     missing: str = "error",
     scale: bool = False,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
@@ -132,6 +136,8 @@ def interpolative(
         Rule that chooses: quality, fast, pivoted-qr, leverage-top, k-means ...
     drop
         Name of a column to leave out; repeat for each.
+    header
+        Whether the first line has the names of columns, where it cannot be told: names that are numbers.
     missing
         Of cells that are empty, NA, N/A, NaN or null: error, drop-rows (leave out their rows) or mean (put the mean of
         the column).
@@ -154,7 +160,7 @@ def interpolative(
     from quintic.lowrank import interpolative as decompose
 
     target = picture_path(out, f"{table.stem}-id.svg", overwrite)
-    read, A, options = _read(table, drop, missing, scale, rank, tol)
+    read, A, options = _read(table, drop, header, missing, scale, rank, tol)
     found = decompose(A, side=side, method=method, seed=seed, **options)
     by_columns = side == "columns"
     chosen = _choice(side.removesuffix("s"), read, A, found.indices)
@@ -171,10 +177,10 @@ def interpolative(
 
 
 def _read(
-    table: Path, drop: Drop, missing: str, scale: bool, rank: int | None, tol: float | None
+    table: Path, drop: Drop, header: bool | None, missing: str, scale: bool, rank: int | None, tol: float | None
 ) -> tuple[NamedTable, NDArray[np.float64], dict[str, Any]]:
     """A table, its numbers as they are to be decomposed, and how many columns or rows to take."""
-    read = read_table(table, drop or [], missing)
+    read = read_table(table, drop or [], missing, header)
     A = _scaled(read.values) if scale else read.values
     return read, A, _options(A, rank, tol)
 
@@ -256,6 +262,8 @@ class _Result:
     picture: Path
 
     def print(self) -> None:
+        if self.read.header is not None:
+            say(_names_from(self.read))
         if count := self.read.missing_cells:
             left_out = self.read.rows_left_out
             dealt = f"{left_out:,} rows are left out" if left_out else "each is the mean of its column"
@@ -270,10 +278,18 @@ class _Result:
 
     def json(self) -> str:
         facts = {"table": str(self.read.path), "shape": list(self.shape), "rank": self.rank, "error": self.error,
-                 "least_error": self.least, "missing_cells": self.read.missing_cells,
+                 "least_error": self.least, "header": self.read.header, "row_names": self.read.labels,
+                 "missing_cells": self.read.missing_cells,
                  "rows_left_out": self.read.rows_left_out, **{f"{c.what}s": c.facts() for c in self.choices},
                  "picture": str(self.picture)}  # fmt: skip
         return json.dumps(facts)
+
+
+def _names_from(read: NamedTable) -> str:
+    """What was taken as names, so that a line of numbers that were names does not pass for one of data."""
+    columns = "from the first line" if read.header else "none (--header if the first line has them)"
+    rows = "none" if read.labels is None else f"from the column {read.labels!r}"
+    return f"names of columns: {columns}; of rows: {rows}"
 
 
 def _least(A: NDArray[np.float64], rank: int) -> float:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
 _DECIMAL_POINT = re.compile(r"[+-]?\d*\.\d+(e[+-]?\d+)?", re.IGNORECASE)
 _WITH_COMMAS = re.compile(r"[-+]?(?=.*\d)[\d.,]*,[\d.,]*")
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
+_YEAR = re.compile(r"(1[5-9]|2[01])\d\d")
 _TAKEN = "expected CSV or TSV as UTF-8 text, or one matrix written by numpy.save (.npy)"
 _SHOWN = 8  # columns that an error names with a cell of each
 
@@ -42,13 +44,18 @@ class NamedTable:
     missing_cells: int = 0
     """How many had no value; their rows are left out, or they have the mean of their column."""
     rows_left_out: int = 0
+    header: bool | None = None
+    """Whether the first line has the names of columns; else they are numbered. None of a .npy file."""
+    labels: str | None = None
+    """Name of the column with the names of rows; None if they are numbered."""
 
 
-def read_table(path: Path, drop: list[str], missing: str = "error") -> NamedTable:
+def read_table(path: Path, drop: list[str], missing: str = "error", header: bool | None = None) -> NamedTable:
     """Read numbers from a CSV, TSV or .npy file, with the names of rows and columns if it has them.
 
-    The first line has names if a cell beyond its first is no number, if its first cell is empty, or if that is no
-    number while all below it are. The first column has names if it has none itself, as pandas and R write it, or if
+    The first line has names if a cell beyond its first is no number, if its first cell is empty, if that is no
+    number while all below it are, or if the others are years, one after the other, and in no line below. What cannot be
+    told so is said by ``header``. The first column has names if it has none itself, as pandas and R write it, or if
     more than half of it is text. Decimal commas are read where commas do not divide the cells, no cell has a decimal
     point, and not all of them could be thousands (1,500).
 
@@ -56,10 +63,11 @@ def read_table(path: Path, drop: list[str], missing: str = "error") -> NamedTabl
         path: The file.
         drop: Names of columns to leave out.
         missing: A name of :data:`MISSING`. Missing are empty cells, NA, N/A, NaN and null.
+        header: Whether the first line of a text has names; None to tell by what is in it.
 
     Raises:
         DataError: The file cannot be read, is empty or ragged, or has a cell that is missing or not a finite number.
-        ConfigError: A column to leave out does not exist, or ``missing`` is unknown.
+        ConfigError: A column to leave out does not exist, ``missing`` is unknown, or ``header`` is for a .npy file.
     """
     if missing not in MISSING:
         raise ConfigError(f"--missing {missing}: expected {', '.join(MISSING)}{suggest(missing, MISSING)}")
@@ -67,11 +75,16 @@ def read_table(path: Path, drop: list[str], missing: str = "error") -> NamedTabl
         start = file.read(6)
     if start.startswith(b"PK"):
         raise DataError(f"{path} is an archive, as .npz and .xlsx files are; {_TAKEN}")
-    table, places = (_array if start == b"\x93NUMPY" else _text)(path, drop)
+    if start == b"\x93NUMPY":
+        if header:
+            raise ConfigError(f"{path} is a matrix without names; --header is for CSV and TSV")
+        table, places = _array(path, drop)
+    else:
+        table, places = _text(path, drop, header)
     return _without_gaps(table, places, missing)
 
 
-def _text(path: Path, drop: list[str]) -> tuple[NamedTable, list[str]]:
+def _text(path: Path, drop: list[str], header: bool | None) -> tuple[NamedTable, list[str]]:
     """Names and numbers of a text, NaN where a cell is missing, and where its rows are."""
     import numpy as np
 
@@ -87,13 +100,8 @@ def _text(path: Path, drop: list[str]) -> tuple[NamedTable, list[str]]:
         if len(row) != width:
             raise DataError(f"{path}, line {number} has {len(row)} cells, expected {width} as in the first line")
     head = lines[0][1]
-    below = [row[0] for _, row in lines[1:]]
-    unnamed = width > 1 and not head[0]
-    named = (
-        unnamed
-        or any(_is_name(cell) for cell in head[1:] or head)
-        or (_is_name(head[0]) and bool(below) and not any(map(_is_name, below)))
-    )
+    named = _has_names([row for _, row in lines]) if header is None else header
+    unnamed = named and width > 1 and not head[0]
     body = lines[1:] if named else lines
     if not body:
         raise DataError(f"{path} has names but no numbers")
@@ -113,7 +121,25 @@ def _text(path: Path, drop: list[str]) -> tuple[NamedTable, list[str]]:
         raise _not_numbers(path, columns, wrong)
     places = [f"line {number}" for number, _ in body]
     rows = [row[0] for _, row in body] if labelled else places
-    return NamedTable(path, rows, [columns[j] for j in kept], values), places
+    labels = (columns[0] or "column 1") if labelled else None
+    return NamedTable(path, rows, [columns[j] for j in kept], values, header=named, labels=labels), places
+
+
+def _has_names(rows: list[list[str]]) -> bool:
+    """Whether the first line has the names of columns, as far as it can be told."""
+    head, below = rows[0], [row[0] for row in rows[1:]]
+    if (len(head) > 1 and not head[0]) or any(_is_name(cell) for cell in head[1:] or head):
+        return True
+    if _is_name(head[0]) and below and not any(map(_is_name, below)):
+        return True
+    return _are_years(head) and not any(map(_are_years, rows[1:]))
+
+
+def _are_years(row: list[str]) -> bool:
+    """Two or more, with the same time between them; the first cell may be something else."""
+    years = [int(cell) for cell in row if _YEAR.fullmatch(cell)]
+    steps = {after - before for before, after in itertools.pairwise(years)}
+    return all(map(_YEAR.fullmatch, row[1:])) and len(steps) == 1 and steps != {0}
 
 
 def _array(path: Path, drop: list[str]) -> tuple[NamedTable, list[str]]:
@@ -173,13 +199,14 @@ def _without_gaps(table: NamedTable, places: list[str], missing: str) -> NamedTa
             raise DataError(f"{table.path}: no row is without a missing cell; leave out columns, or use --missing mean")
         left_out = set(rows.tolist())
         names = [name for i, name in enumerate(table.rows) if i not in left_out]
-        return NamedTable(table.path, names, table.columns, np.delete(table.values, rows, 0), count, len(rows))
+        values = np.delete(table.values, rows, 0)
+        return replace(table, rows=names, values=values, missing_cells=count, rows_left_out=len(rows))
     if nothing := [table.columns[j] for j in columns if gaps[:, j].all()]:
         raise DataError(f"{table.path}: no number to take the mean of; leave out with {_drops(nothing)}")
     # Sums of large numbers could overflow; those of their shares cannot.
     size = np.maximum(np.nanmax(np.abs(table.values), 0), np.finfo(float).tiny)
     values = np.where(gaps, np.nanmean(table.values / size, 0) * size, table.values)
-    return NamedTable(table.path, table.rows, table.columns, values, count)
+    return replace(table, values=values, missing_cells=count)
 
 
 def _lines(path: Path, text: str) -> list[tuple[int, list[str]]]:
