@@ -22,9 +22,10 @@ PAGES = {
     "ddpm": ("Loss", "Learning rate", "Gradient norm", "Speed", "Spectra of the matrices"),
     "tarflow": ("Bits per dimension", "Loss", "Learning rate", "Gradient norm", "Speed", "Spectra of the matrices"),
     "race": ("Validation loss",),
+    "comparison": ("Validation bits per byte over steps", "Validation bits per byte over seconds"),
     "codec": ("PSNR by the mean size of a file",),
 }  # fmt: skip
-IMAGES = {"lm": 2, "ddpm": 2, "tarflow": 2, "race": 0, "codec": 6}  # heat maps, samples, pictures
+IMAGES = {"lm": 2, "ddpm": 2, "tarflow": 2, "race": 0, "comparison": 0, "codec": 6}  # heat maps, samples, pictures
 SHORT = ["--size", "tiny", "engine.steps=4", "engine.eval_every=2", "engine.sample_every=2", "engine.diagnose_every=2"]
 
 
@@ -67,6 +68,8 @@ def pages(browser, tmp_path_factory):
          "--out", folder / "codec"],
     ):  # fmt: skip
         assert quintic(*command) == 0, command
+    runs = sorted((folder / "race").glob("*-seed0-*"))
+    assert quintic("report", *runs, "--out", folder / "comparison" / "report.html") == 0
     names = {"race": "race.html", "codec": "rates.html"}
     return {kind: folder / kind / names.get(kind, "report.html") for kind in PAGES}
 

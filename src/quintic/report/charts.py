@@ -68,7 +68,7 @@ def line_chart(
     tall: bool = False,
     x_name: str = "step",
 ) -> str:
-    """Draw series over steps, or over another whole number, as HTML.
+    """Draw series over steps, or over what else is counted, as HTML.
 
     Args:
         series: At least one, with at least one finite value among them.
@@ -91,7 +91,8 @@ def line_chart(
         high = max(low, min(high, top))
     y_ticks = log_ticks(low, high) if log else linear_ticks(min(low, 0.0) if from_zero else low, high, outward=True)
     x_low, x_high = x_range(np.concatenate([s.x for s in series]))
-    x_ticks = [tick for tick in linear_ticks(x_low, x_high) if tick.is_integer()]
+    ticks = linear_ticks(x_low, x_high)
+    x_ticks = [tick for tick in ticks if tick.is_integer()] or ticks
 
     def x_place(x: Floats) -> Floats:
         return (x - x_low) / (x_high - x_low)
