@@ -16,12 +16,13 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from quintic.codec.container import MODES
-from quintic.core import CodecError, DataError
+from quintic.core import CodecError, ConfigError, DataError
+from quintic.data.pictures import to_srgb, upright
 
-__all__ = ["Layout", "read_image", "to_image", "to_values"]
+__all__ = ["Layout", "check_roi", "read_image", "to_image", "to_values"]
 
 Plane = NDArray[np.float32]
 Beyond = Literal["symmetric", "constant"]
@@ -29,16 +30,24 @@ _CONVERTED = {"1": "L", "CMYK": "RGB", "YCbCr": "RGB", "HSV": "RGB", "LAB": "RGB
 
 
 def read_image(image: Image.Image) -> tuple[Image.Image, int]:
-    """An upright picture in a mode that can be coded, and the number of that mode.
+    """An upright picture in a mode that can be coded, its colours those of sRGB, and the number of that mode.
 
     Raises:
-        DataError: It has more than 8 bits per channel, or no pixels.
+        DataError: It is no picture, has more than 8 bits per channel or no pixels, or is damaged.
     """
-    image = ImageOps.exif_transpose(image)
+    if not isinstance(image, Image.Image):
+        raise DataError(
+            f"expected a picture of Pillow, found {type(image).__name__}; Image.open reads a file, Image.fromarray "
+            "takes an array"
+        )
+    image = upright(image)
     if image.mode.startswith(("I", "F")):
         raise DataError(f"pictures of mode {image.mode} have more than 8 bits per channel; convert it to 8 bits first")
-    if image.mode == "P":
+    if image.mode in ("P", "PA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode in ("1", "L", "RGB") and image.has_transparency_data:  # one colour that stands for nothing
+        image = image.convert("RGBA" if image.mode == "RGB" else "LA")
+    image = to_srgb(image)
     image = image.convert(_CONVERTED.get(image.mode, image.mode))
     if image.mode == "RGBa":
         image = image.convert("RGBA")
@@ -48,6 +57,20 @@ def read_image(image: Image.Image) -> tuple[Image.Image, int]:
         raise DataError(f"the picture has no pixels: {image.width} x {image.height}")
     opaque = image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255)
     return image, MODES.index(image.mode) + (2 if opaque else 0)
+
+
+def check_roi(roi: NDArray[np.float64], image: Image.Image) -> NDArray[np.float64]:
+    """Weights (height, width) of the pixels of a picture, of mean 1.
+
+    Raises:
+        ConfigError: Another shape, or weights that are not positive.
+    """
+    weights = np.asarray(roi, dtype=np.float64)
+    if weights.shape != (image.height, image.width) or not np.isfinite(weights).all() or not (weights > 0).all():
+        raise ConfigError(
+            f"roi must be positive weights of shape ({image.height}, {image.width}), found {weights.shape}"
+        )
+    return weights / weights.mean()
 
 
 def to_values(image: Image.Image) -> NDArray[np.float64]:

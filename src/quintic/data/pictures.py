@@ -1,84 +1,97 @@
-"""Picture files: found below folders, and read into 8 bits per channel, upright, on white, at one size.
+"""Pictures of Pillow as screens show them: upright, and in the colours of sRGB.
 
-Grey pictures of 16 bits become v / 257, rounded, so that black stays black and white white. (Of colours with 16 bits
-Pillow itself keeps the upper 8.)
+A picture may bring a colour profile that says what its numbers mean; models and files of this package take them for
+sRGB, as everybody does with pictures that say nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+import io
+import struct
+import zlib
+from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from quintic.core import DataError
-from quintic.core.files import PICTURES
 
-__all__ = ["Picture", "find_pictures", "fit", "read_picture"]
+__all__ = ["UNREADABLE", "to_srgb", "upright"]
 
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError, struct.error,
+    zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow raises for files that are damaged in one place or another."""
 
-class Picture(NamedTuple):
-    """What was read of a file."""
-
-    image: Image.Image
-    """In mode L or RGB."""
-    frames: int
-    """In the file; the first one was read."""
-    deep: bool
-    """Whether it had 16 bits of grey."""
-
-
-def find_pictures(paths: Sequence[Path]) -> list[tuple[Path, str | None]]:
-    """Picture files with the name of the first subfolder each lies in, every file once, in sorted order."""
-    found: dict[Path, tuple[Path, str | None]] = {}
-    for path in paths:
-        if path.is_file():
-            found.setdefault(path.resolve(), (path, None))
-            continue
-        for file in sorted(path.rglob("*")):
-            parts = file.relative_to(path).parts
-            hidden = any(part.startswith(".") for part in parts)
-            if file.name.lower().endswith(PICTURES) and not hidden and file.is_file():
-                found.setdefault(file.resolve(), (file, parts[0] if len(parts) > 1 else None))
-    return list(found.values())
+_ROUNDING = 3
+"""Of 255: profiles of sRGB differ by that much from each other."""
+_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+"""Spaces of profiles, and Pillow's modes of them."""
 
 
-def read_picture(path: Path, size: int = 0) -> Picture:
-    """One picture, upright, on white where it is transparent.
-
-    Args:
-        path: Its file.
-        size: Height and width to scale and cut to; 0 keeps its own.
+def upright(image: Image.Image) -> Image.Image:
+    """As its EXIF orientation says.
 
     Raises:
-        DataError: It cannot be read, or has more bits than can be converted without knowing its range.
+        DataError: Its EXIF data is damaged.
     """
     try:
-        with Image.open(path) as opened:
-            # Cameras put other views of the same picture behind it, as MPO.
-            frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
-            image = ImageOps.exif_transpose(opened)
-            if deep := image.mode.startswith("I;16"):
-                image = Image.fromarray(((np.asarray(image, dtype=np.uint32) + 128) // 257).astype(np.uint8))
-            if image.mode in ("I", "F"):
-                raise DataError(
-                    f"{path} has 32 bits a pixel (mode {image.mode}), whose range is not known; convert it to 8 bits, "
-                    "for values from 0 to 1 by PIL.Image.open(old).point(lambda v: 255 * v).convert('L').save(new)"
-                )
-            coloured = image.mode not in ("1", "L", "LA")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB" if coloured else "L")
-            return Picture(fit(image, size) if size else image, frames, deep)
-    except DataError:
-        raise
-    except Exception as error:  # damaged files make Pillow's readers raise nearly anything
-        raise DataError(f"cannot read {path} as a picture: {error or type(error).__name__}") from error
+        return ImageOps.exif_transpose(image)
+    except UNREADABLE as error:
+        raise DataError(f"cannot read the picture, or which side of it is up: {error}") from error
 
 
-def fit(image: Image.Image, size: int) -> Image.Image:
-    """Scaled to cover a square and cut at the centre."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+def to_srgb(image: Image.Image) -> Image.Image:
+    """A picture without a colour profile: if it has another than sRGB, its colours converted.
+
+    Args:
+        image: Of mode L, LA, RGB, RGBA, CMYK or LAB; alpha stays as it is.
+
+    Returns:
+        The picture itself if it has no profile, or one that changes colours by hardly more than rounding; else L or LA
+        of grey, RGB or RGBA of colours.
+
+    Raises:
+        DataError: The profile is damaged, or of other colours than the picture.
+
+    Example:
+        >>> plain = Image.new("RGB", (2, 2), (255, 40, 40))
+        >>> to_srgb(plain) is plain
+        True
+    """
+    data = image.info.get("icc_profile")
+    if not data:
+        return image
+    try:
+        profile: Any = ImageCms.getOpenProfile(io.BytesIO(data))
+        alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+        grey = image.mode in ("1", "L", "LA")
+        colours = image.convert("L" if grey else "RGB") if alpha is not None else image
+        space = _SPACES.get(profile.profile.xcolor_space.strip(), "")
+        if grey and space == "RGB":  # the profile of a colour picture that was made grey
+            colours = colours.convert("RGB")
+        if colours.mode != space:
+            raise DataError(f"its colour profile is of {space or 'unknown colours'}, the picture of {colours.mode}")
+        to = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), space, "RGB")
+        if space == "RGB" and _nearly_the_same(to):
+            return image
+        made = ImageCms.applyTransform(colours, to)
+    except (*UNREADABLE, ImageCms.PyCMSError) as error:
+        said = f"{error}" if isinstance(error, DataError) else f"its colour profile is damaged ({error})"
+        raise DataError(f"cannot convert the picture to sRGB: {said}; save it as sRGB, or without a profile") from error
+    assert made is not None
+    if grey:
+        made = made.convert("L")
+    if alpha is not None:
+        made.putalpha(alpha)
+    made.info.pop("icc_profile", None)
+    return made
+
+
+def _nearly_the_same(to: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a transform of colours is that of sRGB to itself: what a profile is called does not tell."""
+    steps = (0, 51, 102, 153, 204, 255)
+    some = bytes(value for r in steps for g in steps for b in steps for value in (r, g, b))
+    told = ImageCms.applyTransform(Image.frombytes("RGB", (len(some) // 3, 1), some), to)
+    assert told is not None
+    return max(abs(a - b) for a, b in zip(some, told.tobytes(), strict=True)) <= _ROUNDING
