@@ -129,6 +129,13 @@ def test_every_task_generates_and_evaluates(run, tmp_path, capsys):
     Image.fromarray(arrays[0][0, :, :, 0]).convert("RGB").resize((12, 10)).save(folder / "3.png")
     assert quintic("evaluate", run, folder) == 0
     assert "4 images" in capsys.readouterr().out
+    if task == "tarflow":  # in no folders of classes they have none, unless one is named
+        found = []
+        for options in ((), ("--class", "-1"), ("--class", "3")):
+            capsys.readouterr()
+            assert quintic("evaluate", run, folder, "--json", *options) == 0
+            found.append(json.loads(capsys.readouterr().out)["bits_per_dim_of_each"])
+        assert found[0] == found[1] and not np.allclose(found[0], found[2], rtol=1e-7)
     if task == "tarflow":  # of many the strangest are listed, in order
         for i in range(4, 60):
             Image.fromarray(arrays[0][i % 3, :, :, 0]).save(folder / f"{i}.png")
@@ -142,7 +149,10 @@ def test_every_task_generates_and_evaluates(run, tmp_path, capsys):
 def test_a_flow_takes_a_class_and_guidance(run, tmp_path, capsys):
     if tomllib.loads((run / "config.toml").read_text())["task"] != "tarflow":
         assert quintic("generate", run, "--guidance", "2") == 2
-        assert "--guidance has no meaning" in capsys.readouterr().err
+        task = tomllib.loads((run / "config.toml").read_text())["task"]
+        said = "has no meaning for a run of task lm" if task == "lm" else "needs a model with classes"
+        assert f"--guidance {said}" in capsys.readouterr().err
+        assert task != "lm" or quintic("evaluate", run, "--class", "x") == 2
         return
     assert quintic("generate", run, "--n", "2", "--class", "3", "--guidance", "2", "--out", tmp_path / "a.png") == 0
     assert quintic("generate", run, "--n", "2", "--class", "99", "--out", tmp_path / "b.png") == 2

@@ -19,6 +19,7 @@ def evaluate(
     /,
     *arguments: str | Path,
     split: str = "test",
+    label: Annotated[str | None, Parameter(name="--class")] = None,
     checkpoint: str = "best",
     device: str = "auto",
     dtype: str | None = None,
@@ -36,6 +37,9 @@ def evaluate(
         how to read it: data.field=..., data.encoding=...; the rest is as in the run.
     split
         Split of the run's own data: test or validation.
+    label
+        Class of all pictures that are named, its name or number, or -1 for none; left out, it is that of the folder of
+        each, as in training, if the model has learned classes.
     checkpoint
         best (lowest validation loss), last, or a step number.
     device
@@ -51,6 +55,7 @@ def evaluate(
     quintic evaluate runs/book other.txt --json
     quintic evaluate runs/book other.jsonl data.field=body
     quintic evaluate runs/flow pictures/
+    quintic evaluate runs/flow others/ --class cat --json
     """
     from quintic.cli.wiring import kind_of, load_run_model, split_arguments
 
@@ -64,7 +69,8 @@ def evaluate(
             raise ConfigError(f"{key} is a setting of training; evaluations {known}")
         if not paths:
             raise ConfigError(f"{key} is for other text, and none is named; the run's own data is read as in training")
-    lines, facts = kind.evaluate(loaded._replace(settings=settings), run, paths, split)
+    options = {} if label is None else {"label": label}
+    lines, facts = kind.evaluate(loaded._replace(settings=settings), run, paths, split, options)
     if as_json:
         say(json.dumps({"run": str(run), **facts}))
         return

@@ -66,9 +66,10 @@ def generate(
     sampler
         Sampler of a diffusion model: ddim (smooth, good with few steps) or ancestral.
     label
-        Class of the images of a flow, its number or the name of its folder; -1 for none, all in turn if left out.
+        Class of the images, its number or the name of its folder, or -1 for none. Left out, a flow draws all classes
+        in turn, and a diffusion model none.
     guidance
-        Strength of a flow's guidance towards the class, about 1 to 3; --temperature then is of the pass without it.
+        Strength of the guidance towards the class, about 1 to 3; a flow's --temperature then is of the pass without it.
     method
         How a flow is inverted: auto, sequential, jacobi or window:K; all give the same images.
     denoise
@@ -93,7 +94,7 @@ def generate(
     quintic generate runs/book --temperature 0 --checkpoint last
     quintic generate runs/book --prompt "Call me" --n 3
     quintic generate runs/shapes --n 64 --out shapes.png
-    quintic generate runs/flow --class 3 --guidance 2
+    quintic generate runs/flow --class cat --guidance 2
     """
     from quintic.cli.wiring import kind_of, load_run_model
 

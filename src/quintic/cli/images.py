@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quintic.cli.image_classes import class_names, class_number, give_classes
 from quintic.cli.outputs import output_path
 from quintic.cli.printing import say
 from quintic.core import ConfigError, DataError, suggest
@@ -123,8 +123,6 @@ def shipped(task: str, name: str) -> UNet | TarFlow:
 
 def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None:
     """A grid of new images as PNG, and the images themselves as an array."""
-    from quintic.engine import Run
-
     n, seed = options.pop("n", 36), options.pop("seed")
     out, overwrite = options.pop("out", None), options.pop("overwrite", False)
     if loaded.shipped:
@@ -140,20 +138,24 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
     out = output_path(out, default, overwrite, beside=(".npy",))
     check_folder(out.parent)
     if loaded.header["task"] == "ddpm":
-        images = _diffuse(loaded, n, seed, options)
+        images = _diffuse(loaded, n, seed, options, class_names(loaded, folder))
     else:
-        names = [] if loaded.shipped else Run(folder).facts().get("data", {}).get("classes", [])
-        images = _flow(loaded, n, seed, options, names)
+        images = _flow(loaded, n, seed, options, class_names(loaded, folder))
     _write_images(images, out)
 
 
-def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str) -> tuple[list[str], dict[str, Any]]:
+def evaluate(
+    loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str, options: dict[str, Any]
+) -> tuple[list[str], dict[str, Any]]:
     """The loss on a split of the run's own images, or scores of others: for a person, and for a script."""
+    from quintic.cli.wiring import refuse
     from quintic.data.images import prepare_images
 
     if split not in ("test", "validation"):
         raise ConfigError(f"unknown split {split!r}{suggest(split, ['test', 'validation'])}")
     settings, header = loaded.settings, loaded.header
+    label = options.pop("label", None)
+    refuse(options, header["task"])
     if paths:
         # As the model takes them, whatever their own size and colours.
         model = settings[header["task"]]
@@ -162,11 +164,20 @@ def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: st
             settings["data"], validation_fraction=0.0, test_fraction=1.0, flip=False, size=side,
             channels="grey" if channels == 1 else "rgb",
         )  # fmt: skip
-        images = prepare_images(list(paths), every, lambda _: None)
-        return _score_others(loaded, images)
+        problems: list[DataError] = []
+        images = prepare_images(list(paths), every, unreadable=problems.append)
+        images, words = give_classes(images, model, class_names(loaded, folder), label)
+        lines, facts = _score_others(loaded, images, words)
+        if problems:
+            lines += [f"left out: {problem}" for problem in problems]
+            facts["left_out"] = [str(problem) for problem in problems]
+        return lines, facts
+    if label is not None:
+        raise ConfigError("--class is of pictures that are named; the run's own have theirs")
     if loaded.shipped:
         raise ConfigError(f"{folder} comes without its images; name files, folders or idx files to evaluate it on")
     what = f"{split} split of {folder}"
+    words = ", each given its class" if settings[header["task"]].classes else ""
     images = prepare_images([Path(path) for path in header["paths"]] or None, settings["data"], lambda _: None)
     task = _task(header["task"], settings, images)
     if task.fingerprint != header["fingerprint"]:
@@ -177,11 +188,15 @@ def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: st
         raise DataError(f"there are no {split} images to evaluate on in {folder}")
     prefix = "val" if split == "validation" else split
     loss, bits = values[f"{prefix}_loss"], values.get(f"{prefix}_bits_per_dim")
-    line = f"{what}: {_told(loss, header['task'])}" + ("" if bits is None else f", {bits:.4f} bits per dimension")
+    line = f"{what}{words}: {_told(loss, header['task'])}" + (
+        "" if bits is None else f", {bits:.4f} bits per dimension"
+    )
     return [line], {"data": what, "loss": loss, **({} if bits is None else {"bits_per_dim": bits})}
 
 
-def _diffuse(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) -> NDArray[np.uint8]:
+def _diffuse(
+    loaded: LoadedModel, n: int, seed: int, options: dict[str, Any], names: Sequence[str]
+) -> NDArray[np.uint8]:
     """Images of a diffusion model, (n, h, w, c)."""
     import numpy as np
 
@@ -193,7 +208,15 @@ def _diffuse(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) ->
 
     c = loaded.settings["ddpm"]
     steps, sampler = options.pop("steps", c.sample_steps), options.pop("sampler", "ddim")
+    label, guidance = options.pop("label", None), options.pop("guidance", 0.0)
     refuse(options, "ddpm")
+    labels = None if label is None else class_number(label, c.classes, names)
+    if guidance and labels in (None, -1):
+        needs = "a class to go to: --class NAME" if c.classes else "a model with classes; this one was trained without"
+        raise ConfigError(f"--guidance needs {needs}")
+    if not c.class_dropout and (guidance or labels == -1):
+        asked = "--guidance" if guidance else "--class -1"
+        raise ConfigError(f"{asked} needs a model that has seen images without their class, found ddpm.class_dropout=0")
     samplers = {"ddim": ddim_sample, "ancestral": ancestral_sample}
     if sampler not in samplers:
         raise ConfigError(f"unknown sampler {sampler!r}{suggest(sampler, samplers)}")
@@ -206,13 +229,12 @@ def _diffuse(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any]) ->
         for first in range(0, n, _BATCH):
             count = min(_BATCH, n - first)
             noise = seeded_noise(seed, count, denoiser.shape, first)
-            parts.append(as_pixels(samplers[sampler](denoiser, count, levels, noise=noise).cpu().numpy()))
+            drawn = samplers[sampler](denoiser, count, levels, labels=labels, guidance=guidance, noise=noise)
+            parts.append(as_pixels(drawn.cpu().numpy()))
     return np.concatenate(parts)
 
 
-def _flow(
-    loaded: LoadedModel, n: int, seed: int, options: dict[str, Any], class_names: Sequence[str]
-) -> NDArray[np.uint8]:
+def _flow(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any], names: Sequence[str]) -> NDArray[np.uint8]:
     """Images of a TARFLOW, (n, h, w, c); always in the model's own precision, else the inversion is not exact."""
     import torch
 
@@ -226,12 +248,10 @@ def _flow(
     denoise = options.pop("denoise", None)
     refuse(options, "tarflow")
     labels = None
-    if label is not None and not c.classes:
-        raise ConfigError("--class needs a model with classes; this one was trained without")
-    if c.classes:
-        labels = (
-            torch.arange(n) % c.classes if label is None else torch.full((n,), _class(label, c.classes, class_names))
-        )
+    if label is not None:
+        labels = torch.full((n,), class_number(label, c.classes, names))
+    elif c.classes:
+        labels = torch.arange(n) % c.classes
     guidance = None
     if strength:
         guidance = Guidance(strength) if temperature is None else Guidance(strength, temperature=temperature)
@@ -240,39 +260,32 @@ def _flow(
     return as_pixels(found.images.float().cpu().numpy())
 
 
-def _class(label: str, classes: int, names: Sequence[str]) -> int:
-    """Number of a class that was given by its name or number; -1 is none."""
-    if label in names:
-        return names.index(label)
-    with contextlib.suppress(ValueError):
-        if -1 <= (number := int(label)) < classes:
-            return number
-    raise ConfigError(
-        f"--class must be {'a name or ' if names else ''}0 to {classes - 1}, or -1 for none, found {label}"
-        f"{suggest(label, names)}"
-    )
-
-
 def _told(loss: float, task: str) -> str:
     from quintic.report.records import loss_unit
 
     return f"loss {loss:.5f} ({loss_unit(task)})"
 
 
-def _score_others(loaded: LoadedModel, images: ImageData) -> tuple[list[str], dict[str, Any]]:
-    """Likelihood and strangeness of images under a flow; the loss under a diffusion model."""
+def _score_others(loaded: LoadedModel, images: ImageData, words: str) -> tuple[list[str], dict[str, Any]]:
+    """Likelihood and strangeness of images under a flow; the loss under a diffusion model.
+
+    ``words`` say what class they were given.
+    """
     import numpy as np
 
     task, split = loaded.header["task"], images.test
+    classes = {}
+    if split.labels is not None:
+        classes["classes"] = [images.class_names[label] for label in split.labels]
     if task == "ddpm":
         with loaded.precision:
             values = _task(task, loaded.settings, images).evaluate(loaded.model, "test", lambda: False)
         assert values is not None
         loss = values["test_loss"]
-        return [f"{len(split)} images: {_told(loss, task)}"], {"images": len(split), "loss": loss}
+        return [f"{len(split)} images{words}: {_told(loss, task)}"], {"images": len(split), "loss": loss, **classes}
     from quintic.flow import score_images
 
-    scores = score_images(loaded.model, split.images, None)  # type: ignore[arg-type]
+    scores = score_images(loaded.model, split.images, split.labels)  # type: ignore[arg-type]
     bits, strange = np.asarray(scores.bits_per_dim), np.asarray(scores.outlier)
     lines = []
     names = split.files or [str(i) for i in range(len(split))]
@@ -284,12 +297,12 @@ def _score_others(loaded: LoadedModel, images: ImageData) -> tuple[list[str], di
     lines += [f"{bits[i]:>18.4f}  {strange[i]:>13.4f}  {names[i]}" for i in shown]
     low, middle, high = np.percentile(strange, (25, 50, 75))
     lines.append(
-        f"{len(split)} images: {bits.mean():.4f} bits per dimension; outlier score (bits of the flow beyond those of "
-        f"PNG, higher is stranger) quartiles {low:.3f}, {middle:.3f}, {high:.3f}"
+        f"{len(split)} images{words}: {bits.mean():.4f} bits per dimension; outlier score (bits of the flow beyond "
+        f"those of PNG, higher is stranger) quartiles {low:.3f}, {middle:.3f}, {high:.3f}"
     )
     each = {"bits_per_dim_of_each": bits.tolist(), "outlier_score_of_each": strange.tolist()}
     files = {"files": list(split.files)} if split.files else {}
-    return lines, {"images": len(split), "bits_per_dim": float(bits.mean()), **files, **each}
+    return lines, {"images": len(split), "bits_per_dim": float(bits.mean()), **files, **classes, **each}
 
 
 def _write_images(images: NDArray[np.uint8], out: Path) -> None:

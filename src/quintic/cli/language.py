@@ -150,11 +150,15 @@ def own_task(loaded: LoadedModel, folder: Path) -> LanguageModelTask:
     return task
 
 
-def evaluate(loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str) -> tuple[list[str], dict[str, Any]]:
+def evaluate(
+    loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str, options: dict[str, Any]
+) -> tuple[list[str], dict[str, Any]]:
     """Loss and bits per byte on a split of the run's own data, or on other text: for a person, and for a script."""
+    from quintic.cli.wiring import refuse
     from quintic.data import prepare as prepare_text
     from quintic.lm.task import LanguageModelTask
 
+    refuse(options, "lm")
     if split not in ("test", "validation"):
         raise ConfigError(f"unknown split {split!r}{suggest(split, ['test', 'validation'])}")
     settings = loaded.settings

@@ -105,7 +105,7 @@ class Kind(Protocol):
         ...
 
     def evaluate(
-        self, loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str
+        self, loaded: LoadedModel, folder: Path, paths: Sequence[Path], split: str, options: dict[str, Any]
     ) -> tuple[list[str], dict[str, Any]]:
         """The loss on a split or on other data: for a person, and for a script."""
         ...

@@ -80,6 +80,8 @@ class ImageTask(ABC):
             raise DataError(f"the images are (channels, height, width) {data.shape}, the model is for {expected}")
         if config.classes > 0 and len(data.class_names) != config.classes:
             raise DataError(f"the model is for {config.classes} classes, the images have {len(data.class_names)}")
+        if config.classes and len(data.train) and data.train.labels is None:
+            raise DataError("the model is to learn classes, and the training images have no labels")
         self.data = data
         self.num_classes: int = config.classes
         self.num_examples = data.num_examples
@@ -122,10 +124,9 @@ class ImageTask(ABC):
         return self.tensors(self.data.examples(examples))
 
     def tensors(self, split: ImageSplit) -> dict[str, Tensor]:
-        """Images of a split, and their labels if classes are wanted."""
+        """Images of a split, and their labels if classes are wanted and known; else the model is told no class."""
         tensors = {"images": self.pixels(split.images)}
-        if self.num_classes:
-            assert split.labels is not None
+        if self.num_classes and split.labels is not None:
             tensors["labels"] = torch.from_numpy(split.labels)
         return tensors
 
@@ -165,8 +166,8 @@ class ImageTask(ABC):
     ) -> dict[str, float] | None:
         """Mean loss of a split per value, and its views; None if stopped midway.
 
-        All images of ``test`` count, and up to 2,000 of ``validation``, evenly spaced. Classes are given. Ranks share
-        them out.
+        All images of ``test`` count, and up to 2,000 of ``validation``, evenly spaced. Classes are given, where images
+        have them. Ranks share them out.
         """
         chosen: ImageSplit = getattr(self.data, split)
         if not len(chosen):
