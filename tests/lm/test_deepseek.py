@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -48,7 +49,10 @@ def test_transformers_loads_our_folder(tmp_path, q_rank, shard_bytes):
         text = theirs.generate(prompt, max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert list(generate(model, prompt[0].tolist(), max_tokens=30, temperature=0)) == text[0, 10:].tolist()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert tokenizer("Whale é")["input_ids"] == Tokenizer.bytes().encode("Whale é")
+    assert tokenizer("Whale é")["input_ids"] == Tokenizer.bytes().prompt("Whale é")
+    assert tokenizer("Whale", "é")["input_ids"] == [i for t in ("Whale", "é") for i in Tokenizer.bytes().prompt(t)]
+    config = theirs.config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 0)
     assert tokenizer.model_max_length == TINY.context
     assert tokenizer.eos_token_id == Tokenizer.bytes().separator_id == theirs.generation_config.eos_token_id
 
@@ -123,8 +127,19 @@ def edited(folder, **changes):
         ({"quantization_config": {"quant_method": "fp8"}}, ConfigError, "quantized .*fp8.* convert"),
         ({"num_hidden_layers": 1}, CheckpointError, r"has a tensor model\.layers\.1\.\S+, for which"),
         ({"hidden_size": 32}, CheckpointError, r"model.embed_tokens.weight is \(264, 64\)"),
-        ({"n_routed_experts": 9}, CheckpointError, r"gate.weight is \(8, 64\)"),
+        ({"n_routed_experts": 9}, CheckpointError, r"no tensor model.layers.1.mlp.experts.8.gate_proj"),
         ({"num_hidden_layers": 4}, CheckpointError, r"no tensor model.layers.3.input_layernorm.weight"),
+        # Sizes that nobody has the memory for, or the time to count to.
+        ({"num_hidden_layers": 10**9}, CheckpointError, r"no tensor model.layers.3.input_layernorm.weight"),
+        ({"n_routed_experts": 10**9}, CheckpointError, r"no tensor model.layers.1.mlp.experts.8.gate_proj.weight"),
+        ({"hidden_size": 10**9}, CheckpointError, r"model.embed_tokens.weight is \(264, 64\)"),
+        ({"hidden_size": 10**12}, ConfigError, "hidden_size = 1000000000000; expected less than 2147483648"),
+        ({"hidden_size": 10**400}, ConfigError, "hidden_size = "),
+        (
+            {"max_position_embeddings": 10**12},
+            ConfigError,
+            "max_position_embeddings = 1000000000000; expected less than",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, error, words):
@@ -153,11 +168,53 @@ def test_a_tensor_that_would_change_the_model_is_not_left_out(tmp_path, name, fi
         load_deepseek(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("index", [b"[]", b"\xff", b'{"weight_map": {"x": 3}}', b'{"weight_map": {"x": "../x"}}'])
+@pytest.mark.parametrize(
+    "index",
+    [b"[]", b"\xff", b"[" * 200_000, b'{"weight_map": {"x": 3}}', b'{"weight_map": {"x": "../x"}}'],
+)
 def test_an_index_that_is_none_is_damage(tmp_path, index):
     save_deepseek(lively(TINY), tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors.index.json").write_bytes(index)
     with pytest.raises(CheckpointError, match=r"index\.json is damaged"):
+        load_deepseek(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a" * 5000, "nowhere", "a\0b", "folder", "pipe"])
+def test_an_index_that_names_no_file(tmp_path, name):
+    save_deepseek(lively(TINY), tmp_path / "hf")
+    (tmp_path / "hf" / "folder").mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "hf" / "pipe")
+    index = json.dumps({"weight_map": {"lm_head.weight": name}})
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=r"is missing or no regular file"):
+        load_deepseek(tmp_path / "hf")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes have names here")
+def test_weights_in_a_pipe_are_not_waited_for(tmp_path):
+    save_deepseek(lively(TINY), tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'model\.safetensors' is missing or no regular file"):
+        load_deepseek(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.to(torch.int8), "of type I8, expected F64 or F32"),
+        (lambda t: t.to(torch.float8_e4m3fn), "of type F8_E4M3, expected"),
+        (lambda t: t / 0, "has numbers that are not finite"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers(tmp_path, change, words):
+    save_deepseek(lively(TINY), tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    weights, name = load_file(path), "model.layers.1.mlp.experts.3.up_proj.weight"
+    save_file({**weights, name: change(weights[name])}, tmp_path / "changed")
+    (tmp_path / "changed").replace(path)
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} in .* {words}"):
         load_deepseek(tmp_path / "hf")
 
 
@@ -167,7 +224,7 @@ def test_a_dtype_that_no_model_here_has_is_refused_before_anything_is_read(tmp_p
 
 
 def test_damage_is_an_error_and_nothing_is_overwritten(tmp_path):
-    for content in (None, "{", "[3]", "3"):
+    for content in (None, "{", "[3]", "3", "[" * 200_000):
         if content is not None:
             (tmp_path / "config.json").write_text(content)
         with pytest.raises(CheckpointError, match=r"no readable config\.json"):

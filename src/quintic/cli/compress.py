@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +75,7 @@ def compress(
     """
     import torch
 
+    from quintic.cli.language import own_tokenizer
     from quintic.cli.wiring import load_run_model
     from quintic.engine import Run
     from quintic.lm import LanguageModel
@@ -131,7 +131,7 @@ def compress(
         header |= {"paths": [str(path.absolute()) for path in data], "fingerprint": task.fingerprint}
         settings = settings.derive("data.tokenizer", str((out / "tokenizer.json").absolute()), why)
     folder = Run.create(out, settings, header, made.state_dict())
-    shutil.copyfile(run / "tokenizer.json", out / "tokenizer.json")
+    own_tokenizer(run, settings).save(out / "tokenizer.json")
     bits = [values["val_bits_per_byte"] for values in (before, after) if values]
     folder.record(
         task="lm", size="compressed", title=run.absolute().name, status="compressed",

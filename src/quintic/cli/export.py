@@ -14,6 +14,9 @@ __all__ = ["export"]
 def export(run: Path, folder: Path, /, *, checkpoint: str = "best") -> None:
     """Export a language model as a DeepSeek-V3 folder, which transformers loads: config, safetensors, tokenizer.
 
+    A model that came from such a folder (import, train --from) gets that folder's tokenizer, template of chats and
+    settings of generation.
+
     In Python, load it with transformers.AutoModelForCausalLM.from_pretrained(FOLDER).
 
     Parameters
@@ -30,8 +33,8 @@ def export(run: Path, folder: Path, /, *, checkpoint: str = "best") -> None:
     quintic export runs/book exported
     quintic export runs/book exported --checkpoint last
     """
+    from quintic.cli.language import own_tokenizer
     from quintic.cli.wiring import load_run_model
-    from quintic.data.tokenizer import Tokenizer
     from quintic.lm import LanguageModel, save_deepseek
 
     if folder.exists():
@@ -41,6 +44,6 @@ def export(run: Path, folder: Path, /, *, checkpoint: str = "best") -> None:
     if not isinstance(loaded.model, LanguageModel):
         raise CheckpointError(f"{run} is a run of task {loaded.header['task']}; only language models can be exported")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_deepseek(loaded.model, folder, Tokenizer.load(run / "tokenizer.json"))
+    save_deepseek(loaded.model, folder, own_tokenizer(run, loaded.settings))
     size = sum(path.stat().st_size for path in folder.iterdir())
     say(f"{folder}: DeepSeek-V3 for transformers, {size / 2**20:,.1f} MiB")

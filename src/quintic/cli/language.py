@@ -12,6 +12,7 @@ from quintic.core import ConfigError, DataError, suggest
 
 if TYPE_CHECKING:
     from quintic.cli.wiring import LoadedModel
+    from quintic.data import Tokenizer
     from quintic.engine import Settings
     from quintic.lm import LanguageModel
     from quintic.lm.task import LanguageModelTask
@@ -25,7 +26,9 @@ __all__ = [
     "build",
     "evaluate",
     "generate",
+    "of_run",
     "own_task",
+    "own_tokenizer",
     "prepare",
     "sections",
     "with_shape",
@@ -103,7 +106,6 @@ def build(task: str, settings: Settings) -> LanguageModel:
 def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None:
     """Text to standard output as it is made."""
     from quintic.cli.wiring import refuse
-    from quintic.data.tokenizer import Tokenizer
     from quintic.lm.task import generate_text
 
     known = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
@@ -116,7 +118,7 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"--prompt is not UTF-8 text ({error.reason} at character {error.start})") from error
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = own_tokenizer(folder, loaded.settings)
     model: LanguageModel = loaded.model  # type: ignore[assignment]
     first = sampling.pop("seed")
     for seed in range(first, first + n):
@@ -129,6 +131,24 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
                 sys.stdout.write(piece)
                 sys.stdout.flush()
         sys.stdout.write("\n")
+
+
+def of_run(folder: Path, settings: Settings) -> Settings:
+    """Settings of a run that name its own copy of a tokenizer: the file it came from may be gone, or another by now."""
+    from quintic.data.config import OWN_TOKENIZERS
+
+    own = folder / "tokenizer.json"
+    if settings["data"].tokenizer in OWN_TOKENIZERS or not own.is_file():
+        return settings
+    return settings.derive("data.tokenizer", str(own.absolute()), settings.sources["data.tokenizer"])
+
+
+def own_tokenizer(folder: Path, settings: Settings) -> Tokenizer:
+    """The tokenizer of a run, which reads texts as the run did."""
+    from quintic.data import Tokenizer
+
+    data = settings["data"]
+    return Tokenizer.load(folder / "tokenizer.json", separator=data.separator, special_tokens=data.special_tokens)
 
 
 def own_task(loaded: LoadedModel, folder: Path) -> LanguageModelTask:

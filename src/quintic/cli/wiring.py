@@ -215,6 +215,10 @@ def open_run(folder: Path) -> tuple[Run, Settings, dict[str, Any]]:
         if not isinstance(header.get(key), kind):
             raise CheckpointError(f"{run.config_file} is not of a run: it lacks {key!r}; give another folder")
     settings = Settings.from_toml(run.settings_text(), section_types(header["task"]))
+    if header["task"] == "lm":
+        from quintic.cli.language import of_run
+
+        settings = of_run(folder, settings)
     return run, settings, header
 
 

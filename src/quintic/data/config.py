@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from quintic.core import ConfigError
-from quintic.core.settings import check_types
+from quintic.core.settings import check_names, check_types
 
-__all__ = ["DataConfig", "check_fractions"]
+__all__ = ["OWN_TOKENIZERS", "DataConfig", "check_fractions"]
+
+OWN_TOKENIZERS = ("auto", "byte", "bpe")
+"""Those that are made here; anything else is the path of a file."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,11 @@ class DataConfig:
 
     tokenizer: str = "auto"
     """auto (byte for small text, else bpe), byte, bpe, or the path of a tokenizer.json."""
+    separator: str = ""
+    """Token of a tokenizer.json that divides documents; empty takes the end of a text that the files beside it name."""
+    special_tokens: str = "text"
+    """What text that spells a special token, such as <|im_end|>, becomes: text, or token, for conversations written out
+    for a model that knows these tokens. With token a separator in the text begins a document too."""
     vocab_size: int = 0
     """Tokens of a trained tokenizer; 0 follows the amount of training text, about 1,000 bytes a token."""
     encoding: str = "auto"
@@ -35,6 +44,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types("data", self)
+        check_names("data", self, {"special_tokens": ("text", "token")})
+        if escape := re.search(r"\\[nt]", self.field):
+            raise ConfigError(
+                f"data.field has a backslash and a letter ({escape[0]}) where a line end or a tab was meant; put "
+                "double quotes within single ones: 'data.field=\"{prompt}\\n{response}\"'"
+            )
         if self.vocab_size and not 257 <= self.vocab_size <= 1 << 20:
             raise ConfigError(
                 f"data.vocab_size must be 0 (by size of the text) or between 257 and {1 << 20}, found {self.vocab_size}"

@@ -23,20 +23,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quintic.assets import corpus_path
-from quintic.core import DataError
+from quintic.core import ConfigError, DataError
 from quintic.core.files import atomic_folder, cache_dir, sha256_bytes, sha256_file
-from quintic.data.config import DataConfig
+from quintic.data.config import OWN_TOKENIZERS, DataConfig
 from quintic.data.pieces import PIECE, divide, even, take
 from quintic.data.readers import EXTENSIONS, find_sources, read_documents
 from quintic.data.survey import Documents, take_survey, utf8
 from quintic.data.tokenizer import SMALLEST_BPE, Tokenizer, vocab_size_for
 
-__all__ = ["Split", "TokenData", "document_ids", "num_windows", "prepare", "windows"]
+__all__ = ["Split", "TokenData", "document_ids", "given_tokenizer", "num_windows", "prepare", "windows"]
 
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
 MINIMUM_CHARACTERS = 200
 _LEARNED_FROM = 1 << 30  # bytes of text at most that a tokenizer is trained on: its memory grows with their words
+_LOOKED_AT = 1 << 18  # characters in which special tokens are looked for
 _AT_ONCE = 16  # pieces encoded side by side at most; each takes some 50 MB meanwhile
 
 
@@ -45,7 +46,7 @@ class Split:
     """One part of the text."""
 
     ids: NDArray[Any]
-    """(tokens,) ids, memory-mapped; every document begins with the separator."""
+    """(tokens,) ids, memory-mapped; every document begins with the separator (and the token that begins a text)."""
     num_bytes: int
     """UTF-8 bytes of the text, separators not counted."""
     num_chars: int
@@ -90,7 +91,8 @@ def prepare(
         progress: Told in words what is going on.
 
     Raises:
-        DataError: The text is missing, unreadable or too short.
+        DataError: The text is missing, unreadable or too short, or the tokenizer cannot be used.
+        ConfigError: A separator is named for a tokenizer that has its own.
     """
     source = find_sources([corpus_path()] if paths is None else paths)
     warnings = []
@@ -115,33 +117,32 @@ def prepare(
             f"the text is too short to train on: {content.chars} characters, at least {MINIMUM_CHARACTERS} are needed"
             + source.hint
         )
-    foreign = config.tokenizer not in ("auto", "byte", "bpe")
-    loaded = Tokenizer.load(Path(config.tokenizer)) if foreign else None
+    loaded = given_tokenizer(config)
     settings = asdict(config) | {
-        "tokenizer": loaded.hash if loaded else config.tokenizer,
+        "tokenizer": loaded.identity if loaded else config.tokenizer,
         "cross_documents": None,  # does not change the ids
         "encoding": None,  # nor does this, given the text
         "field": None,
     }
+    del settings["separator"]  # is in the tokenizer's identity
+    if config.special_tokens == "text":
+        del settings["special_tokens"]  # the keys are those of before there was this setting
     key = sha256_bytes(json.dumps([FORMAT, content.digest, settings], sort_keys=True).encode())[:32]
     folder = cache_dir("tokens") / key
     data = None
     if folder.exists():
         try:
-            data = _load(folder, key, reused=True)
+            data = _load(folder, key, loaded, config.special_tokens, reused=True)
         except DataError as error:
             warnings.append(f"{error}; made the tokens again")
             shutil.rmtree(folder)
     if data is None:
         tokenizer, notes = (loaded, {}) if loaded else _fit_tokenizer(documents, cuts, config, progress)
+        tokenizer.special_tokens = config.special_tokens
         _build(folder, key, documents, cuts, tokenizer, notes, progress)
-        data = _load(folder, key, reused=False)
+        data = _load(folder, key, loaded, config.special_tokens, reused=False)
     if loaded:
-        sample = next(iter(next(documents())))[:10_000]
-        if loaded.decode(loaded.encode(sample)) != sample:
-            warnings.append(
-                f"tokenizer {config.tokenizer} does not give this text back exactly; bits per byte will look too good"
-            )
+        warnings.extend(_doubts(loaded, config.tokenizer, documents()))
     data.warnings.extend(warnings)
     return data
 
@@ -177,6 +178,24 @@ def document_ids(inputs: NDArray[np.int64], separator_id: int) -> NDArray[np.int
         array([[0, 1, 1, 1, 2]])
     """
     return np.cumsum(inputs == separator_id, axis=1)
+
+
+def given_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer of a file; None if it is to be made here.
+
+    Raises:
+        DataError: It cannot be used.
+        ConfigError: A separator is named for a tokenizer that has its own.
+    """
+    if config.tokenizer not in OWN_TOKENIZERS:
+        path, special = Path(config.tokenizer), config.special_tokens
+        return Tokenizer.load(path, separator=config.separator, special_tokens=special)
+    if config.separator:
+        raise ConfigError(
+            f"data.separator = {config.separator!r} is for a tokenizer.json; data.tokenizer = {config.tokenizer} has a "
+            "separator of its own: leave it out"
+        )
+    return None
 
 
 def _fit_tokenizer(
@@ -225,13 +244,15 @@ def _build(
     with atomic_folder(mine) as temporary:
         files = [(temporary / f"{name}.bin").open("wb") for name in SPLITS]
         done = 0
+        last = [-1] * len(SPLITS)  # ids
         try:
             pieces = even(divide(documents(), cuts))
             while batch := take(pieces, PIECE * min(os.cpu_count() or 1, _AT_ONCE)):
                 encoded = tokenizer.encode_batch([piece.text for piece in batch])
                 for (split, begins, text), ids in zip(batch, encoded, strict=True):
-                    start = [tokenizer.separator_id] if begins else []
+                    start = tokenizer.opening(ids, last[split]) if begins else []
                     files[split].write(np.asarray(start + ids, dtype=dtype).tobytes())
+                    last[split] = (last[split], *start, *ids[-1:])[-1]
                     count = counts[split]
                     count["num_documents"] += begins
                     count["num_tokens"] += len(start) + len(ids)
@@ -260,8 +281,24 @@ def _build(
         shutil.rmtree(mine)
 
 
-def _load(folder: Path, key: str, *, reused: bool) -> TokenData:
-    """Open cached ids.
+def _doubts(tokenizer: Tokenizer, path: str, documents: Iterator[Iterable[str]]) -> list[str]:
+    """What the user should know of a tokenizer of others, from the beginning of the text."""
+    found = []
+    first = "".join(itertools.islice(next(documents), 1))
+    if not tokenizer.gives_back(first[:10_000]):
+        found.append(f"tokenizer {path} does not give this text back exactly; bits per byte will look too good")
+    if tokenizer.special_tokens == "text":
+        some = (part for document in itertools.islice(documents, 100) for part in itertools.islice(document, 1))
+        if spelt := tokenizer.spells("".join([first, *some])[:_LOOKED_AT]):
+            found.append(
+                f"the text spells special tokens of {path} ({', '.join(spelt[:3])}), which are read as text; "
+                "data.special_tokens=token makes them tokens"
+            )
+    return found
+
+
+def _load(folder: Path, key: str, tokenizer: Tokenizer | None, special_tokens: str, *, reused: bool) -> TokenData:
+    """Open cached ids; of a tokenizer that was made here the cache has the file.
 
     Raises:
         DataError: Something is missing or damaged.
@@ -274,7 +311,7 @@ def _load(folder: Path, key: str, *, reused: bool) -> TokenData:
         raise DataError(f"cached tokens in {folder} are damaged") from error
     if not intact:
         raise DataError(f"cached tokens in {folder} are damaged")
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = tokenizer or Tokenizer.load(folder / "tokenizer.json", special_tokens=special_tokens)
     splits = {}
     for name, count in manifest["splits"].items():
         tokens = count.pop("num_tokens")

@@ -8,7 +8,8 @@ executed and nothing but JSON and safetensors is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,15 @@ _FIXED = {
 """What this implementation computes; a folder that says otherwise is refused."""
 
 
+_LARGEST = 1 << 31
+"""No size in a configuration is as large."""
+_LONGEST = 1 << 24
+"""Nor a context: unlike other sizes, no tensor of a folder tells whether it is true."""
+
+_NUMBERS = ("F64", "F32", "F16", "BF16")
+"""Types of weights, as safetensors names them."""
+
+
 def save_deepseek(
     model: LanguageModel, folder: Path, tokenizer: Tokenizer | None = None, *, shard_bytes: int = 4 * 10**9
 ) -> None:
@@ -71,7 +81,7 @@ def save_deepseek(
     Args:
         model: Its weights are written in their dtype, under DeepSeek-V3's names.
         folder: Must not exist; appears whole or not at all.
-        tokenizer: Written beside the weights.
+        tokenizer: Written beside the weights, with the files that it came with.
         shard_bytes: Largest size of one weight file; more than one get an index.
 
     Raises:
@@ -85,6 +95,7 @@ def save_deepseek(
             f"score = {c.score!r}, select = {c.select!r}, normalize_experts = {c.normalize_experts!r}, "
             f"dense = {c.dense}"
         )
+    files = {} if tokenizer is None else tokenizer.files(model.config.context)
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = total = 0
@@ -104,20 +115,11 @@ def save_deepseek(
             _write(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
         for name, shard in zip(names, shards, strict=True):
             save_tensors(shard, out / name, {"format": "pt"})
-        _write(out / "config.json", _foreign_config(model.config, next(iter(state.values())).dtype))
-        if tokenizer is not None:
-            separator = tokenizer.separator_id
-            ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), separator)
-            _write(out / "generation_config.json", ends)
-            tokenizer.save(out / "tokenizer.json")
-            _write(
-                out / "tokenizer_config.json",
-                {
-                    "tokenizer_class": "PreTrainedTokenizerFast",
-                    **dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.separator),
-                    "model_max_length": model.config.context,
-                },
-            )
+        ends = json.loads(files.get("generation_config.json", "{}"))  # without them transformers takes its class's own
+        ends = {name: ends[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in ends}
+        _write(out / "config.json", _foreign_config(model.config, next(iter(state.values())).dtype) | ends)
+        for name, content in files.items():
+            (out / name).write_text(content, encoding="utf-8")
 
 
 def load_deepseek(folder: Path | str, *, dtype: torch.dtype = torch.float32, context: int = 0) -> LanguageModel:
@@ -137,26 +139,53 @@ def load_deepseek(folder: Path | str, *, dtype: torch.dtype = torch.float32, con
     folder = Path(folder)
     config = read_config(folder, context=context)
     files = _weight_files(folder)
-    if unused := _unused(files, config):
-        raise CheckpointError(f"{folder} has a tensor {unused[0]}, for which the model of its config.json has no use")
-    model = LanguageModel(config, initialize=False).to(dtype)
-    state = model.state_dict()
     try:
         opened = {name: safe_open(folder / name, framework="pt") for name in set(files.values())}
+        _check_headers(folder, config, {name: opened[file] for name, file in files.items()})
+        model = LanguageModel(config, initialize=False).to(dtype)
+        state = model.state_dict()
         with torch.no_grad():
             for entry in _entries(config):
-                if entry.theirs not in files:
-                    raise CheckpointError(f"{folder} has no tensor {entry.theirs}, which config.json calls for")
-                tensor = opened[files[entry.theirs]].get_tensor(entry.theirs)
                 target = state[entry.ours][entry.part]
-                if tensor.shape != target.shape:
-                    raise CheckpointError(
-                        f"{entry.theirs} is {tuple(tensor.shape)} in {folder} and {tuple(target.shape)} by config.json"
-                    )
-                target.copy_(tensor)
+                target.copy_(opened[files[entry.theirs]].get_tensor(entry.theirs))
+                if not target.isfinite().all():
+                    raise CheckpointError(f"{entry.theirs} in {folder} has numbers that are not finite")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
     return model
+
+
+def _check_headers(folder: Path, config: LMConfig, opened: Mapping[str, Any]) -> None:
+    """Make sure that the files hold the tensors of a model, before anything is as large as ``config.json`` says.
+
+    Args:
+        folder: For messages.
+        config: The model's.
+        opened: {tensor: the file that has it}.
+
+    Raises:
+        CheckpointError: A tensor is missing, of another shape, no floating-point number, or without a use.
+    """
+    unused = {name for name in opened if not name.endswith("inv_freq")}
+    for entry in _entries(config):  # ends at the first that is missing, however many layers there should be
+        if entry.theirs not in opened:
+            raise CheckpointError(f"{folder} has no tensor {entry.theirs}, which config.json calls for")
+        unused.discard(entry.theirs)
+    # Layers that predict further tokens are left out.
+    further = tuple(name.removesuffix("eh_proj.weight") for name in unused if name.endswith(".eh_proj.weight"))
+    if unused := {name for name in unused if not name.startswith(further)}:
+        raise CheckpointError(f"{folder} has a tensor {min(unused)}, for which the model of its config.json has no use")
+    with torch.device("meta"):
+        state = LanguageModel(config, initialize=False).state_dict()
+    for entry in _entries(config):
+        found = opened[entry.theirs].get_slice(entry.theirs)
+        shape, target = tuple(found.get_shape()), tuple(state[entry.ours][entry.part].shape)
+        if shape != target:
+            raise CheckpointError(f"{entry.theirs} is {shape} in {folder} and {target} by config.json")
+        if (kind := found.get_dtype()) not in _NUMBERS:
+            raise CheckpointError(
+                f"{entry.theirs} in {folder} is of type {kind}, expected {' or '.join(_NUMBERS)}; convert it first"
+            )
 
 
 def read_config(folder: Path, *, context: int = 0) -> LMConfig:
@@ -168,9 +197,8 @@ def read_config(folder: Path, *, context: int = 0) -> LMConfig:
     """
     path = folder / "config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        found = dict(found)
-    except (OSError, ValueError, TypeError) as error:
+        found = dict(_json(path))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder} has no readable config.json: {error}") from error
     if how := found.get("quantization_config"):
         raise ConfigError(f"{path} says that the weights are quantized ({how}); convert the folder to bfloat16 first")
@@ -193,9 +221,14 @@ def read_config(folder: Path, *, context: int = 0) -> LMConfig:
     kinds: dict[str, Any] = {field.name: type(field.default) for field in fields(LMConfig)}
     for name, value in values.items():
         number = isinstance(value, int | float) and isinstance(value, bool) == (kinds[name] is bool)
+        expected = ""
         if not number or (kinds[name] is int and value != value // 1):
+            expected = f"a value of type {kinds[name].__name__}"
+        elif kinds[name] is int and value >= (bound := _LONGEST if name == "context" else _LARGEST):
+            expected = f"less than {bound}"
+        if expected:
             theirs = {ours: theirs for theirs, ours in _SAME.items()}.get(name, name)
-            raise ConfigError(f"{path} has {theirs} = {value!r}; expected a value of type {kinds[name].__name__}")
+            raise ConfigError(f"{path} has {theirs} = {value!r:.30}; expected {expected}")
     return LMConfig(**{name: kinds[name](value) for name, value in values.items()})
 
 
@@ -254,31 +287,41 @@ def _swiglu(there: str, here: str, hidden: int, expert: tuple[int, ...] = ()) ->
     yield _Entry(f"{there}.down_proj.weight", f"{here}.down", expert or ...)
 
 
-def _unused(files: Iterable[str], config: LMConfig) -> list[str]:
-    """Tensors that would be left out although they belong to the model: not the layers that predict further tokens."""
-    further = tuple(name.removesuffix("eh_proj.weight") for name in files if name.endswith(".eh_proj.weight"))
-    names = set(files) - {entry.theirs for entry in _entries(config)}
-    return sorted(name for name in names if not name.endswith("inv_freq") and not name.startswith(further))
-
-
 def _weight_files(folder: Path) -> dict[str, str]:
-    """{tensor: file} of a folder, by its index or by looking into its one file."""
+    """{tensor: file} of a folder, by its index or by looking into its one file.
+
+    Raises:
+        CheckpointError: There is neither, or the index is damaged or names what is no file of the folder.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            if strange := [file for file in files.values() if Path(file).name != file]:
-                raise ValueError(f"{strange[0]!r} is no file in the folder")
-            return files
-        except (ValueError, KeyError, TypeError) as error:
+            files = dict(_json(index)["weight_map"])
+            for file in set(files.values()):
+                if Path(file).name != file:
+                    raise ValueError(f"{file!r} is no file in the folder")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{index} is damaged: {error}") from error
-    if not (folder / "model.safetensors").exists():
+    elif not (folder / "model.safetensors").exists():
         raise CheckpointError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+    else:
+        files = {"": "model.safetensors"}
+    for file in set(files.values()):
+        if not os.path.isfile(folder / file):  # a pipe would be waited for
+            raise CheckpointError(f"the weights in {folder} cannot be read: {file!a} is missing or no regular file")
+    if index.exists():
+        return files
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             return dict.fromkeys(file.keys(), "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the weights in {folder} cannot be read: {error}") from error
+
+
+def _json(path: Path) -> Any:
+    if not os.path.isfile(path):
+        raise FileNotFoundError("it is missing or no regular file")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write(path: Path, content: Any) -> None:

@@ -208,14 +208,17 @@ class LanguageModelTask:
         return model.flops_per_token(self.config.context) * self.config.context
 
     def save_with(self, folder: Path) -> None:
-        """Put the tokenizer into a run folder."""
+        """Put the tokenizer into a run folder, and the files that it came with."""
         self.data.tokenizer.save(folder / "tokenizer.json")
 
     def _tensors(self, split: Split, numbers: NDArray[np.int64]) -> dict[str, Tensor]:
         ids, targets = windows(split, numbers, self.config.context)
+        tokenizer = self.data.tokenizer
+        if tokenizer.begin_id != tokenizer.separator_id:
+            targets = np.where(targets == tokenizer.begin_id, -1, targets)  # nobody asks a model where a text begins
         tensors = {"ids": torch.from_numpy(ids), "targets": torch.from_numpy(targets)}
         if not self.cross_documents:
-            tensors["documents"] = torch.from_numpy(document_ids(ids, self.data.tokenizer.separator_id))
+            tensors["documents"] = torch.from_numpy(document_ids(ids, tokenizer.begin_id))
         return tensors
 
 
@@ -266,8 +269,8 @@ def generate_text(
     from quintic.data.tokenizer import StreamDecoder
 
     decoder = StreamDecoder(tokenizer)
-    ids = [tokenizer.separator_id, *tokenizer.encode(prompt)]
-    stop_ids = (tokenizer.separator_id,) if stop_at_end else ()
+    ids = tokenizer.prompt(prompt)
+    stop_ids = tokenizer.end_ids if stop_at_end else ()
     stop = [text for text in stop if text]
     held = ""  # what may be the beginning of a stop string
     for token in generate(model, ids, num_ids=tokenizer.vocab_size, stop_ids=stop_ids, **options):
