@@ -194,6 +194,9 @@ MISTAKES = {
     "marked.txt": (b"\xef\xbb\xbfab\xff", r"byte 0xff at offset 5"),
     "torn.txt.gz": (gzip.compress(b"hello" * 100)[:-9], "damaged gzip"),
     "liar.txt.gz": (b"plain", "is not a gzip file"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 200_000, r"deep\.jsonl:1: not JSON \(brackets within brackets\)"),
+    "digits.jsonl": (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", r"digits\.jsonl:1: not JSON \(a number of thousands"),
+    "deep.json": (b"[" * 200_000, r"deep\.json: not JSON \(brackets within brackets\)"),
     "a.jsonl": (b'{"text": "x"}\n{"text"', r"a\.jsonl:2: not JSON"),
     "b.jsonl": (
         b'{"body": "x"}',

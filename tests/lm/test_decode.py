@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.devices import meta_by_default
 
 from quintic.core import ConfigError, DataError
 from quintic.data.tokenizer import Tokenizer
@@ -214,3 +215,30 @@ def test_what_has_no_quick_step():
         assert not suits(model)
     assert suits(model) and not suits(model.bfloat16())
     assert not suits(LanguageModel(replace(LMConfig(), d_model=512, d_expert=256), initialize=False))
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_rank": 16}])
+def test_text_does_not_depend_on_the_default_device(changes):
+    """All tensors are where the model is."""
+    model = LanguageModel(replace(LMConfig(), context=8, **changes), seed=0)
+    options = {"seed": 1, "max_tokens": 8, "repetition_penalty": 1.2}
+    expected = generate_batch(model, [PROMPT, [9]], **options)
+    with meta_by_default():
+        assert generate_batch(model, [PROMPT, [9]], **options) == expected
+        alone = list(generate(model, PROMPT, **options))
+    assert alone == list(generate(model, PROMPT, **options))
+
+
+@pytest.mark.parametrize("prompt", ["Call me", b"Call me", ["Call", "me"], [1.5], [[1, 2]], 3])
+def test_a_prompt_that_is_text_is_told_how_to_become_ids(prompt):
+    model = LanguageModel(LMConfig(), seed=0)
+    with pytest.raises(DataError, match=r"must be token ids, found .*; make them .* tokenizer\.prompt"):
+        next(generate(model, prompt))
+    with pytest.raises(DataError, match="must be token ids"):
+        generate_batch(model, [prompt])
+
+
+def test_a_prompt_may_be_an_array_of_ids():
+    model = LanguageModel(LMConfig(), seed=0)
+    expected = list(generate(model, PROMPT, max_tokens=3))
+    assert list(generate(model, np.array(PROMPT), max_tokens=3)) == expected

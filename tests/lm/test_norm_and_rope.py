@@ -1,6 +1,7 @@
 """RMSNorm and rotations against their definitions."""
 
 import torch
+from tests.devices import NARROW, meta_by_default, without_float64
 
 from quintic.core.initial import initialize_
 from quintic.lm.norm import RMSNorm, rms_norm
@@ -49,3 +50,12 @@ def test_rotation_of_one_pair_and_the_still_part():
     )
     torch.testing.assert_close(rotate(x, table), expected)
     assert rotate(x.bfloat16(), table).dtype == torch.bfloat16
+
+
+def test_rotations_are_computed_where_there_is_double_precision(monkeypatch):
+    with meta_by_default():
+        assert rotation_table(3, 4, 100.0).is_meta
+    expected = rotation_table(3, 4, 100.0)
+    assert not expected.is_meta
+    with without_float64(monkeypatch), NARROW:
+        assert rotation_table(3, 4, 100.0).device == NARROW

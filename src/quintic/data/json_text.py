@@ -21,6 +21,8 @@ _BRACED = re.compile(r"\{([^{}]+)\}")
 """A field within a text."""
 _MESSAGE = (("role", "content"), ("from", "value"))
 """Who speaks and what, of a message."""
+_REFUSED = (ValueError, RecursionError)
+"""What the parser says of text that is no JSON, of a number of thousands of digits, of brackets within brackets."""
 
 
 def json_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
@@ -39,8 +41,10 @@ def json_lines(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error.msg}); .jsonl needs one JSON object a line") from error
+        except _REFUSED as error:
+            raise DataError(
+                f"{path}:{number}: not JSON ({_why(error)}); .jsonl needs one JSON object a line"
+            ) from error
         yield _text(f"{path}:{number}", value, field)
 
 
@@ -60,7 +64,7 @@ def json_file(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
     if not first.lstrip().startswith("["):
         try:
             json.loads(first or "0")
-        except json.JSONDecodeError as error:
+        except _REFUSED as error:
             raise DataError(
                 f"{path} is neither an array of JSON objects nor one object a line; to read it as plain text, "
                 "name it .txt"
@@ -69,10 +73,18 @@ def json_file(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
         return
     try:
         entries = json.loads("".join([first, *rest]))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON ({error.msg} in line {error.lineno})") from error
+    except _REFUSED as error:
+        line = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{path}: not JSON ({_why(error)}{line})") from error
     for number, entry in enumerate(entries):
         yield _text(f"{path}[{number}]", entry, field)
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with it."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "brackets within brackets" if isinstance(error, RecursionError) else "a number of thousands of digits"
 
 
 def _text(place: str, value: object, field: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -138,8 +139,7 @@ def _decode(
         raise ConfigError(f"max_tokens must be 0 or more, found {max_tokens}")
     size, context = model.config.vocab_size, model.config.context
     for prompt in prompts:
-        if not prompt or min(prompt) < 0 or max(prompt) >= size:
-            raise DataError(f"a prompt must be one or more token ids below {size}")
+        _check_prompt(prompt, size)
     if not prompts:
         return
     noises = [Stream(seed, "generate") for seed in seeds]
@@ -182,6 +182,22 @@ def _decode(
         model.train(was_training)
 
 
+def _check_prompt(prompt: Sequence[int], size: int) -> None:
+    """Refuse what is no sequence of token ids.
+
+    Raises:
+        DataError: It is empty, or has something else than ids of the vocabulary.
+    """
+    several = isinstance(prompt, Iterable) and not isinstance(prompt, str | bytes)
+    if not several or not all(isinstance(token, Integral) for token in prompt):
+        raise DataError(
+            f"a prompt must be token ids, found {prompt!r:.60}; make them of text with the run's tokenizer: "
+            'generate(model, tokenizer.prompt("...")), or let quintic.lm.generate_text take the text itself'
+        )
+    if not len(prompt) or min(prompt) < 0 or max(prompt) >= size:
+        raise DataError(f"a prompt must be one or more token ids below {size}")
+
+
 def _picked(
     logits_bv: Tensor, rule: Sampling, noises: Sequence[Stream], step: int, texts: Sequence[Sequence[int]]
 ) -> list[int]:
@@ -221,7 +237,7 @@ def sample_token(logits: Tensor, uniform: float, rule: Sampling, seen: Sequence[
     """
     logits = logits.cpu().double()
     if rule.repetition_penalty != 1.0 and seen:
-        ids = torch.tensor(sorted({token for token in seen if token < len(logits)}))
+        ids = torch.tensor(sorted({token for token in seen if token < len(logits)}), device=logits.device)
         old = logits[ids]
         logits[ids] = torch.where(old > 0, old / rule.repetition_penalty, old * rule.repetition_penalty)
     if rule.temperature == 0:

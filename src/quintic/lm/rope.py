@@ -22,12 +22,14 @@ def rotation_table(positions: int, dim: int, theta: float, *, still: int = 0) ->
         still: Width of a part before it that does not turn, even.
 
     Returns:
-        (positions, (still + dim) / 2) complex64 of modulus 1; computed in double precision.
+        (positions, (still + dim) / 2) complex64 of modulus 1, on torch's default device; computed in double precision.
     """
-    frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    frequency = torch.cat([torch.zeros(still // 2, dtype=torch.float64), frequency])
-    angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    with torch.device("cpu"):  # the same bits everywhere, and some devices have no float64
+        frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        frequency = torch.cat([torch.zeros(still // 2, dtype=torch.float64), frequency])
+        angle = torch.outer(torch.arange(positions, dtype=torch.float64), frequency)
+        table = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    return table.to(torch.get_default_device())
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class TokenStep:
         self._layers = [_layer(block, model) for block in model.blocks]
         self._head = (model.head.weight * model.norm.gain)[:num_ids]
         self._eps = c.norm_eps
-        still = torch.ones(c.context, c.kv_rank // 2, dtype=model.rotation.dtype)
+        still = model.rotation.new_ones(c.context, c.kv_rank // 2)
         self._turns = torch.cat([still, model.rotation[:, c.qk_nope_dim // 2 :]], dim=1)
         self._hidden: Tensor | None = None
 
@@ -84,7 +84,7 @@ class TokenStep:
         self._hidden = None
         if marks is not None:
             hidden = self._head.new_zeros(len(marks), 1, context)
-            hidden[:, 0, : len(marks[0])].masked_fill_(torch.tensor(marks) == 0, -torch.inf)
+            hidden[:, 0, : len(marks[0])].masked_fill_(torch.tensor(marks, device=hidden.device) == 0, -torch.inf)
             self._hidden = hidden
 
     def __call__(self, ids_b: Tensor, caches: list[LatentCache]) -> Tensor:
