@@ -94,7 +94,7 @@ def seeded(seed: int) -> torch.Generator:
         ConfigError: The seed is no integer of 64 bits.
     """
     try:
-        return torch.Generator().manual_seed(operator.index(seed))
+        return torch.Generator(device="cpu").manual_seed(operator.index(seed))
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"seed = {seed!r}; expected an integer of at most 64 bits") from None
 
@@ -111,7 +111,7 @@ def gaussian(rows: int, columns: int, seed: int, like: Tensor | torch.dtype, dev
     """
     if isinstance(like, Tensor):
         like, device = like.dtype, like.device
-    return torch.randn((rows, columns), generator=seeded(seed), dtype=like).to(device)
+    return torch.randn((rows, columns), generator=seeded(seed), dtype=like, device="cpu").to(device)
 
 
 def sketch_rows(A: Tensor | Operator, size: int, *, seed: int = 0, power: int = 0) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quintic.core import ConfigError, DataError
+from quintic.core.precision import in_float64
 
 __all__ = ["Add", "Forward", "Map", "Moments", "Watched", "observe", "total_error"]
 
@@ -39,15 +40,14 @@ class Moments:
     """
 
     def __init__(self, width: int) -> None:
-        self.gram = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+        self.gram = torch.zeros(width + 1, width + 1, dtype=torch.float64, device="cpu")
         """(width + 1, width + 1) G; the last row and column belong to the constant."""
         self.rows = 0
         """Rows that were seen."""
 
     def add(self, rows: Tensor) -> None:
         """Count (n, width) rows in."""
-        x = rows.detach()
-        x = x.cpu().double() if x.device.type == "mps" else x.double()  # mps has no float64
+        x = in_float64(rows.detach())
         x = torch.cat([x, x.new_ones(len(x), 1)], 1)
         self.gram = self.gram.to(x.device)
         self.gram += x.t() @ x

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quintic.core import ConfigError
+from quintic.core.precision import in_float64
 from quintic.lowrank.result import whole_number
 
 __all__ = ["NystromAttention", "nystrom_attention"]
@@ -95,12 +96,12 @@ def nystrom_attention(
     if mask is not None:
         scores = scores.masked_fill(~mask[..., None, :], float("-inf"))
     gathered = torch.softmax(scores, dim=-1) @ v.to(dtype)
-    return (to_landmarks @ (_inverse(among, ridge) @ gathered.double()).to(dtype)).to(v.dtype)
+    return (to_landmarks @ (_inverse(among, ridge) @ in_float64(gathered)).to(gathered)).to(v.dtype)
 
 
 def _inverse(A: Tensor, ridge: float) -> Tensor:
     """Regularised pseudo-inverse of each matrix by itself, float64."""
-    A = A.double()
+    A = in_float64(A)
     if not ridge:
         return torch.linalg.pinv(A, rtol=_CUT)
     size = A.abs().sum(-1).amax(-1) * A.abs().sum(-2).amax(-1)
@@ -113,21 +114,21 @@ def _segment_means(x: Tensor, m: int, mask: Tensor | None) -> Tensor:
     n = x.shape[-2]
     if mask is None:
         count = torch.full((1,), n, device=x.device)
-        sums = x.double().cumsum(-2)
+        sums = in_float64(x).cumsum(-2)
     else:
         count = mask.sum(-1, keepdim=True)
         order = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)  # tokens first, in their order
         order = order[..., None].expand(x.shape)
-        sums = x.gather(-2, order).double().cumsum(-2)
-    sums = F.pad(sums, (0, 0, 1, 0))
-    number = torch.arange(m, device=x.device)
+        sums = in_float64(x.gather(-2, order)).cumsum(-2)
+    sums, count = F.pad(sums, (0, 0, 1, 0)), count.to(sums.device)
+    number = torch.arange(m, device=sums.device)
     start = number * count // m
     # With fewer tokens than landmarks a segment is one token, and some stand for two.
     end = torch.maximum((number + 1) * count // m, start + 1)
     start, end = (at.expand(*x.shape[:-2], m)[..., None] for at in (start, end))
     wide = (*x.shape[:-2], m, x.shape[-1])
     total = sums.gather(-2, end.expand(wide)) - sums.gather(-2, start.expand(wide))
-    return (total / (end - start)).to(x.dtype)
+    return (total / (end - start)).to(x)
 
 
 class NystromAttention(nn.Module):

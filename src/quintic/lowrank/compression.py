@@ -207,8 +207,9 @@ def load_compressed(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         if f"{name}.order" not in state or not is_linear(dict(model.named_modules()).get(name)):
             raise CheckpointError(f"the state has factors of {name}, which is no Linear layer of this network")
         weight = model.get_submodule(name).get_parameter("weight")
-        layer = FactoredLinear(weight.shape[1], len(weight), len(state[f"{name}.kept"]), f"{name}.bias" in state)
-        model.set_submodule(name, layer.to(weight.device, weight.dtype))
+        with weight.device:
+            layer = FactoredLinear(weight.shape[1], len(weight), len(state[f"{name}.kept"]), f"{name}.bias" in state)
+        model.set_submodule(name, layer.to(weight.dtype))
     for name, p in list(model.named_parameters()):
         if name in state and state[name].shape != p.shape:
             if state[name].ndim != p.ndim:

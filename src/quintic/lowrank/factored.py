@@ -71,8 +71,8 @@ class FactoredLinear(nn.Module):
             order: (m,) outputs: the kept ones, then the others.
             bias: (m,) or None.
         """
-        layer = cls(weight.shape[1], len(weight), len(kept), bias is not None)
-        layer = layer.to(weight.device, weight.dtype)
+        with weight.device:
+            layer = cls(weight.shape[1], len(weight), len(kept), bias is not None).to(weight.dtype)
         with torch.no_grad():
             layer.kept.copy_(kept)
             layer.rest.copy_(rest)

@@ -77,8 +77,8 @@ class Nystrom(Approximation):
                 "features of new points need the kernel; decompose quintic.lowrank.KernelMatrix(kernel, points), "
                 "or take kernel(new, points[indices]) @ normalization"
             )
-        at = torch.as_tensor(self.indices, device=self.source.device)
-        return self.source.out(self.source.to_points(points, at) @ torch.as_tensor(self.normalization))
+        at, normalization = self.source.into(self.indices), self.source.into(self.normalization)
+        return self.source.out(self.source.to_points(points, at) @ normalization)
 
 
 def nystrom(

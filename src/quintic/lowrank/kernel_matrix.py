@@ -52,10 +52,14 @@ class KernelMatrix(RowBlocks):
             raise DataError("expected at least one point, found none")
         self.kernel, self.points = kernel, points
         self.returns_tensors = isinstance(points, Tensor)
-        self.device = points.device if isinstance(points, Tensor) else None
+        if isinstance(points, Tensor):
+            self.device = points.device
 
+        # One row of two columns: the whole matrix would be a price for its dtype.
+        (values,) = _strips(kernel, points[:1], points[:2])
+        self.passes, self.shape, self.dtype = 0, (count, count), values.dtype
         # Without gradients: what is summed over all blocks would hold all of them.
-        super().__init__(lambda: (strip.detach() for strip in _strips(kernel, points, points)), shape=(count, count))
+        self._blocks = lambda: (strip.detach() for strip in _strips(kernel, points, points))
 
     def rmatmat(self, X: Tensor, /) -> Tensor:
         return self.matmat(X)

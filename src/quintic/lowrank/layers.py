@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from quintic.core import ConfigError, suggest
+from quintic.core.precision import in_float64
 from quintic.lowrank.activations import Add, Watched
 
 __all__ = ["HiddenLayer", "LinearLayer", "Names", "find_hidden", "find_linear", "is_linear", "new_parameter"]
@@ -94,7 +95,7 @@ class LinearPair:
         return self.reader.weight.detach(), getattr(self.reader, "bias", None)
 
     def incoming(self, part: int) -> Tensor:
-        return torch.stack([source.weight.detach().double().norm(dim=1) for source in self.sources]).prod(0)
+        return torch.stack([in_float64(source.weight.detach()).norm(dim=1) for source in self.sources]).prod(0)
 
     def cut(self, kept: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
         for source in self.sources:
@@ -155,7 +156,8 @@ class Fused:
         shown = []
         for start in range(0, f, d):
             rows = torch.zeros_like(self.down)
-            rows[..., torch.arange(min(d, f - start)), torch.arange(start, min(start + d, f))] = 1.0
+            count = min(d, f - start)
+            rows[..., :count, start : start + count] = torch.eye(count, dtype=rows.dtype, device=rows.device)
             bare._parameters = {**self.module._parameters, "down": nn.Parameter(rows, requires_grad=False)}
             shown.append(bare.forward(*args)[..., : f - start])
         return torch.cat(shown, -1)
@@ -171,7 +173,7 @@ class Fused:
         return (self.down[part] if self.down.ndim == 3 else self.down).detach(), None
 
     def incoming(self, part: int) -> Tensor:
-        w_in = self.module.get_parameter(self.in_name).detach().double()
+        w_in = in_float64(self.module.get_parameter(self.in_name).detach())
         return (w_in[part] if w_in.ndim == 3 else w_in).norm(dim=1).view(self.blocks, -1).prod(0)
 
     def cut(self, kept: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:

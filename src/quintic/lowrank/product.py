@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError, DataError, suggest
+from quintic.core.precision import in_float64
 from quintic.linalg.sketch import seeded
 from quintic.lowrank.result import Approximation, whole_number
 from quintic.lowrank.source import PART, Dense, Source, as_source, frobenius
@@ -168,9 +169,9 @@ def _drawn(norms: Tensor, rank: int, seed: int, ones: Tensor) -> tuple[Tensor, T
     total = norms.sum()
     if total == 0:
         return torch.arange(rank, device=norms.device), ones
-    reach = norms.double().cumsum(0) / total.double()
-    u = torch.rand(rank, generator=seeded(seed), dtype=torch.float64).to(norms.device)
-    at = torch.searchsorted(reach, u * reach[-1], right=True).clamp_max(len(norms) - 1)
+    reach = (in_float64(norms).cumsum(0) / in_float64(total)).cpu()
+    u = torch.rand(rank, generator=seeded(seed), dtype=torch.float64, device="cpu")
+    at = torch.searchsorted(reach, u * reach[-1], right=True).clamp_max(len(norms) - 1).to(norms.device)
     return at, (total / (rank * norms[at])).to(ones.dtype)
 
 

@@ -85,7 +85,7 @@ class Approximation:
     @functools.cached_property
     def _error(self) -> Any:
         with torch.no_grad():
-            off, whole = self.source.residual(torch.as_tensor(self.left), torch.as_tensor(self.right))
+            off, whole = self.source.residual(self.source.into(self.left), self.source.into(self.right))
         error = torch.where(whole > 0, off / whole, torch.where(off > 0, torch.inf, 0.0))
         return error.item() if error.ndim == 0 else self.source.out(error)
 
@@ -200,7 +200,7 @@ def within(found: Approximation, tol: float) -> bool:
     """
     if found.source.exact:
         return _worst(found) <= tol
-    left, right = torch.as_tensor(found.left) / found.source.scale, torch.as_tensor(found.right)
+    left, right = found.source.into(found.left) / found.source.scale, found.source.into(found.right)
     kept = torch.linalg.vector_norm(torch.linalg.qr(left, mode="r").R @ right).square()
     count, products = 0, []
     while count < _MOST_PROBES:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from quintic.core import CheckpointError, ConfigError, DataError, suggest
 from quintic.core.files import atomic_write
+from quintic.core.precision import in_float64
 from quintic.linalg.sketch import seeded
 from quintic.lowrank.result import whole_number
 from quintic.lowrank.selection import RULES, Method, select_columns
@@ -93,7 +94,7 @@ class CurIndex:
         noise: float | None = None,
         seed: int = 0,
     ) -> None:
-        scores = torch.as_tensor(anchor_scores)
+        scores = anchor_scores if isinstance(anchor_scores, Tensor) else torch.as_tensor(anchor_scores)
         if scores.ndim != 2 or scores.shape[0] < 2 or scores.shape[1] < 1 or not scores.is_floating_point():
             raise DataError(
                 f"expected the scores of two or more anchor queries with the items, a floating-point matrix (queries, "
@@ -193,7 +194,8 @@ class CurIndex:
         """The first items that every query is scored with, (size,) int64; chosen once, at most one per anchor query."""
         size = min(size, *self.anchor_scores.shape)
         if size not in self._skeletons:  # by size: a longer choice of most rules does not begin with the shorter one
-            self._skeletons[size] = select_columns(self._centred.double(), size, method=self.method, seed=self.seed)
+            chosen = select_columns(in_float64(self._centred), size, method=self.method, seed=self.seed)
+            self._skeletons[size] = chosen.to(self.mean.device)
         return self._skeletons[size]
 
     def predict(self, items: Tensor, scores: Tensor) -> Tensor:
@@ -219,7 +221,7 @@ class CurIndex:
         Raises:
             DataError: The scores have another number of queries, or are not finite.
         """
-        new = torch.as_tensor(anchor_scores).to(self.anchor_scores)
+        new = torch.as_tensor(anchor_scores, device=self.mean.device).to(self.anchor_scores)
         if new.ndim != 2 or len(new) != len(self.anchor_scores) or not new.isfinite().all():
             raise DataError(
                 f"expected finite scores of the {len(self.anchor_scores)} anchor queries with new items, "
@@ -271,17 +273,17 @@ class CurIndex:
 
     def _lambda(self, noise: float) -> float:
         """In the scores' own units, never quite zero."""
-        variance = float(self._centred.double().square().sum(dim=0).mean())
+        variance = float(in_float64(self._centred).square().sum(dim=0).mean())
         return max(noise, 1e-12) * variance
 
     def _fit_noise(self) -> float:
         """The noise with the least squared error on anchor queries in turn left out of mean and covariance."""
-        scores = self.anchor_scores.double()
+        scores = in_float64(self.anchor_scores)
         q, n = scores.shape
         size = max(1, min(q // 2, n // 2, 30))
-        items = torch.randperm(n, generator=seeded(self.seed))[:size].to(scores.device)
+        items = torch.randperm(n, generator=seeded(self.seed), device="cpu")[:size].to(scores.device)
         fold = torch.arange(q, device=scores.device) % min(_FOLDS, q)
-        errors = torch.zeros(len(_NOISES), dtype=torch.float64)
+        errors = torch.zeros(len(_NOISES), dtype=torch.float64, device="cpu")
         for i in range(int(fold.max()) + 1):
             kept, left = scores[fold != i], scores[fold == i]
             if len(kept) < 2:
@@ -297,19 +299,19 @@ class CurIndex:
 
 def _posterior(mean: Tensor, centred: Tensor, items: Tensor, scores: Tensor, noise: float) -> Tensor:
     """(b, n) from (b, m) exact scores of m items: in queries' space, so that no (n, n) covariance is formed."""
-    known = centred[:, items].double()
+    known = in_float64(centred[:, items])
     gram = known.T @ known
     gram.diagonal().add_(noise)
     # Eigenvalues rather than Cholesky: with little noise and like items the matrix is singular to rounding.
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(max(noise, float(values[-1].clamp_min(0)) * 1e-14, 1e-300))
-    weights = ((scores.double() - mean[items].double()) @ vectors / values) @ vectors.T
+    weights = ((in_float64(scores) - in_float64(mean[items])) @ vectors / values) @ vectors.T
     return mean + (weights @ known.T).to(centred) @ centred
 
 
 def _exact(scores: Any, items: Tensor, like: Tensor) -> Tensor:
     try:
-        scores = torch.as_tensor(scores).detach().to(like)
+        scores = torch.as_tensor(scores, device=like.device).detach().to(like)
     except (TypeError, ValueError, RuntimeError):
         raise DataError(f"expected the exact scores of {len(items)} items, found {scores!r}") from None
     if scores.shape != items.shape:

@@ -30,7 +30,8 @@ class RowBlocks(Source):
         height: Rows of a block that is cut from an array.
 
     Raises:
-        DataError: The blocks do not fit together, are empty or not finite.
+        DataError: The blocks do not fit together, are not finite, or there are no rows. A block without rows is passed
+            over.
 
     Example:
         >>> blocks = RowBlocks([np.eye(3), np.zeros((2, 3))])
@@ -59,7 +60,8 @@ class RowBlocks(Source):
         else:
             rows, columns = 0, 0
             for block in self._raw():
-                rows, columns, self.dtype = rows + block.shape[0], block.shape[1], block.dtype
+                rows, columns = rows + block.shape[0], block.shape[1]
+                self.dtype, self.device = block.dtype, block.device
                 if shape is not None:
                     break
             else:
@@ -89,6 +91,8 @@ class RowBlocks(Source):
         first = None
         for block in source:
             block = to_tensor(block)
+            if block.ndim == 2 and not block.shape[0]:
+                continue  # a part of the rows that had none
             first = block if first is None else first
             if block.ndim != 2 or block.shape[1] != first.shape[-1] or block.dtype != first.dtype:
                 raise DataError(
@@ -112,7 +116,7 @@ class RowBlocks(Source):
         return torch.cat([block @ X for _, block in self._placed()])
 
     def rmatmat(self, X: Tensor, /) -> Tensor:
-        total = torch.zeros(self.shape[1], X.shape[1], dtype=self.dtype)
+        total = torch.zeros(self.shape[1], X.shape[1], dtype=self.dtype, device=self.device)
         for at, block in self._placed():
             total += block.mH @ X[at : at + block.shape[0]]
         return total
@@ -121,7 +125,7 @@ class RowBlocks(Source):
         return torch.cat([block[:, at] for _, block in self._placed()])
 
     def rows(self, at: Tensor) -> Tensor:
-        found = torch.empty(at.shape[0], self.shape[1], dtype=self.dtype)
+        found = torch.empty(at.shape[0], self.shape[1], dtype=self.dtype, device=self.device)
         for start, block in self._placed():
             here = (at >= start) & (at < start + block.shape[0])
             found[here] = block[at[here] - start]

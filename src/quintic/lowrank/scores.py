@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError
+from quintic.core.precision import in_float64
 from quintic.linalg.sketch import OVERSAMPLING, Operator, dominant, safe_scale, seeded, sketch_rows
 from quintic.lowrank.pivots import pivoted_qr, prepared
 
@@ -118,7 +119,7 @@ def k_means(A: Tensor, k: int, *, seed: int = 0) -> Tensor:
 def uniform(A: Tensor | Operator, k: int, *, seed: int = 0) -> Tensor:
     """Any k different columns."""
     A = prepared(A, k)
-    order = torch.randperm(A.shape[-1], generator=seeded(seed))[:k]
+    order = torch.randperm(A.shape[-1], generator=seeded(seed), device="cpu")[:k]
     return order.to(getattr(A, "device", None)).expand(*A.shape[:-2], k)
 
 
@@ -144,7 +145,7 @@ def subsampled(
 
 def uniform_sample(count: int, size: int, seed: int) -> Tensor:
     """Positions below ``count``, in ascending order."""
-    return torch.randperm(count, generator=seeded(seed))[:size].sort().values
+    return torch.randperm(count, generator=seeded(seed), device="cpu")[:size].sort().values
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:
@@ -154,9 +155,10 @@ def _largest(scores: Tensor, k: int) -> Tensor:
 
 def _drawn(odds: Tensor, k: int, seed: int) -> Tensor:
     """k draws without replacement (Efraimidis and Spirakis): the k smallest of independent Exp(1) / odds."""
-    u = torch.rand(odds.shape[-1], generator=seeded(seed), dtype=torch.float64).to(odds.device)
-    keys = torch.where(odds > 0, -torch.log1p(-u) / odds, torch.inf)
-    return keys.argsort(dim=-1, stable=True)[..., :k]
+    u = torch.rand(odds.shape[-1], generator=seeded(seed), dtype=torch.float64, device="cpu")
+    wide = in_float64(odds)
+    keys = torch.where(wide > 0, -torch.log1p(-u.to(wide.device)) / wide, torch.inf)
+    return keys.argsort(dim=-1, stable=True)[..., :k].to(odds.device)
 
 
 def _each(batch: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
@@ -166,12 +168,12 @@ def _each(batch: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
 
 def _nearest_to_centres(P: Tensor, k: int, seed: int) -> Tensor:
     """P (n, d): the points nearest to the centres of k clusters, begun as k-means++ does."""
-    u = torch.rand(k, generator=seeded(seed), dtype=torch.float64).to(P.device)
+    u = torch.rand(k, generator=seeded(seed), dtype=torch.float64, device="cpu")
     first = min(int(u[0] * len(P)), len(P) - 1)
     centres = [P[first]]
     nearest = (P - centres[0]).square().sum(-1)
     for t in range(1, k):
-        reach = nearest.double().cumsum(0)
+        reach = in_float64(nearest).cumsum(0).cpu()
         at = int(torch.searchsorted(reach, u[t] * reach[-1]).clamp_max(len(P) - 1))
         centres.append(P[at])
         nearest = torch.minimum(nearest, (P - P[at]).square().sum(-1))

@@ -65,7 +65,7 @@ class Skeleton(Approximation):
 
         For reading only: on ill-conditioned columns C U R is far less accurate than ``left @ right``.
         """
-        C, R, left, right = (torch.as_tensor(part) for part in (self.C, self.R, self.left, self.right))
+        C, R, left, right = (self.source.into(part) for part in (self.C, self.R, self.left, self.right))
         limit = max(C.shape[-2:] + R.shape[-2:]) * torch.finfo(C.dtype).eps
         return self.source.out(torch.linalg.pinv(C, rtol=limit) @ left @ (right @ torch.linalg.pinv(R, rtol=limit)))
 

@@ -55,7 +55,7 @@ class Source(ABC):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    device: torch.device | None = None
+    device: torch.device = torch.device("cpu")
     exact = True
     """Whether :meth:`residual` is exact; else it is an estimate from probes."""
     returns_tensors = False
@@ -93,6 +93,10 @@ class Source(ABC):
     def out(self, tensor: Tensor) -> Any:
         """A tensor in the kind that was given."""
         return tensor.resolve_conj() if self.returns_tensors else tensor.numpy(force=True)
+
+    def into(self, part: Any) -> Tensor:
+        """What :meth:`out` gave, as a tensor where the matrix lies."""
+        return (part if isinstance(part, Tensor) else torch.from_numpy(np.asarray(part))).to(self.device)
 
 
 class Dense(Source):
@@ -156,7 +160,8 @@ class Sparse(Source):
     def residual(self, left: Tensor, right: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
         A = self.forward
         values = A.values().to(torch.promote_types(self.dtype, torch.float64)) / self.scale
-        A = torch.sparse_csr_tensor(A.crow_indices(), A.col_indices(), values, self.shape, check_invariants=False)
+        at = A.crow_indices(), A.col_indices()
+        A = torch.sparse_csr_tensor(*at, values, self.shape, device=values.device, check_invariants=False)
         whole = torch.linalg.vector_norm(values)
         off = residual_of_thin(A, whole, left, right, self.scale)
         return (self._dense_residual(left, right) if off is None else off), whole
@@ -191,7 +196,7 @@ class Products(Source):
             self.dtype = torch.from_numpy(np.empty(0, operator.dtype)).dtype
         if self.dtype not in _WORKED_IN:
             self.dtype = torch.float64
-        self.device = getattr(operator, "device", None)
+        self.device = torch.device(getattr(operator, "device", None) or "cpu")
         self.scale = safe_scale(self.rmatmat(gaussian(self.shape[0], 1, 0, self.dtype, self.device)))
 
     def matmat(self, X: Tensor, /) -> Tensor:
@@ -213,7 +218,7 @@ class Products(Source):
         return off.sqrt(), whole.sqrt()
 
     def _checked(self, product: Any, shape: tuple[int, int]) -> Tensor:
-        product = torch.as_tensor(product).to(self.dtype)
+        product = torch.as_tensor(product, device=self.device).to(self.dtype)
         if tuple(product.shape) != shape:
             raise DataError(f"the operator gave a product of shape {tuple(product.shape)}, expected {shape}")
         if not product.isfinite().all():
@@ -345,7 +350,8 @@ def _sparse_of_scipy(A: Any) -> Sparse:
 
     def compressed(part: Any) -> Tensor:
         first, at = (torch.from_numpy(each.astype(np.int64)) for each in (part.indptr, part.indices))
-        return torch.sparse_csr_tensor(first, at, to_tensor(part.data), part.shape, check_invariants=False)
+        values = to_tensor(part.data)
+        return torch.sparse_csr_tensor(first, at, values, part.shape, device="cpu", check_invariants=False)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # as below
@@ -373,7 +379,7 @@ def _sparse(place: Tensor, values: Tensor, shape: Any, *, returns_tensors: bool)
     _check_finite_at(place, values)
 
     def compressed(place: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
-        coo = torch.sparse_coo_tensor(place, values, (rows, columns), check_invariants=False)
+        coo = torch.sparse_coo_tensor(place, values, (rows, columns), device=values.device, check_invariants=False)
         return coo.coalesce().to_sparse_csr()
 
     with warnings.catch_warnings():

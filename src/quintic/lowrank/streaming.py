@@ -80,10 +80,10 @@ class OnePass:
         source = as_source(A)
         if source.shape != self.shape:
             raise DataError(f"the rows that were read had shape {self.shape}, this matrix has {source.shape}")
-        C, R = source.columns(torch.as_tensor(self.cols)), source.rows(torch.as_tensor(self.rows))
+        C, R = source.columns(source.into(self.cols)), source.rows(source.into(self.rows))
         return Skeleton(
-            left=source.out(C @ torch.as_tensor(self.before)),
-            right=source.out(torch.as_tensor(self.after) @ R),
+            left=source.out(C @ source.into(self.before)),
+            right=source.out(source.into(self.after) @ R),
             method=self.method,
             source=source,
             cols=self.cols,
@@ -139,11 +139,11 @@ def read_once(
     Z = apply_inverse(T1, Q1.mH @ Y)
     X = apply_inverse(T2, Q2.mH @ W.mH).mH
     before = apply_inverse(T1, Q1.mH @ M @ Q2)
-    after = apply_inverse(T2, torch.eye(rank, dtype=T2.dtype), adjoint=True)
+    after = apply_inverse(T2, torch.eye(rank, dtype=T2.dtype, device=T2.device), adjoint=True)
     return OnePass(
         shape=shape,
-        cols=J.numpy(),
-        rows=I_rows.numpy(),
+        cols=J.numpy(force=True),
+        rows=I_rows.numpy(force=True),
         Z=Z.numpy(force=True),
         X=X.numpy(force=True),
         column_error=_ratio(Y_probe - Y_probe[:, J] @ Z, Y_probe),
@@ -173,11 +173,11 @@ class _Sketch:
         omega = torch.from_numpy(words.reshape(count, self.size * parts))
         if parts == 2:
             omega = torch.view_as_complex(omega.reshape(count, self.size, 2)) * 0.5**0.5
-        omega = omega.to(block.dtype)
+        omega = omega.to(block)
         if self.Y is None or self.M is None:
-            self.psi = gaussian(block.shape[1], self.size, self.seed, block.dtype)
-            self.Y = torch.zeros(self.size, block.shape[1], dtype=block.dtype)
-            self.M = torch.zeros(self.size, self.size, dtype=block.dtype)
+            self.psi = gaussian(block.shape[1], self.size, self.seed, block)
+            self.Y = block.new_zeros(self.size, block.shape[1])
+            self.M = block.new_zeros(self.size, self.size)
         W = block @ self.psi
         self.Y += omega.mH @ block
         self.M += omega.mH @ W
