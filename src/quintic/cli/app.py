@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, Parameter, UnknownOptionError
 from rich.console import Console
 from rich.text import Text
 
@@ -101,7 +101,10 @@ def _run(arguments: Sequence[str] | None) -> int:
     """The exit code of a command."""
     errors = Console(stderr=True)
     try:
-        app(arguments, exit_on_error=False, print_error=True, error_console=errors, result_action="return_none")
+        app(
+            arguments, exit_on_error=False, error_console=errors, result_action="return_none",
+            error_formatter=_panel,
+        )  # fmt: skip
         sys.stdout.flush()
     except CycloptsError as error:
         if hint := _about_settings(error):
@@ -139,12 +142,21 @@ def _about_settings(error: CycloptsError) -> str:
         setting = meant(error.token.keyword or error.token.value, known_settings(section_types("lm")))
         if setting is not None:
             return f"settings have no dashes: {setting}=...    (quintic train --settings lists all)"
+    if verb == "generate" and error.unused_tokens:
+        return 'the text to continue is an option: quintic generate RUN --prompt "..."'
     if verb == "resume" and any("=" in word for word in error.unused_tokens or ()):
         return (
             "a run keeps its settings, so that a resume is exact; to train its model on with others: "
             "quintic train DATA --from RUN section.field=value"
         )
     return ""
+
+
+def _panel(error: CycloptsError) -> Any:
+    """The box of a mistake; where we know what was meant, without a guess at an option that looks like it."""
+    if isinstance(error, UnknownOptionError) and _about_settings(error):
+        error.argument_collection = ArgumentCollection()
+    return CycloptsPanel(error)
 
 
 def _reader_left() -> int:

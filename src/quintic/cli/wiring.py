@@ -126,7 +126,8 @@ def split_arguments(arguments: Iterable[str | Path]) -> tuple[list[Path], list[s
     """Tell ``section.field=value`` overrides from paths.
 
     Raises:
-        ConfigError: A word with ``=`` that is neither an override nor an existing path, or one that is not UTF-8.
+        ConfigError: A word with ``=`` that is neither an override nor an existing path, an address on the network, or
+            a word that is not UTF-8.
     """
     paths: list[Path] = []
     overrides: list[str] = []
@@ -134,6 +135,8 @@ def split_arguments(arguments: Iterable[str | Path]) -> tuple[list[Path], list[s
         check_name(argument)
         if _OVERRIDE.match(argument) and not Path(argument).exists():
             overrides.append(argument)
+        elif "://" in argument and not Path(argument).exists():
+            raise ConfigError(f"{argument} is an address, from which nothing is read; save it in a file and name that")
         elif "=" in argument and not Path(argument).exists():
             raise ConfigError(f"'{argument}' is not a setting; write section.field=value, for example optim.lr=0.01")
         else:
