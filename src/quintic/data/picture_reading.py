@@ -1,4 +1,4 @@
-"""Picture files: found below folders, and read into 8 bits per channel, upright, on white, at one size.
+"""Picture files: found below folders, and read into 8 bits per channel of sRGB, upright, on white, at one size.
 
 Grey pictures of 16 bits become v / 257, rounded, so that black stays black and white white. (Of colours with 16 bits
 Pillow itself keeps the upper 8.)
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from quintic.core import DataError
 from quintic.core.files import PICTURES
+from quintic.data.pictures import to_srgb, upright
 
 __all__ = ["Picture", "find_pictures", "fit", "read_picture"]
 
@@ -46,7 +47,7 @@ def find_pictures(paths: Sequence[Path]) -> list[tuple[Path, str | None]]:
 
 
 def read_picture(path: Path, size: int = 0) -> Picture:
-    """One picture, upright, on white where it is transparent.
+    """One picture, upright, in sRGB by its colour profile, on white where it is transparent.
 
     Args:
         path: Its file.
@@ -59,22 +60,28 @@ def read_picture(path: Path, size: int = 0) -> Picture:
         with Image.open(path) as opened:
             # Cameras put other views of the same picture behind it, as MPO.
             frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
-            image = ImageOps.exif_transpose(opened)
+            image = upright(opened)
             if deep := image.mode.startswith("I;16"):
-                image = Image.fromarray(((np.asarray(image, dtype=np.uint32) + 128) // 257).astype(np.uint8))
+                values, info = np.asarray(image, dtype=np.uint32), image.info
+                image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+                image.info["icc_profile"] = info.get("icc_profile")
             if image.mode in ("I", "F"):
                 raise DataError(
-                    f"{path} has 32 bits a pixel (mode {image.mode}), whose range is not known; convert it to 8 bits, "
+                    f"it has 32 bits a pixel (mode {image.mode}), whose range is not known; convert it to 8 bits, "
                     "for values from 0 to 1 by PIL.Image.open(old).point(lambda v: 255 * v).convert('L').save(new)"
                 )
             coloured = image.mode not in ("1", "L", "LA")
+            if image.info.get("icc_profile"):
+                if image.has_transparency_data:
+                    image = image.convert("RGBA" if coloured else "LA")
+                elif image.mode not in ("L", "RGB", "CMYK", "LAB"):
+                    image = image.convert("RGB" if coloured else "L")
+                image = to_srgb(image)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB" if coloured else "L")
             return Picture(fit(image, size) if size else image, frames, deep)
-    except DataError:
-        raise
     except Exception as error:  # damaged files make Pillow's readers raise nearly anything
         raise DataError(f"cannot read {path} as a picture: {error or type(error).__name__}") from error
 
