@@ -89,9 +89,25 @@ def test_impossible_observations_are_refused():
         lambda: Shrunk(y, 1),
         lambda: Greyed(y),
         lambda: Blurred(y, 0.0),
+        lambda: Blurred(y, float("nan")),
+        lambda: Blurred(y, 1.0, float("inf")),
     ):
         with pytest.raises(ConfigError):
             make()
+
+
+def test_the_inverse_of_a_blur_is_hardly_tamed_where_the_blur_does_nothing():
+    even = np.full((6, 5, 1), 0.5)
+    np.testing.assert_allclose(Blurred(even, 1.2).residual(np.zeros_like(even)), even, atol=0.02)
+
+
+def test_counts_of_images_that_mean_nothing_are_refused():
+    model, plan = smooth_model(8), paper_plan(4, 8)
+    for counts in ({"count": 0}, {"count": 2, "batch": 0}, {"count": 2, "batch": -1}):
+        with pytest.raises(ConfigError, match=r"(count|batch) = -?\d; expected a whole number, 1 or more"):
+            generate(model, plan, **counts)
+    with pytest.raises(ConfigError, match="count = 0"):
+        guide(model, plan, 0, lambda x0, x, log_snr: x0)
 
 
 def test_a_classifier_guides_codes_towards_its_class():

@@ -14,10 +14,22 @@ if TYPE_CHECKING:
     from quintic.codec.image import Codec as Codec
     from quintic.codec.image import Tokens as Tokens
     from quintic.codec.models import calibrate as calibrate
+    from quintic.codec.own import load_model as load_model
+    from quintic.codec.own import save_foreign as save_foreign
+    from quintic.codec.own import save_model as save_model
     from quintic.codec.rate import Coded as Coded
     from quintic.codec.rate import psnr as psnr
 
-_HOMES = {"Codec": "image", "Coded": "rate", "Tokens": "image", "calibrate": "models", "psnr": "rate"}
+_HOMES = {
+    "Codec": "image",
+    "Coded": "rate",
+    "Tokens": "image",
+    "calibrate": "models",
+    "load_model": "own",
+    "psnr": "rate",
+    "save_foreign": "own",
+    "save_model": "own",
+}
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "Curve",

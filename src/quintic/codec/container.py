@@ -8,7 +8,7 @@
     5       2      fingerprint of model and information curve (4 bytes, of the model alone, without a preset)
     7       1-3    width - 1, varint
             1-3    height - 1, varint
-            1-4    bytes of the codes, varint
+            1-5    bytes of the codes, varint
             ...    without a preset only: length of the plan, varint, and the plan
             n      codes, left-aligned
             2      checksum: CRC-16/CCITT (start ffff) of everything before it; CRC-32 in 4 bytes if the codes take
@@ -27,7 +27,7 @@ import zlib
 from dataclasses import dataclass
 
 from quintic.codec.schedule import BOOKS, PRESETS, RULES, Plan
-from quintic.core import CodecError, ConfigError
+from quintic.core import CodecError, ConfigError, DataError
 
 __all__ = ["MAGIC", "MODES", "VERSION", "Header", "Parts", "checksum_size", "join", "read_parts"]
 
@@ -120,7 +120,11 @@ def read_parts(data: bytes, *, strict: bool = True) -> Parts:
 
     Raises:
         CodecError: It is no file of this kind, of a newer version, cut within the header, or, if strict, damaged.
+        DataError: Not bytes.
     """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise DataError(f"expected the bytes of a file, found {type(data).__name__}; Path(name).read_bytes() reads one")
+    data = bytes(data)
     if len(data) < 3 or data[:3] != MAGIC:
         raise CodecError(f"this is no file of quintic codec: it begins with {data[:3].hex(' ') or 'nothing'}")
     reader = _Reader(data, 3)

@@ -27,6 +27,7 @@ from quintic.codec.schedule import Plan
 from quintic.codec.selection import Ids
 from quintic.codec.symbols import random_symbols
 from quintic.core import ConfigError
+from quintic.core.settings import check_counts
 from quintic.diffusion.denoiser import Denoiser
 from quintic.diffusion.guidance import ClassConditional
 
@@ -126,8 +127,8 @@ class Blurred:
     """
 
     def __init__(self, y: Values, sigma: float, noise: float = 0.01) -> None:
-        if sigma <= 0 or noise <= 0:
-            raise ConfigError(f"sigma and noise of a blur must be positive, found {sigma} and {noise}")
+        if not (0 < sigma < np.inf and 0 < noise < np.inf):
+            raise ConfigError(f"sigma and noise of a blur must be positive numbers, found {sigma} and {noise}")
         self.shape = (y.shape[0], y.shape[1], y.shape[2])
         self._y = y
         self._down, self._across = blur_matrix(y.shape[0], sigma), blur_matrix(y.shape[1], sigma)
@@ -191,7 +192,11 @@ def generate(
 
     Returns:
         Symbols of each step, and images (count, c, h, w) in [-1, 1].
+
+    Raises:
+        ConfigError: ``count`` or ``batch`` is less than 1.
     """
+    check_counts(count=count, batch=batch)
     c, h, w = denoiser.shape
     codes = random_symbols(plan, count, c * h * w, seed)
     return codes, run_chain(denoiser, plan, count, replay(plan, codes), batch=batch)
@@ -212,7 +217,11 @@ def guide(
 
     Returns:
         As :func:`generate`.
+
+    Raises:
+        ConfigError: ``count`` is less than 1, or a draw that the plan does not allow.
     """
+    check_counts(count=count)
     codes: list[Ids] = []
     images = run_chain(denoiser, plan, count, aim(plan, direction, codes, draw=draw, seed=seed))
     return codes, images

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -23,14 +24,15 @@ from quintic.codec.container import MODES, Header, Parts, join, read_parts
 from quintic.codec.curve import Curve
 from quintic.codec.guidance import Operator
 from quintic.codec.models import Model, as_model, name_for, shipped_model
-from quintic.codec.rate import Coded, Sizes, largest_payload, meet_psnr, psnr
+from quintic.codec.rate import Coded, Sizes, best_within, decibels, largest_payload, meet_psnr, psnr
 from quintic.codec.schedule import Plan, atoms_that_fit, preset_number, preset_plan
 from quintic.codec.selection import Ids
 from quintic.codec.symbols import from_bytes, from_sequence, payload_size, to_bytes, to_sequence
-from quintic.codec.tiles import Layout, read_image, to_image, to_values
+from quintic.codec.tiles import Layout, check_roi, read_image, to_image, to_values
 from quintic.codec.transparency import continue_colours, seen
 from quintic.core import CodecError, ConfigError
 from quintic.core.counter_rng import Stream
+from quintic.core.settings import check_counts
 from quintic.diffusion import shipped_names
 from quintic.diffusion.denoiser import Denoiser
 
@@ -86,8 +88,7 @@ class Codec:
         max_pixels: int = 1 << 24,
     ) -> None:
         preset_number(preset, True)
-        if batch < 1 or max_pixels < 1:
-            raise ConfigError(f"batch and max_pixels must be at least 1, found {batch} and {max_pixels}")
+        check_counts(batch=batch, max_pixels=max_pixels)
         self._own = None if denoiser is None else as_model(denoiser, curve)
         self._shipped: dict[str, Model] = {}
         self.preset = preset
@@ -116,7 +117,8 @@ class Codec:
 
         Args:
             image: Any size; 8 bits per channel. EXIF orientation is applied.
-            target_bytes: Largest size of the file, header and all.
+            target_bytes: Largest size of the file, header and all. Where more bytes make the picture no better, above
+                about 200 for a tile, fewer are used.
             target_psnr: Quality in dB, met within 0.2 dB, or exceeded where one atom more jumps over it; of transparent
                 pictures as :func:`quintic.codec.psnr` says.
             quality: 1 to 100; 50 if nothing is said.
@@ -147,7 +149,7 @@ class Codec:
         upright, mode = read_image(image)
         model, layout = self._model_for(upright, mode)
         values = to_values(upright)
-        everywhere = np.ones(values.shape[:2]) if roi is None else _check_roi(roi, upright)
+        everywhere = np.ones(values.shape[:2]) if roi is None else check_roi(roi, upright)
         weights = layout.split_map(everywhere, seen(values) if layout.transparent else 1.0)
         tiles = layout.split(continue_colours(values) if layout.transparent else values)
 
@@ -155,7 +157,8 @@ class Codec:
             missing: NDArray[np.float32] = tiles - x0
             return weights * missing
 
-        return self._targets(upright, model, layout, direction, target_bytes, target_psnr, quality, exact, robust, plan)
+        aims = target_bytes, target_psnr, quality
+        return self._targets(upright, model, layout, direction, attrgetter("psnr"), *aims, exact, robust, plan)
 
     def restore(
         self,
@@ -181,7 +184,10 @@ class Codec:
         def direction(x0: NDArray[np.float32], x: NDArray[np.float32], log_snr: float) -> NDArray[np.float32]:
             return layout.split(observed.residual(layout.merge(x0)), "constant")
 
-        return self._targets(None, model, layout, direction, target_bytes, None, quality, exact, False, None)
+        def agreement(made: Coded) -> float:
+            return decibels(float(np.square(observed.residual(to_values(made.image))).mean()), 2.0)
+
+        return self._targets(None, model, layout, direction, agreement, target_bytes, None, quality, exact, False, None)
 
     def _targets(
         self,
@@ -189,6 +195,7 @@ class Codec:
         model: Model,
         layout: Layout,
         direction: Direction,
+        worth: Callable[[Coded], float],
         target_bytes: int | None,
         target_psnr: float | None,
         quality: int | None,
@@ -199,6 +206,10 @@ class Codec:
         if sum(value is not None for value in (target_bytes, target_psnr, quality, plan)) > 1:
             raise ConfigError("give one of target_bytes, target_psnr, quality and plan, not several")
 
+        if target_bytes is not None:
+            check_counts(target_bytes=target_bytes)
+        if target_psnr is not None and not math.isfinite(target_psnr):
+            raise ConfigError(f"target_psnr must be a number of dB, found {target_psnr}")
         preset = 0 if plan is not None else preset_number(self.preset, model.curve.residuals is not None)
 
         def header(payload: int) -> Header:
@@ -221,14 +232,18 @@ class Codec:
         fits = Sizes(preset, model.dimension, layout.count, not robust)
         if target_bytes is not None:
             payload = largest_payload(target_bytes, header, fits)
-            return at(payload)
+            made = best_within(payload, at, fits, model.curve, worth)
+            if made.unused or payload == fits.payload(fits.most):
+                return replace(made, unused=target_bytes - len(made.data))
+            return made
         if target_psnr is not None:
             return meet_psnr(target_psnr, at, fits)
         q = 50 if quality is None else quality
-        if not 1 <= q <= 100:
-            raise ConfigError(f"quality must be between 1 and 100, found {q}")
+        if q not in range(1, 101):
+            raise ConfigError(f"quality must be a whole number between 1 and 100, found {q}")
         bits = QUALITY[0] * QUALITY[1] ** ((q - 1) / 99.0) * model.dimension
-        return at(fits.payload(min(fits.most, max(fits.fewest, fits.atoms(math.ceil(bits * layout.count / 8))))))
+        atoms = min(fits.most, max(fits.fewest, fits.atoms(math.ceil(bits * layout.count / 8))))
+        return best_within(fits.payload(atoms), at, fits, model.curve, worth)
 
     def _code_one(
         self, image: Image.Image | None, header: Header, model: Model, layout: Layout, direction: Direction
@@ -378,12 +393,3 @@ def _padded(record: list[Ids], plan: Plan, count: int) -> list[Ids]:
     """The record with the trailing steps that have no code."""
     empty = np.zeros((count, 0), dtype=np.int64)
     return record + [empty] * (len(plan.atoms) - len(record))
-
-
-def _check_roi(roi: NDArray[np.float64], image: Image.Image) -> NDArray[np.float64]:
-    weights = np.asarray(roi, dtype=np.float64)
-    if weights.shape != (image.height, image.width) or not np.isfinite(weights).all() or not (weights > 0).all():
-        raise ConfigError(
-            f"roi must be positive weights of shape ({image.height}, {image.width}), found {weights.shape}"
-        )
-    return weights / weights.mean()

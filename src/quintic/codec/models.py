@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,14 +11,14 @@ from numpy.typing import NDArray
 from quintic.codec.arithmetic import UNIT
 from quintic.codec.chain import First
 from quintic.codec.curve import Curve
-from quintic.codec.schedule import PRESETS
+from quintic.codec.known import fingerprint
 from quintic.core import CodecError, ConfigError, DataError
 from quintic.diffusion import GaussianDenoiser, shipped_denoiser, shipped_names
 from quintic.diffusion.denoiser import Denoiser
 from quintic.diffusion.information import ErrorCurve, measure_errors
 from quintic.diffusion.residuals import gaussian_residuals, measure_residuals
 
-__all__ = ["Model", "as_model", "calibrate", "name_for", "shipped_model"]
+__all__ = ["Model", "as_model", "calibrate", "measure_curve", "name_for", "shipped_model"]
 
 _PREFERRED = {"L": ("fashion28", "emoji32"), "RGB": ("emoji32", "fashion28")}
 
@@ -40,13 +39,11 @@ class Model:
         return c * h * w
 
     def fingerprint(self, preset: int) -> bytes:
-        """What a file holds: 4 bytes of the model alone, or with a preset 2 of model, curve and what else it needs."""
-        if not preset:
-            return hashlib.sha256(self.denoiser.fingerprint.encode()).digest()[:4]
-        named = f"{self.denoiser.fingerprint} {self.curve.digest}"
-        if PRESETS[preset].calls < PRESETS[preset].levels:
-            named += f" {self.curve.residuals.digest if self.curve.residuals else None}"
-        return hashlib.sha256(named.encode()).digest()[:2]
+        """What a file holds; see :func:`quintic.codec.known.fingerprint`."""
+        residuals = self.curve.residuals
+        return fingerprint(
+            preset, self.denoiser.fingerprint, self.curve.digest, residuals.digest if residuals else None
+        )
 
 
 def as_model(denoiser: Denoiser, curve: Curve | None = None) -> Model:
@@ -63,7 +60,8 @@ def as_model(denoiser: Denoiser, curve: Curve | None = None) -> Model:
     if curve is None:
         raise ConfigError(
             "a codec needs to know how informative this denoiser is: measure curve = quintic.codec.calibrate(denoiser, "
-            "images) on images it was not trained on, and give it as Codec(denoiser, curve=curve)"
+            "images) on images it was not trained on, and give it as Codec(denoiser, curve=curve); on the command line "
+            "quintic codec model makes a file with both"
         )
     return Model(denoiser, curve)
 
@@ -80,12 +78,18 @@ def calibrate(denoiser: Denoiser, images: NDArray[np.float32], *, seed: int = 0,
     Raises:
         DataError: No images, or of another shape.
     """
+    errors = measure_curve(denoiser, images, seed=seed, batch=batch)
+    return Curve.from_information(errors.information, errors.residuals)
+
+
+def measure_curve(denoiser: Denoiser, images: NDArray[np.float32], *, seed: int = 0, batch: int = 64) -> ErrorCurve:
+    """What :func:`calibrate` measures, in the form in which :class:`quintic.diffusion.NetworkDenoiser` keeps it."""
     if images.ndim != 4 or not len(images) or images.shape[1:] != denoiser.shape:
         raise DataError(f"expected images (n, {', '.join(map(str, denoiser.shape))}), found {images.shape}")
     levels = [level / UNIT for level in Curve.levels()]
-    x = torch.from_numpy(images)
+    x = torch.from_numpy(np.asarray(images, dtype=np.float32))
     errors = measure_errors(denoiser, x, levels, seed=seed, batch=batch)
-    return Curve.from_information(errors.information, measure_residuals(denoiser, x, seed=seed, batch=batch))
+    return replace(errors, residuals=measure_residuals(denoiser, x, seed=seed, batch=batch))
 
 
 def name_for(mode: str) -> str:

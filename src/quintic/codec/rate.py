@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
+from quintic.codec.arithmetic import UNIT
 from quintic.codec.container import Header, checksum_size
 from quintic.codec.curve import Curve
 from quintic.codec.schedule import atoms_that_fit, most_atoms, preset_plan
 from quintic.codec.symbols import payload_size
+from quintic.codec.tiles import read_image
 from quintic.codec.transparency import looks
-from quintic.core import ConfigError
+from quintic.core import ConfigError, DataError
 
-__all__ = ["Coded", "Sizes", "largest_payload", "meet_psnr", "psnr"]
+__all__ = ["Coded", "Sizes", "best_within", "decibels", "largest_payload", "meet_psnr", "psnr"]
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,38 @@ class Coded:
     """What :meth:`Codec.decode` will make of it."""
     psnr: float
     """In dB, of ``image`` (see :func:`psnr`); not a number if what was coded is not known itself."""
+    unused: int = 0
+    """Bytes that were allowed as well, and would have made the picture no better."""
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
     """Peak signal to noise ratio of two pictures of one size and mode, in dB; infinite if they look the same.
 
     Of transparent ones (LA, RGBA) it is that of their looks on a black and on a white ground, both together.
+
+    Args:
+        a: 8 bits per channel; pictures of a palette count as their colours.
+        b: Of the same size and mode.
+
+    Raises:
+        DataError: Another size or mode, or more than 8 bits per channel.
+
+    Example:
+        >>> round(psnr(Image.new("L", (4, 4), 100), Image.new("L", (4, 4), 110)), 2)
+        28.13
     """
-    error = float(np.square(looks(a) - looks(b)).mean())
-    return 10.0 * math.log10(255.0**2 / error) if error else math.inf
+    (x, _), (y, _) = read_image(a), read_image(b)
+    if (x.size, x.mode) != (y.size, y.mode):
+        raise DataError(
+            f"expected two pictures of one size and mode, found {a.width} x {a.height} {a.mode} and "
+            f"{b.width} x {b.height} {b.mode}; convert or resize one"
+        )
+    return decibels(float(np.square(looks(x) - looks(y)).mean()), 255.0)
+
+
+def decibels(error: float, peak: float) -> float:
+    """Of a mean squared error of values that span ``peak``; infinite for none."""
+    return 10.0 * math.log10(peak**2 / error) if error else math.inf
 
 
 @dataclass(frozen=True)
@@ -51,26 +77,34 @@ class Sizes:
 
     @property
     def fewest(self) -> int:
-        """Of atoms."""
+        """The smallest number of atoms of a tile."""
         # A file of many tiles and no codes would be a long computation from nothing.
         return 0 if self.count == 1 else 1
 
     @property
     def most(self) -> int:
-        """Of atoms."""
+        """The largest number of atoms of a tile."""
         return most_atoms(self.preset, self.dimension)
 
     def atoms(self, payload: int) -> int:
-        """Of one tile, in so many bytes of all."""
+        """How many atoms a tile gets if all tiles together have so many bytes."""
         return atoms_that_fit(self.preset, self.dimension, 8 * payload // self.count, joint=self.joint)
 
     def payload(self, atoms: int) -> int:
-        """Bytes of all tiles."""
+        """Bytes that all tiles take with so many atoms each."""
         plan = preset_plan(self.preset, _ANY_CURVE, self.dimension, atoms)
         return payload_size(plan, self.count, self.dimension, joint=self.joint)
 
 
 _ATTEMPTS = 16
+_SATED = 15 * UNIT // 2
+"""Chains that end at this log_snr or a later one may have more atoms than do good."""
+_SEARCHED = 7 * UNIT
+"""From plans that end here on, numbers of atoms are tried, each an eighth more than the last."""
+_MARGIN = 0.2
+"""By how many dB a smaller file must be better."""
+_FAILURES = 6
+"""Tries in a row without a better picture that end the search."""
 # The number of bits of a plan does not depend on where its levels are.
 _ANY_CURVE = Curve(tuple(range(81)))
 
@@ -92,6 +126,44 @@ def largest_payload(target: int, header: Callable[[int], Header], fits: Sizes) -
     if total(payload) > target or payload < fewest:
         raise ConfigError(f"this picture takes at least {total(fewest)} bytes, found target_bytes={target}")
     return payload
+
+
+def best_within(
+    payload: int, at: Callable[[int], Coded], fits: Sizes, curve: Curve, worth: Callable[[Coded], float]
+) -> Coded:
+    """The best file of at most so many bytes of codes.
+
+    More atoms make longer steps between noise levels, for which the model's mean error says that they pay. Of a picture
+    that the model knows less well, predictions then fall behind the noise and do not recover: the picture gets worse
+    with every atom. Where a chain is long enough for that, smaller files are tried too.
+
+    Args:
+        payload: Bytes of the codes of the largest file.
+        at: The file of a payload.
+        fits: Payloads.
+        curve: Of the model.
+        worth: How good a file is, in dB; the largest is taken unless another is better by more than 0.2.
+    """
+
+    def end(atoms: int) -> int:
+        return preset_plan(fits.preset, curve, fits.dimension, atoms).levels[-1]
+
+    made = at(payload)
+    most = min(fits.most, fits.atoms(payload))
+    if end(most) < _SATED or math.isinf(made.psnr):
+        return made
+    best, value = made, worth(made) + _MARGIN
+    highest, failures = -math.inf, 0
+    atoms = bisect.bisect_left(range(most), _SEARCHED, lo=fits.fewest, key=end)
+    while atoms < most and failures < _FAILURES:
+        tried = at(fits.payload(atoms))
+        reached = worth(tried)
+        failures = 0 if reached > highest else failures + 1
+        highest = max(highest, reached)
+        if reached > value:
+            best, value = tried, reached
+        atoms += max(1, atoms // 8)
+    return best if best is made else replace(best, unused=len(made.data) - len(best.data))
 
 
 def meet_psnr(target: float, at: Callable[[int, int], Coded], fits: Sizes) -> Coded:
@@ -125,7 +197,8 @@ def meet_psnr(target: float, at: Callable[[int, int], Coded], fits: Sizes) -> Co
     good = [atoms for atoms, made in tried.items() if abs(made.psnr - target) <= 0.2]
     if good:
         return tried[min(good)]
-    ends = [code(fits.fewest), max(made.psnr for made in tried.values())]
+    best = max(tried.values(), key=lambda made: made.psnr)
+    ends = [code(fits.fewest), best.psnr]
     if ends[0] < target < ends[1]:  # quality is not quite steady in the number of atoms: look around
         near = min(tried, key=lambda atoms: abs(tried[atoms].psnr - target))
         for atoms in range(max(fits.fewest, near - 4), min(fits.most, near + 4) + 1):
@@ -140,5 +213,5 @@ def meet_psnr(target: float, at: Callable[[int, int], Coded], fits: Sizes) -> Co
         return tried[above]
     raise ConfigError(
         f"target_psnr={target:g} is not within reach for this picture and model: files of "
-        f"{len(tried[min(tried)].data)} to {len(tried[max(tried)].data)} bytes give {ends[0]:.2f} to {ends[1]:.2f} dB"
+        f"{len(tried[min(tried)].data)} to {len(best.data)} bytes give {ends[0]:.2f} to {ends[1]:.2f} dB"
     )

@@ -68,7 +68,7 @@ class Plan:
     """Of matching pursuit."""
     seed: int = 0
     called: tuple[int, ...] | None = None
-    """Numbers of the levels at which the denoiser is called, rising from 0; None calls it at all. Between calls
+    """Numbers of the levels at which the denoiser is called, rising from 0; None calls it at every level. Between calls
     predictions move by :class:`quintic.codec.between.Between`."""
     single: bool = False
     """Compute in single precision, apart from the denoiser; for grouped atoms of orthogonal codebooks."""

@@ -19,7 +19,7 @@ Values = NDArray[np.float64]
 TRANSPARENT = ("LA", "RGBA")
 """Modes of pictures whose last channel is alpha."""
 _LEAST = 0.2
-"""Weight of colours under alpha 0: that of their alpha is not 0 everywhere, and errors of it show them."""
+"""Weight of colours under alpha 0. Not 0: a decoded alpha is not exact, and where it is not 0 these colours show."""
 
 
 def looks(image: Image.Image) -> Values:
