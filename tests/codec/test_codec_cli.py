@@ -154,9 +154,82 @@ def test_mistakes_are_named(folder):
         run("encode", "x.png", "--model", "model.safetensors")
     with pytest.raises(ConfigError, match="at least one"):
         run("encode", "--model", "model.safetensors")
+    (folder / "run").mkdir()
+    (folder / "run" / "config.toml").touch()
+    with pytest.raises(ConfigError, match=r"run is a run, .* quintic codec model run --out"):
+        run("encode", "in", "--out", "coded", "--model", "run")
+
+
+def test_under_out_files_lie_as_they_lie_in_their_folders(folder):
+    for place in ("in/more/p1.png", "other/p0.png", "other/q.png"):
+        (folder / place).parent.mkdir(exist_ok=True)
+        picture(15, 10).save(folder / place)
     picture(15, 10).save(folder / "in" / "p1.bmp")
-    with pytest.raises(ConfigError, match=r"in/p1\.bmp and in/p1\.png would both become coded/p1\.qdc"):
-        run("encode", "in", "--out", "coded", "--model", "model.safetensors")
+    options = "--target-bytes", 40, "--preset", "fast", "--model", "model.safetensors"
+    run("encode", "in", "other", "--out", "coded", *options)
+    there = sorted(str(p.relative_to(folder / "coded")) for p in (folder / "coded").rglob("*.qdc"))
+    assert there == ["in/p0.qdc", "more/p1.qdc", "other/p0.qdc", "p1.bmp.qdc", "p1.png.qdc", "p2.qdc", "q.qdc"]
+    run("encode", "in/**/p1.png", "--out", "pattern", *options)
+    assert sorted(str(p.relative_to(folder / "pattern")) for p in (folder / "pattern").rglob("*.qdc")) == [
+        "more/p1.qdc", "p1.qdc"
+    ]  # fmt: skip
+    run("decode", "coded", "--out", "back", "--model", "model.safetensors")
+    back = sorted(str(p.relative_to(folder / "back")) for p in (folder / "back").rglob("*.png"))
+    assert back == [name.replace(".qdc", ".png") for name in there]
+    (folder / "in" / "in").mkdir()
+    picture(15, 10).save(folder / "in" / "in" / "p0.png")
+    with pytest.raises(ConfigError, match=r"in/in/p0\.png and in/p0\.png would both become x/in/p0\.png\.qdc"):
+        run("encode", "in", "other", "--out", "x", *options)
+
+
+def test_damaged_pictures_do_not_end_a_batch(folder, capsys):
+    picture(15, 10).save(folder / "in" / "a.jpg", exif=b"Exif\0\0MM\0*\0")
+    data = bytearray((folder / "in" / "p1.png").read_bytes())
+    data[20:24] = (0).to_bytes(4, "big")  # its height
+    (folder / "in" / "b.png").write_bytes(data)
+    with pytest.raises(DataError, match="2 of 5 pictures could not be coded"):
+        run("encode", "in", "--out", "coded", "--target-bytes", 40, "--preset", "fast", "--model", "model.safetensors")
+    told = capsys.readouterr().err
+    assert "in/a.jpg: cannot read the picture, or which side of it is up" in told and "in/b.png" in told
+    assert len(list((folder / "coded").glob("*.qdc"))) == 3
+
+
+def test_more_bytes_than_help_are_said_and_not_used(folder, capsys):
+    run("encode", "in/p1.png", "--target-bytes", 9000, "--preset", "fast", "--model", "model.safetensors")
+    size = (folder / "in" / "p1.qdc").stat().st_size
+    assert f"dB; more bytes do not help: {size} of 9000 used" in capsys.readouterr().out
+
+
+def test_info_names_the_models_of_this_package(folder, capsys):
+    for name, mode in (("grey", "L"), ("colour", "RGB")):
+        Image.new(mode, (5, 5)).save(folder / f"{name}.png")
+        run("encode", f"{name}.png", "--target-bytes", 20, "--preset", "fast")
+    run("encode", "in/p1.png", "--out", "own.qdc", "--target-bytes", 40, "--model", "model.safetensors")
+    capsys.readouterr()
+    run("info", "grey.qdc", "colour.qdc", "own.qdc", "--json")
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [facts["model"].split(",")[0] for facts in found[:2]] == ["fashion28", "emoji32"]
+    assert found[2]["model"] == "not one of this package; give it with --model" and len(found[2]["fingerprint"]) == 4
+
+
+def test_restore_refuses_what_it_would_spoil(folder):
+    Image.new("I;16", (12, 12), 1000).save(folder / "deep.png")
+    picture(12, 12, "RGBA").save(folder / "clear.png")
+    opaque = picture(12, 12, "LA")
+    opaque.putalpha(255)
+    opaque.save(folder / "opaque.png")
+    options = "--target-bytes", 40, "--preset", "fast", "--model", "model.safetensors"
+    with pytest.raises(DataError, match=r"deep\.png: .* more than 8 bits per channel"):
+        run("restore", "deep.png", "--task", "deblur", *options)
+    with pytest.raises(DataError, match=r"deep\.png: .* more than 8 bits per channel"):
+        run("restore", "opaque.png", "--task", "inpaint", "--mask", "deep.png", *options)
+    with pytest.raises(DataError, match=r"clear\.png is transparent, and only colours can be restored"):
+        run("restore", "clear.png", "--task", "deblur", *options)
+    with pytest.raises(ConfigError, match="must be positive numbers, found nan"):
+        run("restore", "opaque.png", "--task", "deblur", "--sigma", "nan", *options)
+    run("restore", "opaque.png", "--task", "deblur", *options)
+    with Image.open(folder / "opaque.deblur.png") as made:
+        assert (made.mode, made.size) == ("L", (12, 12))
 
 
 def test_of_a_picture_with_frames_the_first_is_coded_and_that_is_said(folder, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,22 +12,34 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from quintic.cli.picture_files import each_file, find_files, open_picture, png_bytes, progress, target_paths
+from quintic.cli.codec_model import make_codec, model
+from quintic.cli.codec_restore import check_bytes, restore
+from quintic.cli.picture_files import (
+    each_file,
+    find_files,
+    grey_picture,
+    open_picture,
+    png_bytes,
+    progress,
+    target_paths,
+)
 from quintic.cli.printing import say
-from quintic.core import ConfigError, suggest
+from quintic.core import ConfigError
 from quintic.core.files import PICTURES, atomic_write, check_folder
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from quintic.codec import Codec
+    from quintic.codec import Header
 
 __all__ = ["app"]
 
 SUFFIX = ".qdc"
 _EXAMPLES = 4  # pictures shown on the page of an evaluation
 
-app = App(name="codec", help="Compress pictures with a diffusion model: encode, decode, info, eval, restore.")
+app = App(name="codec", help="Compress pictures with a diffusion model: encode, decode, info, eval, restore, model.")
+app.command(restore)
+app.command(model)
 
 
 @app.command
@@ -53,7 +65,7 @@ def encode(
     out
         A file for one picture, a folder for several. Default: beside each picture.
     target_bytes
-        Largest size of a file, header and all.
+        Largest size of a file, header and all; less where more would make the picture no better.
     target_psnr
         Quality in dB, met within 0.2, or exceeded where the next smaller file misses it.
     quality
@@ -67,7 +79,7 @@ def encode(
     roi
         Grey picture of the same size: up to four times the weight where it is white.
     model
-        A denoiser of your own (.safetensors); decoding needs the same.
+        A model of your own, made by "quintic codec model"; decoding needs the same.
     overwrite
         Replace files that exist.
 
@@ -77,12 +89,12 @@ def encode(
     quintic codec encode shots/ --quality 70 --out coded/
     quintic codec encode "shots/*.png" --target-psnr 30 --exact
     """
-    _check_bytes([] if target_bytes is None else [target_bytes])
+    check_bytes([] if target_bytes is None else [target_bytes])
     if sum(aim is not None for aim in (target_bytes, target_psnr, quality)) > 1:
         raise ConfigError("give only one of --target-bytes, --target-psnr and --quality")
     files = find_files(paths, PICTURES)
     targets = target_paths(files, out, SUFFIX, overwrite)
-    codec = _codec(model, preset)
+    codec = make_codec(model, preset)
     pixels = coded = 0
 
     def code(path: Path, target: Path) -> None:
@@ -94,7 +106,8 @@ def encode(
         atomic_write(target, made.data)
         pixels += made.image.width * made.image.height
         coded += len(made.data)
-        say(f"{target}: {len(made.data)} bytes, {made.psnr:.2f} dB")
+        beyond = f"; more bytes do not help: {len(made.data)} of {len(made.data) + made.unused} used"
+        say(f"{target}: {len(made.data)} bytes, {made.psnr:.2f} dB{beyond if made.unused else ''}")
         if len(made.data) > (before := path.stat().st_size):
             say(
                 f"{target} is larger than {path}, which has {before} bytes: this codec is for a few dozen or hundred "
@@ -137,7 +150,7 @@ def decode(
     """
     files = find_files(paths, (SUFFIX,))
     targets = target_paths(files, out, ".png", overwrite)
-    codec = _codec(model, "standard")
+    codec = make_codec(model, "standard")
 
     def picture(path: Path, target: Path) -> None:
         atomic_write(target, png_bytes(codec.decode(path.read_bytes(), strict=not partial)))
@@ -180,7 +193,8 @@ def info(*paths: str | Path, as_json: Annotated[bool, Parameter(name="--json", n
             "code_bytes": h.payload,
             "preset": PRESETS[h.preset].name if h.preset else "plan of its own",
             "calls": h.plan.calls if h.plan else PRESETS[h.preset].calls,
-            "model": h.fingerprint.hex(),
+            "model": _model_name(h),
+            "fingerprint": h.fingerprint.hex(),
             "exact": h.exact,
             "robust": h.robust,
             "state": "whole" if parts.intact else "checksum wrong" if parts.complete else "cut, or too long",
@@ -238,11 +252,11 @@ def evaluate(
 
     if limit < 1:
         raise ConfigError(f"--limit must be at least 1, found {limit}")
-    _check_bytes(sizes or [])
+    check_bytes(sizes or [])
     check_folder(out)
-    files = find_files(paths, PICTURES)
+    files = list(find_files(paths, PICTURES))
     files = files[:: max(1, -(-len(files) // limit))]
-    codec = _codec(model, preset)
+    codec = make_codec(model, preset)
     aims = sorted(set(sizes or [40, 60, 80, 100, 150, 200]))
     at = files[0]
 
@@ -269,105 +283,15 @@ def evaluate(
     say(f"{len(files)} pictures; report: {page}, with rates.md and rates.json beside it")
 
 
-@app.command
-def restore(
-    path: Path,
-    *,
-    task: str,
-    out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
-    mask: Path | None = None,
-    factor: int = 2,
-    sigma: float = 1.5,
-    target_bytes: int | None = None,
-    quality: int | None = None,
-    preset: str = "standard",
-    model: Path | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Restore a damaged picture and compress it at once; writes a .qdc file and a PNG.
+def _model_name(header: Header) -> str:
+    from quintic.codec.known import shipped_of
 
-    Parameters
-    ----------
-    path
-        The damaged picture.
-    task
-        inpaint, enlarge, colourise or deblur.
-    out
-        The .qdc file; the PNG stands beside it. Default: beside the picture.
-    mask
-        For inpaint: grey picture of the same size, white where pixels are known.
-    factor
-        For enlarge: how many times larger.
-    sigma
-        For deblur: the width of the Gaussian blur, in pixels.
-    target_bytes
-        Largest size of the file.
-    quality
-        1 to 100, if target_bytes is not given.
-    preset
-        As for encode.
-    model
-        As for encode.
-    overwrite
-        Replace files that exist.
-
-    Examples
-    --------
-    quintic codec restore grey.png --task colourise
-    quintic codec restore torn.png --task inpaint --mask known.png
-    """
-    import numpy as np
-
-    from quintic.codec.guidance import Blurred, Greyed, Masked, Operator, Shrunk
-    from quintic.codec.tiles import to_values
-
-    _check_bytes([] if target_bytes is None else [target_bytes])
-    tasks = ("inpaint", "enlarge", "colourise", "deblur")
-    if task not in tasks:
-        raise ConfigError(f"unknown task {task!r}{suggest(task, tasks)}")
-    if task == "inpaint" and mask is None:
-        raise ConfigError("--task inpaint needs --mask, a grey picture of the same size, white where pixels are known")
-    if task != "inpaint" and mask is not None:
-        raise ConfigError(f"--mask belongs to --task inpaint, found --task {task}")
-    picture = open_picture(path)
-    grey = picture.mode in ("1", "L", "LA") or task == "colourise"
-    values = to_values(picture.convert("L" if grey else "RGB"))
-    observed: Operator
-    if task == "inpaint":
-        assert mask is not None
-        observed = Masked(values, np.asarray(open_picture(mask).convert("L")) > 127)
-    elif task == "enlarge":
-        observed = Shrunk(values, factor)
-    elif task == "colourise":
-        observed = Greyed(values)
-    else:
-        observed = Blurred(values, sigma)
-    (coded,) = target_paths([path], out, SUFFIX, overwrite)
-    (restored,) = target_paths([coded], None, ".png" if coded == out else f".{task}.png", overwrite)
-    made = _codec(model, preset).restore(observed, target_bytes, quality)
-    atomic_write(coded, made.data)
-    atomic_write(restored, png_bytes(made.image))
-    say(f"{coded}: {len(made.data)} bytes; {restored}")
+    name = shipped_of(header.preset, header.fingerprint)
+    return f"{name}, which comes with this package" if name else "not one of this package; give it with --model"
 
 
-def _pairs(files: list[Path], targets: list[Path]) -> list[tuple[Path, ...]]:
+def _pairs(files: Iterable[Path], targets: list[Path]) -> list[tuple[Path, ...]]:
     return list(zip(files, targets, strict=True))
-
-
-def _check_bytes(sizes: list[int]) -> None:
-    for size in sizes:
-        if size < 1:
-            raise ConfigError(f"a file has at least 1 byte, found {size}")
-
-
-def _codec(model: Path | None, preset: str) -> Codec:
-    from quintic.codec import Codec
-
-    if model is None:
-        return Codec(preset=preset)
-    from quintic.diffusion import load_denoiser
-
-    return Codec(load_denoiser(model), preset=preset)
 
 
 def _roi(path: Path | None, picture: Image.Image) -> Any:
@@ -375,7 +299,7 @@ def _roi(path: Path | None, picture: Image.Image) -> Any:
         return None
     import numpy as np
 
-    mask = np.asarray(open_picture(path).convert("L"), dtype=np.float64)
+    mask = np.asarray(grey_picture(path), dtype=np.float64)
     if mask.shape != (picture.height, picture.width):
         raise ConfigError(
             f"{path} has {mask.shape[1]} x {mask.shape[0]} pixels, the picture {picture.width} x {picture.height}"
