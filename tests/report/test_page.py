@@ -412,7 +412,39 @@ def test_user_mistakes_say_what_to_do(tmp_path):
     (damaged / "run.json").write_text("[1]", encoding="utf-8")
     with pytest.raises(CheckpointError, match="holds a list"):
         write_report(damaged)
+    (damaged / "run.json").write_text("[" * 200_000, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+        write_report(damaged)
+    odd = make_run(tmp_path / "odd", [row(1)], config='task = "lm"\nengine = 3\n')
+    with pytest.raises(CheckpointError, match=r"config\.toml is damaged: 'engine' is 3"):
+        write_report(odd)
     assert not (damaged / "report.html").exists()
+
+
+ODD = {
+    "loss": ["x", 10**400],
+    "val_loss": ["abc", 10**400],
+    "lr": [[1]],
+    "max_vio": [3, "x", [{}]],
+    "expert_load": [5, [1], [["a"]], [[0.5], [0.5, 0.5]]],
+    "expert_bias": ["x"],
+    "layer_share": [[1]],
+    "spectra": [
+        3,
+        {"a": 1},
+        {"a": {"rank": [1], "weight": [1, 2], "shape": [1, 1]}},
+        {"a": {"rank": [1], "weight": ["x"], "shape": [1, 1]}},
+        {"a": {"rank": [1], "weight": [1.0], "shape": [None, 1]}},
+    ],
+}
+
+
+def test_values_of_other_kinds_are_left_out(tmp_path):
+    """A row that was damaged or comes from elsewhere; the others make the page."""
+    rows = [row(step) for step in range(1, 6)]
+    for number, (name, value) in enumerate((name, value) for name, values in ODD.items() for value in values):
+        folder = make_run(tmp_path / str(number), [*rows, {**row(6), name: value}])
+        assert write_report(folder).exists(), (name, value)
 
 
 @pytest.mark.parametrize("kind", ["adaptive", "spectral", "none"])

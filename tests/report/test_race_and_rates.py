@@ -49,6 +49,15 @@ def words(page):
     return " ".join(re.sub(r"<(style|script)>.*?</\1>|<[^>]*>", " ", page, flags=re.S).split())
 
 
+@pytest.mark.parametrize("content", ["{}", '{"arms": []}', '{"arms": [3], "matches": []}', "[" * 200_000])
+def test_a_damaged_record_of_a_race_is_named(tmp_path, content):
+    folder = race_folder(tmp_path / "race", [arm("muon", {"0.1": 5.0}, [5.0])])
+    (folder / "race.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"race\.json is damaged .*repeat the race with --out"):
+        write_race_report(folder)
+    assert not (folder / "race.html").exists()
+
+
 def test_a_race_is_told_in_words_numbers_and_lines(tmp_path):
     slow = arm("sgd<b>", {"0.1": 5.0, "0.2": math.inf}, [5.0, 5.5], interior=False)
     fast = arm("muon", {"0.01": 4.25, "0.02": 4.0, "0.04": 4.5}, [4.0, 4.5])

@@ -16,7 +16,7 @@ from PIL import Image
 
 from quintic.report.charts import Rule, Series, line_chart, smooth, smoothing
 from quintic.report.figure import Figure
-from quintic.report.records import Floats, Records
+from quintic.report.records import Floats, Records, numbers
 from quintic.report.words import significant
 
 __all__ = ["LIMIT", "balance_figure", "load_figure", "load_image", "load_over_time"]
@@ -67,16 +67,14 @@ def balance_figure(records: Records) -> Figure | None:
 
 def load_figure(records: Records) -> Figure | None:
     """Heat maps, one per MoE layer: experts by time."""
-    rows = [row for row in records.rows if row.get("expert_load")]
-    if not rows:
+    found = [(row["step"], load) for row in records.rows if (load := numbers(row.get("expert_load"), 2)) is not None]
+    found = [(step, load) for step, load in found if load.size and load.shape == found[-1][1].shape]
+    if not found:
         return None
-    steps = np.array([row["step"] for row in rows], dtype=np.float64)
-    maps = []
-    count = min(len(row["expert_load"]) for row in rows)
-    for layer in range(count):
-        shares = np.array([row["expert_load"][layer] for row in rows], dtype=np.float64)
-        maps.append(_heat_map(layer, count, steps, shares))
-    experts = len(rows[0]["expert_load"][0])
+    steps = np.array([step for step, _ in found], dtype=np.float64)
+    shares = np.stack([load for _, load in found], axis=1)
+    count, _, experts = shares.shape
+    maps = [_heat_map(layer, count, steps, shares[layer]) for layer in range(count)]
     scale = (
         '<div class="scale"><span>1/4 or less</span><i></i><span>4 times or more</span>'
         f"<span>uniform, 1/{experts}</span></div>"

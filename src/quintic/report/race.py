@@ -37,8 +37,12 @@ def write_race_report(folder: Path) -> Path:
     source = folder / "race.json"
     if not source.is_file():
         raise CheckpointError(f"{folder} holds no finished race (no race.json); run quintic race with --out {folder}")
-    path = folder / "race.html"
-    atomic_write(path, _page(folder, json_object(source, f"repeat the race with --out {folder}")))
+    path, remedy = folder / "race.html", f"repeat the race with --out {folder}"
+    try:
+        page = _page(folder, json_object(source, remedy))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{source} is damaged ({type(error).__name__}: {error}); {remedy}") from error
+    atomic_write(path, page)
     return path
 
 

@@ -17,7 +17,7 @@ from quintic.core import CheckpointError, DataError
 from quintic.engine.metrics import read_metrics
 from quintic.engine.run import Run
 
-__all__ = ["Bits", "Floats", "Records", "json_object", "loss_unit", "read_records"]
+__all__ = ["Bits", "Floats", "Records", "json_object", "loss_unit", "numbers", "read_records"]
 
 Floats = NDArray[np.float64]
 
@@ -74,7 +74,7 @@ class Records:
 
     def layers(self, key: str) -> list[tuple[Floats, Floats]]:
         """Like :meth:`column` for a key that holds one number per MoE layer: one pair per layer."""
-        rows = [row for row in self.rows if row.get(key)]
+        rows = [row for row in self.rows if row.get(key) and isinstance(row[key], list)]
         count = max((len(row[key]) for row in rows), default=0)
         pairs = []
         for layer in range(count):
@@ -136,6 +136,9 @@ def read_records(folder: Path) -> Records:
     """
     run = Run.open(folder)
     config = run.header()
+    for section in ("engine", "optim"):
+        if not isinstance(config.get(section, {}), dict):
+            raise CheckpointError(f"{run.config_file} is damaged: {section!r} is {config[section]!r}, no section")
     rows = read_metrics(run.metrics_file)
     if not rows:
         if (made := config.get("size")) in ("imported", "compressed"):
@@ -178,7 +181,7 @@ def json_object(path: Path, remedy: str = "the report can do without it: delete 
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__} where a JSON object was expected; {remedy}")
@@ -186,6 +189,17 @@ def json_object(path: Path, remedy: str = "the report can do without it: delete 
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
-    return math.nan
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def numbers(value: Any, axes: int) -> Floats | None:
+    """Numbers of a record in nested lists of so many axes, null being NaN; None of anything else."""
+    try:
+        found = np.array(value)
+        found = found.astype(np.float64) if found.dtype.kind in "biufO" else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if found is not None and found.ndim == axes else None
