@@ -8,6 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 from quintic.cli.plan import _plan_of_images
 from quintic.cli.wiring import build_settings, build_task
+from quintic.core.loss import Loss
+from quintic.data import image_task
 
 
 def built(task, *changes, size="tiny"):
@@ -89,3 +91,24 @@ def test_a_process_on_a_cpu_has_gaps_in_its_memory_and_a_device_has_none():
     again = "tarflow.checkpoint=true"
     (gpu, little), (cpu, _) = activations("cuda", again), activations("cpu", again)
     assert gpu == pytest.approx(little) and cpu == pytest.approx(0.9 * kept) and cpu > 1.4 * little
+
+
+def test_validation_takes_images_from_all_of_its_split_and_leaves_the_model_in_its_mode(monkeypatch):
+    monkeypatch.setattr(image_task, "_VALIDATION_IMAGES", 4)
+    monkeypatch.setattr(image_task, "_EVAL_BATCH", 3)
+    made, _ = built("tarflow", "data.validation_fraction=0.2")  # of 60
+    split, seen = made.data.validation, []
+    assert len(split) == 12
+
+    def loss(model, batch, noise, first):
+        seen.append(batch["images"])
+        assert not model.training
+        return Loss(torch.ones(()), 1)
+
+    monkeypatch.setattr(made, "evaluation_loss", loss)
+    for training in (False, True):
+        model = made.build(0).train(training)
+        assert made.evaluate(model, "validation") == {"val_loss": 1.0}
+        assert model.training == training
+    assert [len(part) for part in seen] == [3, 1] * 2
+    assert torch.equal(torch.cat(seen[:2]), made.pixels(split.images[[0, 3, 6, 9]]))

@@ -234,3 +234,14 @@ def test_a_grid_shows_every_image():
     assert sheet.shape == (8, 12, 3)
     assert (sheet[:4, 4:8] == images[1]).all() and (sheet[4:, 4:8] == images[4]).all()
     assert (sheet[4:, 8:] == 255).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_sample_is_drawn_without_dropout_and_leaves_the_model_in_its_mode(training):
+    task = small_task(replace(SMALL, dropout=0.5))
+    model = task.build(0).train(training)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    first, second = (task.draw(model, 0, lambda: None) for _ in range(2))
+    assert torch.equal(first, second) and model.training == training

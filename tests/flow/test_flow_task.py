@@ -76,6 +76,17 @@ def test_evaluation_is_a_function_of_the_weights_alone(drawn):
     assert task.evaluate(model, "test", lambda: True) is None
 
 
+def test_evaluation_is_exact_whatever_autocast_says(drawn):
+    task = make_task(drawn, noise="uniform")
+    model = task.build(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    exact = task.evaluate(model, "test")
+    with autocast(torch.device("cpu"), torch.bfloat16):
+        assert task.evaluate(model, "test") == exact
+
+
 def test_labels_are_withheld_at_the_rate_asked_for(drawn, monkeypatch):
     task = make_task(drawn, classes=-1, class_dropout=0.25)
     model = task.build(0)

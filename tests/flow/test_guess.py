@@ -85,6 +85,7 @@ def test_a_bad_guess_does_no_harm(fitted, value):
     found, inversion = flow.decode(z, method="jacobi", guess=bad)
     assert (found - flow.decode(z, method="sequential")[0]).abs().max() < 1e-9
     assert inversion.residual < 1e-9
+    assert not any(report.finished_sequentially for report in inversion.blocks)  # it cost no block its sweeps
 
 
 def test_of_the_identity_it_is_nearly_the_identity():

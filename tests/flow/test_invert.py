@@ -12,6 +12,7 @@ from quintic.core import ConfigError, DataError, QuinticError, SamplingError
 from quintic.flow import Guidance, plan_sampling
 from quintic.flow.invert import Tolerance, Workspace, invert_block, invert_flow
 from quintic.flow.patches import to_tokens
+from quintic.flow.planning import plan_for
 
 F64 = torch.float64
 
@@ -251,6 +252,20 @@ def test_two_threads_sample_at_once(make_flow):
     assert all(torch.allclose(found[s], expected[s], rtol=0, atol=1e-9) for s in range(4))
 
 
+@pytest.mark.parametrize("measured", [2e-9, 5e-8, float("inf"), float("nan")])
+def test_whatever_is_beyond_the_certificate_is_done_again_token_by_token(make_flow, monkeypatch, measured):
+    flow = make_flow(blocks=2)
+    z = latents(flow, 2)
+    expected = flow.decode(z, method="sequential")[0]
+    residuals = [measured, 1e-10, 0.9e-9]  # of the last block, of it again, and of the first
+    monkeypatch.setattr(Workspace, "residual", lambda self, block, x, z: residuals.pop(0))
+    found, inversion = flow.decode(z, method="jacobi")
+    assert [report.finished_sequentially for report in inversion.blocks] == [True, False]
+    assert [report.residual for report in inversion.blocks] == [1e-10, 0.9e-9] and not residuals
+    assert inversion.blocks[0].sweeps > flow.tokens - 1
+    assert torch.allclose(found, expected, rtol=0, atol=1e-9)
+
+
 def test_what_was_not_checked_has_no_residual(make_flow):
     flow = make_flow()
     z = latents(flow, 2)
@@ -306,6 +321,19 @@ def test_a_plan_covers_all_blocks_and_changes_no_image(make_flow):
     assert torch.allclose(one.images, other.images, rtol=0, atol=1e-9)
     with pytest.raises(ConfigError, match="3 blocks"):
         make_flow((1, 12, 12), blocks=2).sample(1, method=plan)
+
+
+def test_a_plan_is_kept_for_each_batch_size_and_guidance(make_flow):
+    flow = make_flow(num_classes=2)
+    one, row = plan_for(flow, 1, None, None), flow.rows(1, 1)
+    assert plan_for(flow, 1, None, Guidance(0.0)) is one  # which is none
+    others = [
+        plan_for(flow, 3, None, None),
+        plan_for(flow, 3, row, Guidance(1.0)),
+        plan_for(flow, 3, row, Guidance(2.0)),
+    ]
+    assert [plan.batch for plan in (one, *others)] == [1, 3, 3, 3] and len(set(map(id, others))) == 3
+    assert plan_for(flow, 1, None, None) is one and plan_for(flow, 3, row, Guidance(2.0)) is others[2]
 
 
 @pytest.mark.parametrize("method", ["jacobbi", "window:", "window:0", "window:x", ""])
