@@ -55,6 +55,7 @@ def run(book, tmp_path, capsys):
         (["BOOK", "--device", "cuda:9"], "not available on this machine"),
         (["BOOK", "--dtype", "float8"], "unknown dtype 'float8'"),
         (["BOOK", "--bogus"], "--bogus"),
+        (["BOOK", "--log", "wandb"], "where metrics go besides the run folder: --tracker"),
         (["BOOK", "lm.vocab_size=100"], "lm.vocab_size = 100 is below the tokenizer's 257 tokens"),
         (["BOOK", "data.tokenizer=missing.json"], "no tokenizer at missing.json"),
         (["BOOK", "data.encoding=klingon"], "unknown encoding 'klingon'"),
@@ -183,9 +184,42 @@ def unfinish(run):
     (run / "metrics.jsonl").write_text("".join(rows[:5]))
 
 
-def test_resume_takes_no_other_settings(run, capsys):
-    assert "quintic train DATA --from RUN section.field=value" in fails(capsys, "resume", run, "engine.steps=9")
-    assert "--from" not in fails(capsys, "resume", run, "elsewhere")
+@pytest.mark.parametrize("verb", ["resume", "verify-resume"])
+def test_resume_takes_no_other_settings(run, capsys, verb):
+    assert f"quintic train DATA --from {run} engine.steps=9" in fails(capsys, verb, run, "engine.steps=9")
+    assert "no such file or folder: elsewhere" in fails(capsys, verb, run, "elsewhere")
+
+
+def test_resume_finds_data_that_was_moved(run, book, tmp_path, capsys):
+    unfinish(run)
+    config = (run / "config.toml").read_text()
+    moved = book.rename(tmp_path / "moved.txt")
+    for verb in ("resume", "verify-resume"):
+        message = fails(capsys, verb, run)
+        assert f"no such file or folder: {book}" in message and f"quintic resume {run} PATH" in message
+    (tmp_path / "other.txt").write_text(TEXT.replace("whale", "squid"))
+    for verb in ("resume", "verify-resume"):
+        assert "has changed since it was started" in fails(capsys, verb, run, tmp_path / "other.txt")
+    assert quintic("verify-resume", run, moved, "--steps", "2") == 0
+    assert (run / "config.toml").read_text() == config
+    assert quintic("resume", run, moved) == 0 and len(read_metrics(run / "metrics.jsonl")) == 6
+    assert (run / "config.toml").read_text() == config.replace(str(book), str(moved))
+    again = moved.rename(tmp_path / "again.txt")
+    assert quintic("resume", run, again) == 0 and str(again) in (run / "config.toml").read_text()
+    assert quintic("evaluate", run) == 0
+
+
+def test_a_line_of_paths_that_was_rewritten_by_hand_is_left_alone(run, tmp_path, book, capsys):
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace(f'paths = ["{book}"]', f'paths = [\n"{book}"\n]'))
+    moved = book.rename(tmp_path / "moved.txt")
+    before = config.read_text()
+    assert f'make it paths = ["{moved}"]' in fails(capsys, "resume", run, moved)
+    assert config.read_text() == before
+    config.write_text(before.replace("paths", "fingerprint = 3\npaths"))
+    assert "config.toml is damaged" in fails(capsys, "resume", run)
+    config.write_text(before.replace(f'"{book}"', "3"))
+    assert "among its 'paths' is 3" in fails(capsys, "resume", run)
 
 
 def test_resume_refuses_changed_data(run, book, capsys):

@@ -45,6 +45,20 @@ def run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.parametrize("verb", ["train", "resume"])
+def test_torchrun_takes_none_of_our_options_for_one_of_its_own(verb):
+    """Its parser looks at all words, and knows options by their beginnings."""
+    from torch.distributed.run import get_args_parser
+
+    options = [name for argument in app[verb].assemble_argument_collection() for name in argument.names]
+    options = [name for name in options if name.startswith("-")]
+    assert len(options) > 4 and "--log" not in options
+    for name in options:
+        words = ["-m", "quintic", verb, "book.txt", name, "word"]
+        parsed = get_args_parser().parse_args(["--nproc-per-node", "2", *words])
+        assert [parsed.training_script, *parsed.training_script_args] == words[1:]
+
+
 @pytest.mark.parametrize("words", verbs(), ids=" ".join)
 def test_help_of_every_verb_shows_examples_that_parse(words, capsys):
     assert quintic(*words, "--help") == 0

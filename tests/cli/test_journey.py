@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tests.cli.command import quintic
 
+from quintic.cli.wiring import build_settings, build_task
 from quintic.engine.checkpoint import list_checkpoints
 from quintic.engine.metrics import read_metrics
 
@@ -290,6 +291,22 @@ def test_steps_follow_the_corpus_where_epochs_bound_them(book, tmp_path):
     assert quintic("train", book, "--size", "tiny", "--out", out, "engine.max_epochs=0.25") == 0
     config = (out / "config.toml").read_text()
     assert re.search(r"^steps = \d  # 0.25 epochs of \d+ windows, 16 a step$", config, re.M)
+
+
+def test_steps_of_0_are_as_many_as_the_epochs_allow(book, tmp_path, capsys):
+    """Also where the epochs are those of the preset; a run that an earlier version began so is trained by resume."""
+    settings = build_settings("lm", "laptop", ["engine.steps=0"])
+    _, resolved, _ = build_task("lm", [book], settings)
+    assert resolved["engine"].steps > 1 and "30 epochs" in resolved.sources["engine.steps"]
+    out = tmp_path / "r"
+    few = ["lm.num_layers=1", "engine.max_epochs=0.01", "engine.steps=0"]
+    assert quintic("train", book, "--size", "tiny", *few, "--out", out) == 0
+    assert "finished 1 step:" in capsys.readouterr().out
+    for path in (out / "checkpoints", out / "metrics.jsonl"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    config = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(re.sub(r"^steps = 1 .*$", "steps = 0", config, flags=re.M))
+    assert quintic("resume", out) == 0 and "finished 1 step:" in capsys.readouterr().out
 
 
 def test_runs_without_out_get_names_of_their_own(book, tmp_path, monkeypatch):

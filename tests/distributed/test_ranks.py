@@ -105,7 +105,7 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(book, alone, tmp_path, 
     run = tmp_path / "run"
     job(first, "train", book, *SETTINGS, "--out", run)
     (run / "checkpoints" / "step-10").rename(tmp_path / "step-10")
-    assert "continuing from step 5" in job(then, "resume", run).stdout
+    assert "continuing from step 6" in job(then, "resume", run).stdout
     assert_same_training(alone, run)
 
 
@@ -121,6 +121,7 @@ def test_float32_too(book, tmp_path):
 def test_a_batch_that_does_not_divide_is_refused(book, tmp_path):
     done = job(2, "train", book, *SETTINGS, "engine.batch_size=15", "--out", tmp_path / "run", check=False)
     assert done.returncode and "15 does not divide among 2 ranks; use a multiple of 2" in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_disk_that_is_full_from_the_start_ends_all_of_them(book, tmp_path):

@@ -177,14 +177,14 @@ def test_a_sink_that_cannot_be_had_is_named_before_training(tmp_path, monkeypatc
 def test_the_command_refuses_before_it_reads_any_data(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for arguments in (["train", "nowhere.txt", "--size", "tiny"], ["resume", "nowhere"]):
-        assert quintic(*arguments, "--log", "wandb") == 2
+        assert quintic(*arguments, "--tracker", "wandb") == 2
         assert "pip install 'quintic[wandb]'" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_command_writes_event_files(tmp_path):
     pytest.importorskip("tensorboard")
     (tmp_path / "book.txt").write_text("the whale swam under the ship and the captain looked.\n" * 40)
-    words = ["train", str(tmp_path / "book.txt"), "--size", "tiny", "engine.steps=2", "--log", "tensorboard"]
+    words = ["train", str(tmp_path / "book.txt"), "--size", "tiny", "engine.steps=2", "--tracker", "tensorboard"]
     assert quintic(*words, "--out", tmp_path / "run") == 0
     told = events(tmp_path / "run" / "tensorboard")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")

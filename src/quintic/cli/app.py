@@ -132,23 +132,21 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _about_settings(error: CycloptsError) -> str:
-    """What to say to somebody who gave a setting as an option, or to a run that has its own; empty if nobody did."""
+    """What to say to somebody who gave a setting, or the option --log of before, as an option; empty if nobody did."""
     from quintic.cli.wiring import section_types
     from quintic.engine.config import known_settings
     from quintic.engine.setting_names import meant
 
     verb = " ".join(error.command_chain or ())
-    if isinstance(error, UnknownOptionError) and verb in _WITH_SETTINGS:
-        setting = meant(error.token.keyword or error.token.value, known_settings(section_types("lm")))
+    unknown = error.token.keyword or error.token.value if isinstance(error, UnknownOptionError) else ""
+    if unknown == "--log" and verb in ("train", "resume"):
+        return "where metrics go besides the run folder: --tracker tensorboard (trackio, wandb)"
+    if unknown and verb in _WITH_SETTINGS:
+        setting = meant(unknown, known_settings(section_types("lm")))
         if setting is not None:
             return f"settings have no dashes: {setting}=...    (quintic train --settings lists all)"
     if verb == "generate" and error.unused_tokens:
         return 'the text to continue is an option: quintic generate RUN --prompt "..."'
-    if verb == "resume" and any("=" in word for word in error.unused_tokens or ()):
-        return (
-            "a run keeps its settings, so that a resume is exact; to train its model on with others: "
-            "quintic train DATA --from RUN section.field=value"
-        )
     return ""
 
 

@@ -30,7 +30,7 @@ def train(
     device: str | None = None,
     dtype: str | None = None,
     seed: int | None = None,
-    log: str | None = None,
+    tracker: str | None = None,
     settings: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Train a model on text or images; without a path, on the embedded corpus (Moby Dick) or drawn shapes.
@@ -45,7 +45,7 @@ def train(
     size
         Preset that fills every setting: tiny or laptop; for text also small, medium or moonlight-16b-a3b.
     out
-        Run folder to create; it must not hold a run yet. Default: runs/NAME.
+        Run folder to create; it must not hold a run yet. Default: runs/NAME-SIZE, NAME being that of the data.
     start
         Start from the weights (and take shape and tokenizer) of this run or exported folder; a lower learning rate
         than from scratch, such as optim.lr=0.002, keeps what was learned.
@@ -55,7 +55,7 @@ def train(
         Precision of matrix products: auto, float32, bfloat16 or float64.
     seed
         Seed of the initial weights, the data order and the samples.
-    log
+    tracker
         Send the metrics to tensorboard (files in the run folder), trackio or wandb too; each is an extra.
     settings
         List every setting with its meaning and its value for this size, and exit.
@@ -66,7 +66,7 @@ def train(
     quintic train book.txt --out runs/book optim.lr=0.01 lm.num_experts=32
     quintic train --task tarflow --size tiny pictures/
     quintic train book.txt --from runs/book --out runs/more optim.lr=0.002
-    quintic train book.txt --log tensorboard
+    quintic train book.txt --tracker tensorboard
     quintic train --settings
     torchrun --nproc-per-node 8 -m quintic train book.txt
     """
@@ -83,8 +83,8 @@ def train(
     from quintic.engine.mesh import join_ranks
     from quintic.engine.sinks import check_sink
 
-    if log is not None:
-        check_sink(log)
+    if tracker is not None:
+        check_sink(tracker)
     engine = resolved["engine"]
     where = pick_device(engine.device)
     chosen = pick_dtype(engine.dtype, where)
@@ -94,7 +94,7 @@ def train(
         resolved = resolved.derive("engine.dtype", name, f"fastest safe one on {where.type} here")
     folder = _free_folder(_title(task, paths), size) if out is None else out
     with join_ranks(where, engine.shards) as ranks:
-        _new_run(task, size, paths, resolved, folder, start, ranks, log)
+        _new_run(task, size, paths, resolved, folder, start, ranks, tracker)
 
 
 def _new_run(
@@ -105,15 +105,17 @@ def _new_run(
     folder: Path,
     start: Path | None,
     ranks: Ranks,
-    log: str | None,
+    tracker: str | None,
 ) -> None:
     """Prepare data and folder, say what will happen, and train."""
     from quintic.cli.origin import open_origin
     from quintic.engine import Run
     from quintic.engine.checkpoint import check_fit
+    from quintic.engine.plan import check_batch
 
     console = Console(quiet=not ranks.is_main)
     Run.refuse_existing(folder)
+    check_batch(settings["engine"].batch_size, ranks.world)
     origin = None if start is None else open_origin(start, task)
     if origin is not None:
         settings = origin.settings(task, settings)
@@ -146,11 +148,11 @@ def _new_run(
     ranks.wait()  # all have seen that the folder is free
     ranks.together(lambda: create() if ranks.is_main else None)
     say(f"run folder: {folder}", console=console)
-    run_training(console, made, settings, Run(folder), ranks, log)
+    run_training(console, made, settings, Run(folder), ranks, tracker)
 
 
 def run_training(
-    console: Console, task: Task, settings: Settings, run: Run, ranks: Ranks, log: str | None = None
+    console: Console, task: Task, settings: Settings, run: Run, ranks: Ranks, tracker: str | None = None
 ) -> None:
     """Train, write the report and say how it ended."""
     from quintic.engine.loop import train as train_loop
@@ -159,13 +161,14 @@ def run_training(
     kind = kind_of(task.name)
     if advice := memory_advice(task, settings, ranks.world):
         say(f"warning: {advice[0]} {'; '.join(advice[1:])}", console=console, style="yellow")
-    outcome = train_loop(task, settings, run, console, ranks=ranks, log=log or "")
+    outcome = train_loop(task, settings, run, console, ranks=ranks, log=tracker or "")
     report = write_report(run.folder) if outcome.recorded and ranks.is_main else None
 
     if outcome.sample:
         say(f"\nsample:\n{outcome.sample}\n", console=console)
     if outcome.finished:
-        say(f"finished {outcome.step} steps: {_final_words(outcome.row, kind.UNIT)}", console=console)
+        steps = f"{outcome.step} step" + "s" * (outcome.step != 1)
+        say(f"finished {steps}: {_final_words(outcome.row, kind.UNIT, run.facts())}", console=console)
     else:
         say(f"stopped at step {outcome.step}; continue with: quintic resume {run.folder}", console=console)
     if outcome.peak_memory is not None:
@@ -176,10 +179,12 @@ def run_training(
         say(f"next: {kind.NEXT.format(run=run.folder)}", console=console)
 
 
-def _final_words(row: dict[str, Any], unit: str) -> str:
+def _final_words(row: dict[str, Any], unit: str, facts: dict[str, Any]) -> str:
     if "val_loss" not in row:  # no validation split was asked for
         return f"training loss {row['loss']:.4f}{unit}"
     bits = f", {row['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in row else ""
+    if bits and (size := facts.get("data", {}).get("validation", {}).get("bytes")):
+        bits += f" ({size:,} bytes)"
     return f"validation loss {row['val_loss']:.4f}{unit}{bits}"
 
 

@@ -20,7 +20,7 @@ __all__ = ["verify_resume"]
 def verify_resume(
     run: Path,
     /,
-    *,
+    *data: str | Path,
     steps: int = 6,
     cut: int | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -34,6 +34,8 @@ def verify_resume(
     ----------
     run
         The run folder, whose data and settings are used.
+    data
+        Where the data is now, if it was moved.
     steps
         Steps to train, at least 2; as many as the run has if those are fewer.
     cut
@@ -46,13 +48,15 @@ def verify_resume(
     quintic verify-resume runs/book
     quintic verify-resume runs/book --steps 20 --cut 7
     """
+    from quintic.cli.resume import check_data, data_of
     from quintic.cli.wiring import build_task, open_run, refuse_untrained
     from quintic.engine.verification import verify_resume as verify
 
     folder, settings, header = open_run(run)
     refuse_untrained(run, header)
     initial = folder.initial if folder.initial.exists() else None
-    task, settings, _ = build_task(header["task"], [Path(path) for path in header["paths"]], settings)
+    task, settings, _ = build_task(header["task"], data_of(run, header, data), settings)
+    check_data(run, header, task)
     with tempfile.TemporaryDirectory() as empty, Console(stderr=True).status("training a few steps, twice"):
         result = verify(task, settings, Path(empty), steps=steps, cut=cut, initial=initial)
     if as_json:

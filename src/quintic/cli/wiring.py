@@ -186,7 +186,7 @@ def build_task(
         The task, the settings with derived values, and warnings about the data.
     """
     made, settings, warnings = kind_of(task).prepare(task, paths, settings, progress)
-    if settings.sources["engine.steps"] != "config.toml":  # a run's own settings are resolved already
+    if settings.sources["engine.steps"] != "config.toml" or not settings["engine"].steps:  # a run's own are resolved
         settings = _derive_steps(settings, made.num_examples)
     return made, settings, warnings
 
@@ -198,7 +198,8 @@ def _derive_steps(settings: Settings, num_examples: int) -> Settings:
     limit = max(1, math.ceil(engine.max_epochs * num_examples / engine.batch_size))
     if engine.steps and engine.steps <= limit:
         return settings
-    if settings.sources["engine.steps"] == "given" and settings.sources["engine.max_epochs"] != "given":
+    given = [settings.sources[f"engine.{name}"] == "given" for name in ("steps", "max_epochs")]
+    if engine.steps and given == [True, False]:
         return settings  # who asks for a number of steps gets it
     why = f"{engine.max_epochs:g} epochs of {num_examples} windows, {engine.batch_size} a step"
     return settings.derive("engine.steps", limit, why)
@@ -217,6 +218,8 @@ def open_run(folder: Path) -> tuple[Run, Settings, dict[str, Any]]:
     for key, kind in (("task", str), ("paths", list), ("fingerprint", str)):
         if not isinstance(header.get(key), kind):
             raise CheckpointError(f"{run.config_file} is not of a run: it lacks {key!r}; give another folder")
+    if odd := [path for path in header["paths"] if not isinstance(path, str)]:
+        raise CheckpointError(f"{run.config_file} is damaged: among its 'paths' is {odd[0]!r}")
     settings = Settings.from_toml(run.settings_text(), section_types(header["task"]))
     if header["task"] == "lm":
         from quintic.cli.language import of_run

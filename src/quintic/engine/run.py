@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,22 @@ class Run:
             return tomllib.loads(self.config_file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.config_file} is damaged: {error}") from error
+
+    def record_paths(self, paths: Sequence[str]) -> None:
+        """Write into ``config.toml`` where the data is now.
+
+        Raises:
+            CheckpointError: The line of the old paths is not as it was written.
+        """
+        line = Settings({}).to_toml({"paths": paths}).strip()
+        text = re.sub(r"^paths = .*$", lambda _: line, self.settings_text(), count=1, flags=re.MULTILINE)
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            if tomllib.loads(text) == {**self.header(), "paths": list(paths)}:
+                atomic_write(self.config_file, text)
+                return
+        raise CheckpointError(
+            f"the paths in {self.config_file} are not in one line, as they were written; make it {line}"
+        )
 
     def settings_text(self) -> str:
         """``config.toml`` as it stands."""
