@@ -79,6 +79,13 @@ def test_other_names_are_refused(name):
         schatten_exponent(name)
 
 
+@pytest.mark.parametrize("G", [torch.eye(2).long(), torch.eye(2) * 1j, torch.ones(3), [[1.0]]])
+def test_what_is_no_matrix_is_refused(G):
+    for p in (1, 2, torch.inf):
+        with pytest.raises(ConfigError, match=r"\(\.\.\., n, m\), found"):
+            schatten_direction(G, p)
+
+
 def test_exponents():
     assert [schatten_exponent(f"schatten:{p}") for p in ("1", "2.5", "inf")] == [1.0, 2.5, torch.inf]
     with pytest.raises(ConfigError, match="from 1 to inf"):

@@ -211,3 +211,9 @@ def test_convolutions_that_are_zero_empty_or_not_finite():
     assert conv_spectral_norm(torch.zeros(2, 2, 3, 3), size=(4, 4)) == 0
     assert conv_spectral_norm(torch.zeros(2, 0, 3), size=(4,)) == 0
     assert conv_spectral_norm(torch.full((2, 2, 3), torch.inf), size=(4,)).isnan()
+
+
+@pytest.mark.parametrize("seed", [2**80, 1.5])
+def test_seeds_that_are_no_integers(seed):
+    with pytest.raises(ConfigError, match=r"seed = .*; expected an integer of at most 64 bits"):
+        spectral_norm(torch.eye(3), seed=seed)

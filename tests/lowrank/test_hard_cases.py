@@ -7,7 +7,18 @@ import pytest
 import scipy.linalg.interpolative as sli
 import scipy.sparse
 import torch
-from tests.lowrank.matrices import best, duplicates, hilbert, kahan, outliers, randn, relative, snn, with_spectrum
+from tests.lowrank.matrices import (
+    ByProducts,
+    best,
+    duplicates,
+    hilbert,
+    kahan,
+    outliers,
+    randn,
+    relative,
+    snn,
+    with_spectrum,
+)
 
 from quintic.core import ConfigError, DataError
 from quintic.lowrank import RULES, cr, cur, interpolative, nystrom, read_once, svd
@@ -243,6 +254,25 @@ def test_seeds_that_are_no_integers(seed):
     for method in ("fast", "uniform"):
         with pytest.raises(ConfigError, match=r"seed = .*; expected an integer"):
             cur(randn(200, 180), rank=3, method=method, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [1.5, 2**70])
+def test_seeds_that_are_no_integers_and_are_not_used(seed):
+    for kind in KINDS.values():
+        with pytest.raises(ConfigError, match=r"seed = .*; expected an integer"):
+            kind(randn(7, 5), rank=3, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_what_has_lost_its_digits_is_refused(dtype):
+    A = randn(7, 5, dtype=dtype)
+    small = A * (torch.finfo(dtype).tiny / 100)
+    assert small.any()
+    for given in (small, torch.stack([A, small]), scipy.sparse.csr_array(small.numpy()), ByProducts(small)):
+        for kind in KINDS.values():
+            with pytest.raises(DataError, match="multiply the matrix by a large number"):
+                kind(given, rank=2)
+    assert finite(interpolative(A * (100 * torch.finfo(dtype).tiny), rank=2))
 
 
 @pytest.mark.parametrize("tol", ["0.1", float("nan"), 0.0, 1.0, [0.1]])

@@ -6,10 +6,11 @@ import scipy.linalg.interpolative as sli
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse.linalg import aslinearoperator, svds
 from tests.lowrank.matrices import best, randn, relative, with_spectrum
 
 from quintic.core import ConfigError, DataError
-from quintic.lowrank import RULES, interpolative
+from quintic.lowrank import RULES, cur, interpolative, svd
 from quintic.lowrank.least_squares import apply_inverse
 
 
@@ -65,6 +66,48 @@ def test_a_batch_is_its_matrices():
     x = randn(2, 3, 12)
     torch.testing.assert_close(found.matvec(x)[1, 2], found.reconstruct()[1, 2] @ x[1, 2])
     assert "relative errors" in repr(found)  # which was asked for
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_a_result_is_an_operator(dtype, kind):
+    A, X = randn(8, 6, dtype=dtype), randn(8, 2, seed=1, dtype=dtype)
+    A, X = (A, X) if kind == "tensor" else (A.numpy(), X.numpy())
+    found = interpolative(A, rank=3)
+    whole = found.reconstruct()
+    for made, expected in (
+        (found @ A.T, whole @ A.T),
+        (A.T @ found, A.T @ whole),
+        (found.rmatvec(X[:, 0]), whole.conj().T @ X[:, 0]),
+        (found.rmatmat(X), whole.conj().T @ X),
+        (found.matvec(A[:1].T), whole @ A[:1].T),
+        (np.asarray(found), whole),
+        (interpolative(found, rank=3).reconstruct(), whole),
+    ):
+        np.testing.assert_allclose(made, expected, atol=1e-12)
+    assert np.asarray(found, dtype=np.complex64).dtype == np.complex64
+    assert type(A.T @ found) is type(A) and found.dtype == A.dtype
+    with pytest.raises(DataError, match=r"expected vectors \(\.\.\., 6\), found shape \(8,\)"):
+        found.matvec(X[:, 0])
+    with pytest.raises(DataError, match=r"expected vectors \(\.\.\., 8\)"):
+        found.rmatvec(A[0])
+
+
+def test_a_result_is_an_operator_of_scipy_again():
+    A = randn(9, 7).numpy()
+    found = cur(A, rank=3)
+    operator = aslinearoperator(found)
+    np.testing.assert_allclose(svds(operator, k=2, random_state=0)[1], np.linalg.svd(found.reconstruct())[1][1::-1])
+    np.testing.assert_allclose(operator.H @ A[:, 0], found.reconstruct().T @ A[:, 0])
+
+
+def test_results_of_a_batch_are_no_operator_but_have_products():
+    A = randn(2, 6, 5)
+    found = interpolative(A, rank=2)
+    torch.testing.assert_close(A.mT @ found, A.mT @ found.reconstruct())
+    torch.testing.assert_close(found.rmatvec(A[..., 0])[1], found.reconstruct()[1].T @ A[1, :, 0])
+    with pytest.raises(DataError, match="operators are taken one at a time"):
+        svd(found, rank=1)
 
 
 def test_numpy_in_numpy_out():

@@ -295,3 +295,12 @@ def test_a_batch_of_sparse_matrices_is_refused(decompose):
             decompose(given, rank=1)
     with pytest.raises(DataError, match=r"element \(1, 2\) is nan, which is not finite"):
         decompose(scipy.sparse.coo_array(([1.0, np.nan], ([0, 1], [0, 2])), (2, 3)), rank=1)
+
+
+def test_an_operator_without_its_adjoint_and_lists_of_unequal_lengths_are_named():
+    A = randn(6, 5).numpy()
+    alone = scipy.sparse.linalg.LinearOperator(A.shape, matvec=lambda x: A @ x, dtype=A.dtype)
+    with pytest.raises(DataError, match=r"no product with its conjugate transpose .*expected rmatmat, or rmatvec"):
+        cur(alone, rank=2)
+    with pytest.raises(DataError, match="expected a matrix of numbers"):
+        cur([[1.0, 2.0], [3.0]], rank=1)

@@ -11,7 +11,7 @@ Posts: kexue.fm/archives/10592 (why a quintic), 10922 (better coefficients), 109
 | keller | any, 5 | [0.68, 1.13] | 485 | Keller Jordan's Muon; does not converge, hovers about 1 |
 | quintic | 5 | [0.978, 1.032] | 493 | You Jiacheng's five triples; the default |
 | su | 5 | [0.95, 1.05] | 662 | Su's five triples, post 10922 |
-| polar-express | any, 5 | [0.87, 1.13] | 976 | greedy minimax from 1e-3, arXiv 2505.16932 |
+| polar-express | any, 5 | [0.87, 1.13] | 986 | greedy minimax from 1e-3, arXiv 2505.16932 |
 | exact | 9 | 1 within 1e-6 | 12000 | six minimax stages from 1e-3, then taylor |
 """
 

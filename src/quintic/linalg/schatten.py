@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError
-from quintic.linalg.spectral import wide_and_scaled
+from quintic.linalg.spectral import check_matrices, wide_and_scaled
 
 __all__ = ["schatten_direction", "schatten_exponent"]
 
@@ -55,7 +55,7 @@ def schatten_direction(G: Tensor, p: float) -> Tensor:
         (..., n, m) in G's dtype; half precision is computed in float32.
 
     Raises:
-        ConfigError: ``p`` is below 1.
+        ConfigError: ``p`` is below 1, or G is not a floating (..., n, m) tensor.
 
     Example:
         >>> G = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
@@ -67,6 +67,7 @@ def schatten_direction(G: Tensor, p: float) -> Tensor:
     """
     if not p >= 1:
         raise ConfigError(f"p = {p}; expected a number from 1 to inf")
+    check_matrices(G)
     X, _ = wide_and_scaled(G)
     finite = X.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     X = X.masked_fill(~finite, 0.0)  # LAPACK refuses a whole batch for one non-finite element

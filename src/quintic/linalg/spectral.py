@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError, suggest
+from quintic.linalg.sketch import seeded
 
 __all__ = [
     "NORM_METHODS",
@@ -71,7 +72,7 @@ def top_singular(A: Tensor, *, method: str = "power", iterations: int | None = N
         seed: Of the Gaussian starts.
 
     Raises:
-        ConfigError: A is not a floating (..., n, m) tensor, or the method or the number of iterations is unusable.
+        ConfigError: A is not a floating (..., n, m) tensor, or the method, the iterations or the seed are unusable.
     """
     check_matrices(A)
     if method not in NORM_METHODS:
@@ -204,8 +205,7 @@ def conv_spectral_norm(weight: Tensor, *, kind: str = "operator", size: Sequence
 
 def gaussian_start(short: int, count: int, seed: int, like: Tensor) -> Tensor:
     """(short, count) orthonormal columns that span a Gaussian subspace: a pure function of the first three."""
-    generator = torch.Generator().manual_seed(seed)
-    columns = torch.randn((short, count), generator=generator, dtype=torch.float64, device="cpu")
+    columns = torch.randn((short, count), generator=seeded(seed), dtype=torch.float64, device="cpu")
     return torch.linalg.qr(columns).Q.to(like)
 
 

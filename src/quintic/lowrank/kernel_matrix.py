@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError, DataError
+from quintic.lowrank.matrices import check_finite, to_tensor
 from quintic.lowrank.row_blocks import RowBlocks
-from quintic.lowrank.source import PART, Source, check_finite, to_tensor
+from quintic.lowrank.source import PART, Source
 
 __all__ = ["KernelMatrix"]
 

@@ -4,7 +4,8 @@ Every rule here and in :mod:`quintic.lowrank.scores` is a plain function of one 
 
     rule(A, k, seed=0) -> positions (..., k) of k different columns of A (..., m, n), for 1 <= k <= min(m, n)
 
-The same seed gives the same columns, a matrix gets the same ones in any batch, and the scale of A does not matter.
+The same seed gives the same columns, and the scale of A does not matter. A matrix gets the same ones in any batch up to
+its numerical rank; past it rounding errors decide.
 Symbols: E is what the columns chosen so far leave of A, V the leading right singular vectors.
 
 =================  ======================================================  =======================================

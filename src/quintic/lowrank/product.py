@@ -26,8 +26,9 @@ from torch import Tensor
 from quintic.core import ConfigError, DataError, suggest
 from quintic.core.precision import in_float64
 from quintic.linalg.sketch import seeded
+from quintic.lowrank.matrices import frobenius
 from quintic.lowrank.result import Approximation, whole_number
-from quintic.lowrank.source import PART, Dense, Source, as_source, frobenius
+from quintic.lowrank.source import PART, Dense, Source, as_source
 
 __all__ = ["CHOICES", "MIDDLES", "ProductSkeleton", "cr"]
 

@@ -3,8 +3,9 @@
     A ~ left right          left (..., m, k), right (..., k, n)
 
 The pair is what to compute with: both factors are as well conditioned as the kind of decomposition allows. Everything
-is of the kind that was given: tensors for tensors, numpy arrays for the rest. A result keeps the matrix itself, not a
-copy, to tell its error from; keep ``left`` and ``right`` alone where the matrix is to be freed.
+is of the kind that was given: tensors for tensors, numpy arrays for the rest. A result is an operator itself, which can
+be decomposed again, or become one of scipy by ``aslinearoperator``. It keeps the matrix, not a copy, to tell its error
+from; keep ``left`` and ``right`` alone where the matrix is to be freed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsFloat, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,13 +61,52 @@ class Approximation:
         """The approximation as a full matrix (..., m, n)."""
         return self.left @ self.right
 
+    @property
+    def dtype(self) -> Any:
+        """Of both factors."""
+        return self.left.dtype
+
+    @property
+    def device(self) -> Any:
+        """Of both factors."""
+        return self.left.device
+
     def matvec(self, x: Any) -> Any:
-        """The approximation times a vector x (..., n) for each matrix: (..., m), in O((m + n) k)."""
-        return (self.left @ (self.right @ x[..., None]))[..., 0]
+        """The approximation times a vector x (..., n) for each matrix: (..., m), in O((m + n) k).
+
+        Raises:
+            DataError: A vector has another length.
+        """
+        return _times(self.left, self.right, x)
+
+    def rmatvec(self, x: Any) -> Any:
+        """Its conjugate transpose times a vector x (..., m) for each matrix: (..., n)."""
+        return _times(_adjoint(self.right), _adjoint(self.left), x)
+
+    def matmat(self, X: Any) -> Any:
+        """The approximation times a matrix (..., n, l)."""
+        return self.left @ (self.right @ X)
+
+    def rmatmat(self, X: Any) -> Any:
+        """Its conjugate transpose times a matrix (..., m, l)."""
+        return _adjoint(self.right) @ (_adjoint(self.left) @ X)
 
     def __matmul__(self, X: Any) -> Any:
         """The approximation times a matrix (..., n, l)."""
-        return self.left @ (self.right @ X)
+        return self.matmat(X)
+
+    def __rmatmul__(self, X: Any) -> Any:
+        """A matrix (..., l, m) times the approximation."""
+        return (X @ self.left) @ self.right
+
+    __array_ufunc__ = None
+    """Arrays leave ``X @ approximation`` to the approximation."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The full matrix, for ``numpy.asarray``."""
+        whole = self.reconstruct()
+        whole = whole.numpy(force=True) if isinstance(whole, Tensor) else whole
+        return whole if dtype is None else whole.astype(dtype)
 
     def error(self) -> Any:
         """||A - left right||_F / ||A||_F: 0 for a zero matrix that is met exactly.
@@ -104,6 +145,19 @@ class Approximation:
         if isinstance(error, float):
             return f"relative error {about}{error:.3g}"
         return f"relative errors {about}{error.min():.3g} to {error.max():.3g}"
+
+
+def _adjoint(factor: Any) -> Any:
+    return factor.mH if isinstance(factor, Tensor) else factor.conj().swapaxes(-1, -2)
+
+
+def _times(left: Any, right: Any, x: Any) -> Any:
+    length = right.shape[-1]
+    if tuple(x.shape) == (length, 1) and right.ndim == 2:  # a column, which scipy takes for a vector too
+        return left @ (right @ x)
+    if not x.shape or x.shape[-1] != length:
+        raise DataError(f"expected vectors (..., {length}), found shape {tuple(x.shape)}")
+    return (left @ (right @ x[..., None]))[..., 0]
 
 
 def check_rank(rank: int, source: Source, what: str = "rank") -> int:

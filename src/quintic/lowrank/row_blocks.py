@@ -13,8 +13,9 @@ from torch import Tensor
 
 from quintic.core import DataError
 from quintic.linalg.sketch import safe_range
+from quintic.lowrank.matrices import check_finite, check_shape, frobenius, to_tensor
 from quintic.lowrank.result import whole_number
-from quintic.lowrank.source import Source, check_finite, check_shape, frobenius, to_tensor
+from quintic.lowrank.source import Source
 
 __all__ = ["RowBlocks"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError, suggest
-from quintic.linalg.sketch import OVERSAMPLING, sketch_rows
+from quintic.linalg.sketch import OVERSAMPLING, seeded, sketch_rows
 from quintic.lowrank import pivots, scores
 from quintic.lowrank.source import Dense, Source, as_source
 
@@ -78,6 +78,7 @@ def select_rows(A: Any, k: int, *, method: Method = "quality", seed: int = 0) ->
 def choose(source: Source, k: int, method: Method, seed: int) -> Tensor:
     """Columns of a source."""
     rule = _rule(method)
+    seeded(seed)  # or an error that says what a seed is, whether it is used or not
     if isinstance(source, Dense):
         # What has a size, as the ridge of ``partial(leverage_ridge, ridge=...)``, is meant of the matrix as given.
         shown = (source.given if callable(method) else source.tensor).detach()

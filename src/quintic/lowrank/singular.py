@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from quintic.core import ConfigError
-from quintic.linalg.sketch import dominant
+from quintic.linalg.sketch import dominant, seeded
 from quintic.lowrank.result import Approximation, check_rank, search_rank
 from quintic.lowrank.source import Dense, as_source
 
@@ -57,6 +57,7 @@ def svd(A: Any, rank: int | None = None, *, tol: float | None = None, power: int
         raise ConfigError("expected exactly one of rank and tol")
     if isinstance(power, bool) or not isinstance(power, int) or power < 0:
         raise ConfigError(f"power = {power!r}; expected a whole number, 0 or more")
+    seeded(seed)  # or an error that says what a seed is, whether it is used or not
     source = as_source(A)
 
     def attempt(k: int) -> SVD:

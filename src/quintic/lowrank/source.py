@@ -28,23 +28,20 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError, DataError
-from quintic.linalg.sketch import Operator, gaussian, probe_norm, safe_scale
+from quintic.linalg.sketch import Operator, gaussian, probe_norm
+from quintic.lowrank.matrices import (
+    WORKED_IN,
+    check_finite,
+    check_finite_at,
+    check_shape,
+    frobenius,
+    to_tensor,
+    usable_scale,
+)
 from quintic.lowrank.residual import residual_of_thin
 
-__all__ = [
-    "PART",
-    "Dense",
-    "Products",
-    "Source",
-    "Sparse",
-    "as_source",
-    "check_finite",
-    "check_shape",
-    "frobenius",
-    "to_tensor",
-]
+__all__ = ["PART", "Dense", "Products", "Source", "Sparse", "as_source"]
 
-_WORKED_IN = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 PART = 2**22
 """Elements of a residual, or of a matrix that is computed, that are formed at a time."""
 _PROBES = 32
@@ -106,7 +103,7 @@ class Dense(Source):
         self.given = given
         self.shape, self.dtype, self.device = tuple(given.shape), given.dtype, given.device
         self.returns_tensors = returns_tensors
-        self.scale = safe_scale(given)
+        self.scale = usable_scale(given)
         self.tensor = given if isinstance(self.scale, float) else given / self.scale
 
     def matmat(self, X: Tensor, /) -> Tensor:
@@ -140,7 +137,7 @@ class Sparse(Source):
     """Compressed rows, and compressed rows of the conjugate transpose, which are its columns."""
 
     def __init__(self, forward: Tensor, adjoint: Tensor, *, returns_tensors: bool) -> None:
-        self.scale = safe_scale(forward.values())
+        self.scale = usable_scale(forward.values())
         self.forward, self.adjoint = forward, adjoint
         self.shape, self.dtype, self.device = tuple(forward.shape), forward.dtype, forward.device
         self.returns_tensors = returns_tensors
@@ -187,6 +184,8 @@ class Products(Source):
     def __init__(self, operator: Operator) -> None:
         self.operator = operator
         self.shape = check_shape(operator.shape)
+        if len(self.shape) != 2:
+            raise DataError(f"expected an operator (m, n), found shape {self.shape}; operators are taken one at a time")
         self.returns_tensors = isinstance(operator.dtype, torch.dtype)
         if self.returns_tensors:
             self.dtype = operator.dtype
@@ -194,10 +193,17 @@ class Products(Source):
             self.dtype = torch.float64
         else:
             self.dtype = torch.from_numpy(np.empty(0, operator.dtype)).dtype
-        if self.dtype not in _WORKED_IN:
+        if self.dtype not in WORKED_IN:
             self.dtype = torch.float64
         self.device = torch.device(getattr(operator, "device", None) or "cpu")
-        self.scale = safe_scale(self.rmatmat(gaussian(self.shape[0], 1, 0, self.dtype, self.device)))
+        try:
+            seen = self.rmatmat(gaussian(self.shape[0], 1, 0, self.dtype, self.device))
+        except (TypeError, NotImplementedError) as error:  # which is how those of scipy say that they have none
+            raise DataError(
+                f"the operator gives no product with its conjugate transpose ({error}); "
+                "expected rmatmat, or rmatvec of a LinearOperator"
+            ) from error
+        self.scale = usable_scale(seen)
 
     def matmat(self, X: Tensor, /) -> Tensor:
         return self._checked(self.operator.matmat(self.out(X)), (self.shape[0], X.shape[1]))
@@ -288,54 +294,6 @@ def as_source(A: Any) -> Source:
     return Dense(tensor, returns_tensors=isinstance(A, Tensor))
 
 
-def check_shape(shape: Any) -> tuple[int, ...]:
-    """The shape of a matrix or a batch, or a DataError."""
-    shape = tuple(int(n) for n in shape)
-    if len(shape) < 2 or 0 in shape:
-        raise DataError(f"expected a matrix with at least one row and one column, found shape {shape}")
-    return shape
-
-
-def to_tensor(A: Any) -> Tensor:
-    """A tensor in a dtype that is computed in, without a copy where possible."""
-    if not isinstance(A, Tensor):
-        if np.ma.is_masked(A):
-            raise DataError("the array has masked elements; fill them in, or leave out their rows or columns")
-        A = np.asarray(A)
-        if A.dtype.kind not in "biufc" or A.dtype.itemsize > (16 if A.dtype.kind == "c" else 8):
-            raise DataError(f"expected a matrix of numbers, found dtype {A.dtype}")
-        if not A.dtype.isnative or any(step < 0 for step in A.strides):
-            A = A.astype(A.dtype.newbyteorder("="), order="C")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # read-only arrays: nothing is ever written to them here
-            A = torch.from_numpy(A)
-    if A.dtype in _WORKED_IN:
-        return A
-    if A.is_complex():
-        return A.to(torch.complex64)
-    return A.float() if A.is_floating_point() else A.double()
-
-
-def check_finite(tensor: Tensor) -> float:
-    """The largest magnitude of an element (of a part of it, if complex); a DataError if one is not finite."""
-    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    # The extremes are finite exactly if all elements are, and cost a single pass.
-    low, high = torch.aminmax(real)
-    if not (low.isfinite() and high.isfinite()):
-        wrong = (~tensor.isfinite()).nonzero()
-        place = ", ".join(str(i) for i in wrong[0].tolist())
-        raise DataError(
-            f"element ({place}) is {tensor[tuple(wrong[0])].item()}, one of {len(wrong)} that are not finite; "
-            "remove such rows or columns, or fill them in"
-        )
-    return max(-float(low), float(high))
-
-
-def frobenius(part: Tensor) -> Tensor:
-    """The norm of each matrix."""
-    return torch.linalg.vector_norm(part, dim=(-2, -1))
-
-
 def _sparse_of_scipy(A: Any) -> Sparse:
     """Its own compressed rows and columns, which scipy makes faster than coordinates are sorted here."""
     _check_single(A.shape)
@@ -346,7 +304,7 @@ def _sparse_of_scipy(A: Any) -> Sparse:
         csr.sum_duplicates()
     if not np.isfinite(csr.data).all():
         coo = csr.tocoo()
-        _check_finite_at(torch.from_numpy(np.stack([coo.row, coo.col])), torch.from_numpy(coo.data))
+        check_finite_at(torch.from_numpy(np.stack([coo.row, coo.col])), torch.from_numpy(coo.data))
 
     def compressed(part: Any) -> Tensor:
         first, at = (torch.from_numpy(each.astype(np.int64)) for each in (part.indptr, part.indices))
@@ -366,17 +324,10 @@ def _check_single(shape: Any) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _check_finite_at(place: Tensor, values: Tensor) -> None:
-    if not values.isfinite().all():
-        bad = int((~values.isfinite()).nonzero()[0, 0])
-        at = ", ".join(str(i) for i in place[:, bad].tolist())
-        raise DataError(f"element ({at}) is {values[bad].item()}, which is not finite")
-
-
 def _sparse(place: Tensor, values: Tensor, shape: Any, *, returns_tensors: bool) -> Sparse:
     """From coordinates (2, count); elements at the same place add up."""
     rows, columns = shape
-    _check_finite_at(place, values)
+    check_finite_at(place, values)
 
     def compressed(place: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
         coo = torch.sparse_coo_tensor(place, values, (rows, columns), device=values.device, check_invariants=False)
