@@ -58,7 +58,7 @@ class DataConfig:
 
 
 def check_fractions(validation_fraction: float, test_fraction: float) -> None:
-    """Refuse parts of the data that are none.
+    """Refuse a part of the data below 0 or above all of it, and two that are more than all together.
 
     Raises:
         ConfigError: One is not between 0 and 1, or together they are more than all.

@@ -38,8 +38,8 @@ __all__ = ["TarFlowTask", "derived_fields", "flow_arguments"]
 
 _LEVELS = 256
 _HEAP_OF_BLOCKS = 0.9
-"""Memory of a process on a CPU that computes blocks again, in what all of them would keep: 0.8 to 0.95 where it was
-measured, with 4 blocks and with 8."""
+"""Memory of a process on a CPU that computes blocks again, as a part of what all blocks would keep without that: 0.8 to
+0.95 where it was measured, with 4 blocks and with 8."""
 
 
 def derived_fields(config: TarFlowConfig, data: ImageData) -> dict[str, tuple[Any, str]]:
@@ -160,9 +160,9 @@ class TarFlowTask(ImageTask):
         return kept + self._saved_by_all_blocks() / self.config.blocks
 
     def numbers_in_memory_per_image(self, device_type: str) -> float:
-        """With checkpoint on a CPU also gaps as large as the other blocks: one hardly uses the room of the one before.
+        """With checkpoint on a CPU about as much as without: a block can hardly use the memory that the last one freed.
 
-        Gradients of weights come to lie in it, and what is left is too small.
+        Gradients of weights are put there in between, and the gaps that remain are too small.
         """
         if not self.config.checkpoint or device_type != "cpu":
             return super().numbers_in_memory_per_image(device_type)
