@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -386,3 +387,17 @@ def test_the_benchmark_at_a_small_size(tmp_path, monkeypatch):
     for name, svg in compression.plots(found).items():
         ET.fromstring(svg)
         assert f"benchmarks/plots/{name}.svg" in text
+
+
+def test_too_little_calibration_data_is_said():
+    net = mlp(5, 12, 4)
+    with pytest.warns(UserWarning, match="0 saw 11 rows of calibration data and has 12 neurons"):
+        compress(net, [randn(11, 5)], keep=6)
+    with pytest.warns(UserWarning, match="2 saw 11 rows of calibration data and has 12 inputs"):
+        compress(net, [randn(11, 5)], keep=2, method="svd", layers=["2"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compress(net, [randn(12, 5)], keep=6)
+        compress(net, [randn(3, 5)], keep=6, rule="weight-norms", correct=False)
+        for method in ("svd-plain", "magnitude"):
+            compress(net, [randn(3, 5)], keep=0.5, method=method)

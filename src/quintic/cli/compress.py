@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +106,8 @@ def compress(
 
     task = LanguageModelTask(model.config, text, cross_documents=crossing)
     held_out = replace(text, train=text.validation)
-    with loaded.precision:
+    with loaded.precision, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* rows of calibration data")  # said below, with what to do here
         before = task.evaluate(model, "validation")
         result = cut(
             model,
@@ -199,13 +201,8 @@ def _print(result: Compression, bits: list[float], itemsize: int) -> None:
     console.print(table)
     say("errors: relative, of the outputs of a layer by itself, on calibration and on validation text", console=console)
     for layer in result.layers:
-        if layer.samples < layer.before[1]:
-            which = f"an expert of {layer.name}" if layer.parts > 1 else layer.name
-            say(
-                f"warning: {which} saw {layer.samples} tokens and has {layer.before[1]} neurons; raise --tokens",
-                console=console,
-                style="yellow",
-            )
+        if shortage := layer.shortage("tokens"):
+            say(f"warning: {shortage}; raise --tokens", console=console, style="yellow")
     old, new = result.parameters_before, result.parameters_after
     say(f"parameters: {old:,} -> {new:,}; weights {old * itemsize:,} -> {new * itemsize:,} bytes", console=console)
     if bits:

@@ -15,6 +15,7 @@ Single linear layers: :mod:`quintic.lowrank.factored`.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -43,6 +44,9 @@ __all__ = ["METHODS", "CompressedLayer", "Compression", "compress", "load_compre
 METHODS = ("neurons", *FITS, "magnitude")
 """Names accepted by :func:`compress`."""
 
+WITHOUT_DATA = ("svd-plain", "magnitude")
+"""Those that look at the weights alone."""
+
 
 @dataclass(frozen=True)
 class CompressedLayer:
@@ -66,6 +70,16 @@ class CompressedLayer:
     """Activations that were seen; of the expert with the fewest."""
     kept: list[Tensor] | None = None
     """Neurons that are kept, for each part; None for other methods."""
+
+    def shortage(self, rows: str = "rows of calibration data") -> str | None:
+        """That a part saw fewer activations than it has neurons, or inputs; None if none did.
+
+        Args:
+            rows: What an activation is called.
+        """
+        width, what = (self.before[0], "inputs") if len(self.before) == 2 else (self.before[1], "neurons")
+        which = f"an expert of {self.name}" if self.parts > 1 else self.name
+        return f"{which} saw {self.samples:,} {rows} and has {width:,} {what}" if self.samples < width else None
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,9 @@ def compress(
 ) -> Compression:
     """Make a trained network smaller, so that its layers give nearly the same outputs on calibration data.
 
-    All layers are fitted to the activations of the original network, in one pass over the data, in evaluation mode.
+    All layers are fitted to the activations of the original network, in one pass over the data, in evaluation mode. A
+    warning says so if one, or an expert, saw fewer of them than it has neurons or inputs. Where a layer has a bias, the
+    fit is that of activations less their mean, and the bias makes up for the mean.
 
     Args:
         model: Any module with hidden or linear layers of a known form, see :mod:`quintic.lowrank.layers`.
@@ -183,6 +199,11 @@ def compress(
             _fit_linear(model, layer, size, data, method, rule, seed) for layer, size in zip(linear, sizes, strict=True)
         ]
         after = before - sum(row.parameters_before - row.parameters_after for row in rows)
+    if method not in WITHOUT_DATA and (correct or rule != WEIGHT_NORMS):
+        for shortage in filter(None, (row.shortage() for row in rows)):
+            warnings.warn(
+                f"{shortage}: elsewhere its fit may be far off; give more of them, or see held_out", stacklevel=2
+            )
     return Compression(model, method, rows, before, after)
 
 
