@@ -53,14 +53,14 @@ def load_run(
         >>> found.task, found.model.shape, found.classes
         ('tarflow', (1, 28, 28), ())
     """
+    from quintic.cli.language import own_tokenizer
     from quintic.cli.wiring import load_run_model
-    from quintic.data import Tokenizer
     from quintic.engine import Run
 
     path = Path(folder)
     loaded = load_run_model(path, checkpoint, device, dtype)
     task = loaded.header["task"]
     facts: dict[str, Any] = {} if loaded.shipped else Run(path).facts()
-    tokenizer = Tokenizer.load(path / "tokenizer.json") if task == "lm" else None
+    tokenizer = own_tokenizer(path, loaded.settings) if task == "lm" else None
     classes = tuple(facts.get("data", {}).get("classes", ()))
     return LoadedRun(loaded.model, task, loaded.settings, tokenizer, classes)

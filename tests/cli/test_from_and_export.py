@@ -1,6 +1,8 @@
 """Models that come from elsewhere and go elsewhere: export, import, train --from, verify-resume."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,11 +40,8 @@ def test_the_exported_folder_speaks_as_the_run_does(run, tmp_path, capsys):
     assert "DeepSeek-V3 for transformers" in capsys.readouterr().out
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("the wha")["input_ids"]]])
-    whole = torch.ones_like(ids)  # else transformers takes the separator before the text for padding
-    made = model.generate(
-        ids, attention_mask=whole, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    prompt = tokenizer("the wha", return_tensors="pt")  # behind the token that begins a document
+    made = model.generate(**prompt, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0)
     several = tokenizer(["the wha", "the"], padding=True)  # padding is masked, whatever token stands there
     assert several["attention_mask"][1].count(0) and tokenizer.pad_token_id == tokenizer.eos_token_id
     greedy = ("--temperature", "0", "--max-tokens", "40", "--dtype", "float32")
@@ -50,6 +49,19 @@ def test_the_exported_folder_speaks_as_the_run_does(run, tmp_path, capsys):
     assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(made[0, 1:])
     assert quintic("export", run, tmp_path / "hf") == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_the_page_s_example_writes_what_generate_writes(run, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    page = Path(__file__).parents[2] / "docs" / "howto" / "hugging-face.md"
+    example = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)[0]
+    assert quintic("export", run, tmp_path / "exported") == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(compile(example, str(page), "exec"), {})
+    theirs = capsys.readouterr().out
+    assert quintic("generate", run, "--prompt", "It was", "--max-tokens", "20", "--temperature", "0") == 0
+    assert capsys.readouterr().out == theirs and len(theirs) > 20
 
 
 def test_an_imported_folder_generates_evaluates_and_trains_on(run, book, tmp_path, capsys):
@@ -86,7 +98,7 @@ def test_training_from_another_model_starts_where_it_ended(run, book, tmp_path, 
     start = load_file(new / "initial.safetensors")
     assert all(torch.equal(tensor, start[name]) for name, tensor in last_weights(run).items())
     # Killed before its first checkpoint, it starts from the same weights again.
-    for path in (new / "checkpoints").iterdir():
+    for path in [*(new / "checkpoints").iterdir(), new / "metrics.jsonl"]:
         path.rename(tmp_path / path.name)
     assert quintic("resume", new) == 0
     assert read_metrics(new / "metrics.jsonl")[0]["loss"] == first["loss"]

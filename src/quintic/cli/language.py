@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quintic.cli.printing import visible
 from quintic.core import ConfigError, DataError, suggest
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def build(task: str, settings: Settings) -> LanguageModel:
 
 
 def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None:
-    """Text to standard output as it is made."""
+    """Text to standard output as it is made; a terminal is shown control characters, a file gets them."""
     from quintic.cli.wiring import refuse
     from quintic.lm.task import generate_text
 
@@ -120,15 +121,16 @@ def generate(loaded: LoadedModel, folder: Path, options: dict[str, Any]) -> None
         raise ConfigError(f"--prompt is not UTF-8 text ({error.reason} at character {error.start})") from error
     tokenizer = own_tokenizer(folder, loaded.settings)
     model: LanguageModel = loaded.model  # type: ignore[assignment]
+    shown = visible if sys.stdout.isatty() else str
     first = sampling.pop("seed")
     for seed in range(first, first + n):
         if n > 1:  # any of them can be had again alone
             sys.stdout.write(f"--- seed {seed}\n")
-        sys.stdout.write(prompt)
+        sys.stdout.write(shown(prompt))
         sys.stdout.flush()
         with loaded.precision:
             for piece in generate_text(model, tokenizer, prompt, seed=seed, **sampling):
-                sys.stdout.write(piece)
+                sys.stdout.write(shown(piece))
                 sys.stdout.flush()
         sys.stdout.write("\n")
 

@@ -148,6 +148,7 @@ class Tokenizer:
                 **dict.fromkeys(("bos_token", "eos_token", "pad_token"), self.separator),
                 "model_max_length": context,
                 "clean_up_tokenization_spaces": False,
+                "model_input_names": ["input_ids", "attention_mask"],
             }
             found["tokenizer_config.json"] = json.dumps(table, indent=2) + "\n"
             if backend.post_processor is None:

@@ -63,7 +63,8 @@ def generate(
 
     Args:
         model: In any mode; load is not counted because it is set to evaluation while this runs.
-        prompt: At least one id. Only the last ``context`` of prompt and text are seen.
+        prompt: At least one id, as of :meth:`quintic.data.Tokenizer.prompt`; for text as such there is
+            :func:`quintic.lm.generate_text`. Only the last ``context`` of prompt and text are seen.
         max_tokens: Tokens to make.
         seed: Token i depends on the seed, the text before it and nothing else.
         num_ids: Ids from here on are never made (padding rows of the vocabulary).
@@ -73,7 +74,7 @@ def generate(
 
     Raises:
         ConfigError: A sampling setting is unknown or out of range.
-        DataError: The prompt is empty or has an id that the vocabulary lacks.
+        DataError: The prompt is text, is empty or has an id that the vocabulary lacks.
     """
     for (token,) in _decode(model, [prompt], [seed], max_tokens, num_ids, stop_ids, should_stop, sampling):
         assert token is not None
@@ -105,7 +106,7 @@ def generate_batch(
 
     Raises:
         ConfigError: A setting is unknown or out of range, or the seeds are not as many as the prompts.
-        DataError: A prompt is empty or has an id that the vocabulary lacks.
+        DataError: A prompt is text, is empty or has an id that the vocabulary lacks.
     """
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
