@@ -72,7 +72,9 @@ def evaluate(
     options = {} if label is None else {"label": label}
     lines, facts = kind.evaluate(loaded._replace(settings=settings), run, paths, split, options)
     if as_json:
-        say(json.dumps({"run": str(run), **facts}))
+        say(json.dumps({"run": str(run), "step": loaded.step, **facts}))
         return
+    if loaded.step is not None:
+        say(f"weights of step {loaded.step:,}")
     for line in lines:
         say(line)

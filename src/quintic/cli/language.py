@@ -14,6 +14,7 @@ from quintic.core import ConfigError, DataError, suggest
 if TYPE_CHECKING:
     from quintic.cli.wiring import LoadedModel
     from quintic.data import Tokenizer
+    from quintic.data.tokens import Split
     from quintic.engine import Settings
     from quintic.lm import LanguageModel
     from quintic.lm.task import LanguageModelTask
@@ -44,6 +45,8 @@ UNIT = " nats"
 """Of the loss."""
 NEXT = 'quintic generate {run} --prompt "..."'
 """What one would do with a finished run."""
+_FEW = 1000
+"""Tokens that are too few to judge a model by."""
 
 
 def sections(task: str) -> dict[str, type]:
@@ -89,6 +92,12 @@ def prepare(
             f"the text to train on is {made.num_examples} windows of lm.context = {context} tokens, and a step takes "
             f"engine.batch_size = {size}: they repeat within a step; make either smaller"
         )
+    if 0 < data.validation.num_tokens < _FEW:
+        data.warnings.append(
+            f"the validation split is {_size(data.validation)}, too few for its loss to say much about the model; "
+            f"give more text, or make data.validation_fraction = {settings['data'].validation_fraction:g} larger"
+        )
+    data.warnings.extend(_taken_as_text(paths))
     return made, settings, data.warnings
 
 
@@ -199,5 +208,28 @@ def evaluate(
         raise DataError(f"the {split} split of {folder} is empty; name the text to evaluate on")
     prefix = "val" if split == "validation" else split
     loss, bits = values[f"{prefix}_loss"], values[f"{prefix}_bits_per_byte"]
-    line = f"{what}: loss {loss:.4f} nats a token, {bits:.4f} bits per byte"
-    return [line], {"data": what, "loss": loss, "bits_per_byte": bits}
+    chosen = task.data.validation if split == "validation" else task.data.test
+    lines = [
+        *_taken_as_text(paths),
+        f"{what}: loss {loss:.4f} nats a token, {bits:.4f} bits per byte ({_size(chosen)})",
+    ]
+    if chosen.num_tokens < _FEW:
+        lines.append("warning: so little text says little about the model; name more of it")
+    size = {"bytes": chosen.num_bytes, "tokens": chosen.num_tokens}
+    return lines, {"data": what, "loss": loss, "bits_per_byte": bits, **size}
+
+
+def _size(split: Split) -> str:
+    return f"{split.num_bytes:,} bytes, {split.num_tokens:,} tokens"
+
+
+def _taken_as_text(paths: Sequence[Path]) -> list[str]:
+    """A line about files that were named and whose endings speak of something else than plain text or JSON."""
+    from quintic.data.readers import EXTENSIONS
+
+    known = (*EXTENSIONS, ".json")
+    odd = [
+        str(path) for path in paths if not path.is_dir() and not path.name.lower().removesuffix(".gz").endswith(known)
+    ]
+    more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+    return [f"read as plain text, whatever the ending: {', '.join(odd[:3])}{more}"] if odd else []

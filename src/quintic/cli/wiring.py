@@ -238,6 +238,8 @@ class LoadedModel(NamedTuple):
     """To run it in."""
     shipped: bool = False
     """Whether it came with the package; there is no run then."""
+    step: int | None = None
+    """Of the checkpoint; None without one."""
 
 
 def shipped_models() -> list[str]:
@@ -307,7 +309,8 @@ def load_run_model(folder: Path, checkpoint: str, device: str, dtype: str | None
         load_model(path, model, averaged=True)
     elif run is not None:
         load_weights([run.initial], model)
-    return LoadedModel(model.eval(), settings, header, autocast(where, precision), shipped)
+    step = None if path is None else int(path.name.rpartition("-")[2])
+    return LoadedModel(model.eval(), settings, header, autocast(where, precision), shipped, step)
 
 
 def refuse(options: dict[str, Any], task: str) -> None:
