@@ -121,3 +121,14 @@ def test_hashes(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
     assert files.sha256_file(tmp_path / "x") == files.sha256_bytes(b"abc") == known
+
+
+@pytest.mark.skipif(os.name == "nt", reason="paths are shorter there")
+@pytest.mark.parametrize("name", ["n" * 255, "\N{WHALE}" * 63])
+def test_names_as_long_as_the_system_allows(tmp_path, name):
+    files.atomic_write(tmp_path / name, b"a")
+    assert (tmp_path / name).read_bytes() == b"a"
+    (tmp_path / name).unlink()
+    with files.atomic_folder(tmp_path / name) as folder:
+        (folder / "inside").write_text("b")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 CACHE_VARIABLE = "QUINTIC_CACHE"
+_BEGINNING = 60  # characters, at most four bytes each
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 """Names of pictures end so."""
@@ -127,6 +128,11 @@ def make_readable(path: str | os.PathLike[str]) -> None:
     os.chmod(path, mode)
 
 
+def _temporary(name: str) -> str:
+    """``NAME.xxxxxxxx.tmp``, of a long name its beginning: one of 255 bytes, the most there may be, leaves no room."""
+    return f"{name[:_BEGINNING]}.{secrets.token_hex(4)}.tmp"
+
+
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write a file so that it holds the old content or the new, never a part.
 
@@ -142,7 +148,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     path = Path(path)
     content = data.encode("utf-8") if isinstance(data, str) else data
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{_temporary(target.name)}")
     try:
         file = open(temporary, "xb")  # noqa: SIM115 (closed below)
     except OSError as error:
@@ -184,7 +190,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if os.path.lexists(path):
         raise FileExistsError(f"{path} exists already")
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(_temporary(path.name))
     temporary.mkdir(parents=True)
     try:
         yield temporary
