@@ -104,9 +104,13 @@ def test_dropout_acts_only_in_training():
         ((1, 10, 8), {}, r"10 x 8 pixels do not divide by patch \* 2\^\(levels - 1\) = 4"),
         ((1, 8, 6), {}, "8 x 6 pixels"),
         ((1, 8, 8), {"width": 20}, "multiple of 8"),
-        ((1, 8, 8), {"width": 0}, "multiple of 8"),
+        ((1, 8, 8), {"width": 0}, "width = 0; expected a whole number, 1 or more"),
         ((1, 8, 8), {"heads": 5}, "do not split into 5 heads"),
-        ((1, 8, 8), {"blocks": 0}, "at least 1"),
+        ((1, 8, 8), {"blocks": 0}, "blocks = 0; expected a whole number, 1 or more"),
+        ((1, 8), {}, r"\(channels, height, width\), found \(1, 8\)"),
+        ((1, 8, 8), {"num_classes": -1}, "num_classes = -1; expected a whole number, 0 or more"),
+        ((1, 8, 8), {"heads": -1}, "heads = -1"),
+        ((1, 8, 8), {"dropout": 1.5}, r"dropout must be in \[0, 1\), found 1.5"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(shape, changes, words):

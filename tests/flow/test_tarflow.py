@@ -166,6 +166,13 @@ def test_images_of_another_shape_are_refused(make_flow):
         ((1, 4, 4), {"patch": 2, "preprocess": "logit"}, "uniform"),
         ((1, 4, 4), {"patch": 2, "noise": "gausian"}, "did you mean 'gaussian'"),
         ((1, 4, 4), {"patch": 2, "direction": "both"}, "density"),
+        ((1, 4), {"patch": 2}, r"\(channels, height, width\), found \(1, 4\)"),
+        ((0, 4, 4), {"patch": 2}, "channels = 0; expected a whole number, 1 or more"),
+        ((1, 4, 4), {"patch": 2, "blocks": 0}, "blocks = 0; expected a whole number, 1 or more"),
+        ((1, 4, 4), {"patch": 2, "head_width": 0}, "head_width = 0"),
+        ((1, 4, 4), {"patch": 2, "num_classes": -1}, "num_classes = -1; expected a whole number, 0 or more"),
+        ((1, 4, 4), {"patch": 2, "levels": 1}, "levels = 1; expected a whole number, 2 or more"),
+        ((1, 4, 4), {"patch": 2, "sigma": float("nan")}, "sigma = nan"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(shape, options, words):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from quintic.core import ConfigError
 from quintic.core.initial import initialize_
 from quintic.core.roles import Constant, Normal, Role, declare
+from quintic.core.settings import check_counts
 from quintic.core.table import ModuleWithTable
 
 __all__ = ["UNet"]
@@ -69,8 +70,14 @@ class UNet(ModuleWithTable):
         initialize: bool = True,
     ) -> None:
         super().__init__()
+        if len(shape) != 3:
+            raise ConfigError(f"the shape of an image is (channels, height, width), found {tuple(shape)}")
         channels, height, width_px = shape
-        _check(height, width_px, width, levels, blocks, patch, heads)
+        check_counts(channels=channels, height=height, width=width, levels=levels, blocks=blocks, patch=patch)
+        check_counts(0, heads=heads, num_classes=num_classes)
+        if not 0.0 <= dropout < 1.0:
+            raise ConfigError(f"dropout must be in [0, 1), found {dropout}")
+        _check(height, width_px, width, levels, patch, heads)
         self.shape = shape
         self.patch = patch
         self.num_classes = num_classes
@@ -154,11 +161,9 @@ class UNet(ModuleWithTable):
         return F.pixel_shuffle(self.leave(F.silu(self.leave_norm(h))), self.patch)
 
 
-def _check(height: int, width_px: int, width: int, levels: int, blocks: int, patch: int, heads: int) -> None:
-    if width < 1 or width % _GROUPS:
-        raise ConfigError(f"width must be a positive multiple of {_GROUPS}, found {width}")
-    if min(levels, blocks, patch) < 1:
-        raise ConfigError(f"levels, blocks and patch must be at least 1, found {levels}, {blocks}, {patch}")
+def _check(height: int, width_px: int, width: int, levels: int, patch: int, heads: int) -> None:
+    if width % _GROUPS:
+        raise ConfigError(f"width must be a multiple of {_GROUPS}, found {width}")
     unit = patch << (levels - 1)
     if height % unit or width_px % unit:
         raise ConfigError(

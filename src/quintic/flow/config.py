@@ -1,13 +1,16 @@
-"""Settings of a TARFLOW."""
+"""Settings of a TARFLOW, and what arguments it takes."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from quintic.core import ConfigError
-from quintic.core.settings import check_least, check_names, check_types
+from quintic.core import ConfigError, suggest
+from quintic.core.settings import check_counts, check_least, check_names, check_types
 
-__all__ = ["TarFlowConfig"]
+__all__ = ["TarFlowConfig", "check_arguments"]
 
 NOISES = ("gaussian", "uniform")
 PREPROCESSINGS = ("scale", "logit")
@@ -83,3 +86,24 @@ class TarFlowConfig:
             raise ConfigError(f"tarflow.guidance must be in [0, 100), found {self.guidance}")
         if self.guidance and not self.classes:
             raise ConfigError("tarflow.guidance follows the class: set tarflow.classes=-1 to learn the data's classes")
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of a flow, by name, that no flow can have.
+
+    Raises:
+        ConfigError: An unknown name, a number out of range, or two that do not fit each other.
+    """
+    for name, known in (("noise", NOISES), ("preprocess", PREPROCESSINGS), ("direction", DIRECTIONS)):
+        if (value := arguments[name]) not in known:
+            raise ConfigError(f"unknown {name} {value!r}{suggest(value, known)}")
+    check_counts(**{name: arguments[name] for name in ("width", "blocks", "layers", "head_width")})
+    check_counts(0, **{name: arguments[name] for name in ("num_classes", "spline_bins", "inner_width")})
+    check_counts(2, levels=arguments["levels"])
+    if not 0.0 <= (sigma := arguments["sigma"]) < math.inf:
+        raise ConfigError(f"sigma = {sigma!r}; expected the size of a noise, 0 or more")
+    if arguments["width"] % arguments["head_width"]:
+        width, head_width = arguments["width"], arguments["head_width"]
+        raise ConfigError(f"width = {width} does not divide into heads of head_width = {head_width}")
+    if arguments["preprocess"] == "logit" and arguments["noise"] != "uniform":
+        raise ConfigError("preprocess = 'logit' needs noise = 'uniform': gaussian noise leaves the range of pixels")

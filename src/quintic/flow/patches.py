@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quintic.core import ConfigError
+from quintic.core.settings import check_counts
 
 __all__ = ["check_patch", "to_image", "to_tokens"]
 
@@ -16,9 +17,12 @@ def check_patch(shape: tuple[int, int, int], patch: int) -> tuple[int, int]:
     """Number of tokens of an image and of numbers in a token.
 
     Raises:
-        ConfigError: The patch does not divide the image, or leaves a single token.
+        ConfigError: No such shape, or the patch does not divide the image, or leaves a single token.
     """
+    if len(shape) != 3:
+        raise ConfigError(f"the shape of an image is (channels, height, width), found {tuple(shape)}")
     c, h, w = shape
+    check_counts(channels=c, height=h, width=w)
     if patch < 1 or h % patch or w % patch:
         both = [p for p in range(1, min(h, w) + 1) if h % p == 0 and w % p == 0]
         raise ConfigError(

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from quintic.core import ConfigError, DataError, SamplingError, suggest
+from quintic.core import ConfigError, DataError, SamplingError
 from quintic.core.counter_rng import Stream
 from quintic.core.initial import initialize_
 from quintic.core.roles import Constant, Role, declare
 from quintic.core.settings import check_counts
 from quintic.flow.block import FlowBlock
-from quintic.flow.config import DIRECTIONS, NOISES, PREPROCESSINGS
+from quintic.flow.config import check_arguments
 from quintic.flow.guess import LinearGuess
 from quintic.flow.guidance import Guidance
 from quintic.flow.invert import Inversion, invert_flow
@@ -111,13 +111,7 @@ class TarFlow(nn.Module):
             "preprocess": preprocess, "spline_bins": spline_bins, "inner_width": inner_width,
             "volume_preserving": volume_preserving, "learned_prior": learned_prior, "direction": direction,
         }  # fmt: skip
-        for name, known in (("noise", NOISES), ("preprocess", PREPROCESSINGS), ("direction", DIRECTIONS)):
-            if (value := self.arguments[name]) not in known:
-                raise ConfigError(f"unknown {name} {value!r}{suggest(value, known)}")
-        if width % head_width:
-            raise ConfigError(f"width = {width} does not divide into heads of head_width = {head_width}")
-        if preprocess == "logit" and noise != "uniform":
-            raise ConfigError("preprocess = 'logit' needs noise = 'uniform': gaussian noise leaves the range of pixels")
+        check_arguments(self.arguments)
         self.shape = shape
         self.patch = patch
         self.num_classes = num_classes
