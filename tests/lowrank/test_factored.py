@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quintic.lowrank import FactoredLinear, compress
-from quintic.lowrank.factored import FITS, fit_rank, rank_of_share
+from quintic.lowrank.factored import FITS, fit_rank, prune, rank_of_share
 
 
 def direct(net, made, x):
@@ -63,6 +63,11 @@ def test_pruning_keeps_the_largest_weights():
     assert int(pruned.count_nonzero()) == 18 and made.layers[0].parameters_after == 18 + 10
     assert W[pruned == 0].abs().max() < pruned[pruned != 0].abs().min()
     assert torch.equal(pruned[pruned != 0], W[pruned != 0]) and torch.equal(made.module[2].weight, net[2].weight)
+
+
+def test_pruning_keeps_the_nearest_number_of_weights_and_one_at_least():
+    W = randn(3, 3)
+    assert [int(prune(W, share).count_nonzero()) for share in (1e-3, 0.05, 0.1, 0.61, 0.65, 1.0)] == [1, 1, 1, 5, 6, 9]
 
 
 @pytest.mark.parametrize("method", FITS)

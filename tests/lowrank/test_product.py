@@ -109,6 +109,11 @@ def test_diagonal_middle_is_least_squares_over_weights(dtype):
     torch.testing.assert_close(found.reconstruct(), (found.C * found.weights) @ found.R)
 
 
+def test_terms_of_any_size_have_their_weights():
+    X, Y = torch.eye(4, dtype=torch.float64), torch.diag(torch.tensor([1.0, 1e-6, 1e-12, 1e-30], dtype=torch.float64))
+    assert cr(X, Y, 4, middle="diagonal").weights.tolist() == pytest.approx([1.0] * 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_full_middle_is_the_projection(dtype):
     X, Y = pair(dtype=dtype)

@@ -228,6 +228,37 @@ def test_a_ridge_is_of_the_matrix_as_it_was_given(given, scale):
         assert (set(found.tolist()) == {5, 40}) == alone
 
 
+def test_the_ridge_is_a_kth_of_what_the_best_matrix_leaves():
+    k, told = 4, set()
+    for seed in range(6):
+        A = with_spectrum(20, 30, 1 / np.arange(1, 21), seed=seed)
+        S, Vh = np.linalg.svd(A.numpy(), full_matrices=False)[1:]
+        chosen = {}
+        for share in (k, 1, k * k):
+            ridge = (S[k:] ** 2).sum() / share
+            chosen[share] = np.argsort(-((S**2 / (S**2 + ridge))[:, None] * Vh**2).sum(0))[:k].tolist()
+        assert leverage_ridge(A, k).tolist() == chosen[k]
+        told |= {share for share, at in chosen.items() if at != chosen[k]}
+    assert told == {1, k * k}, "other ridges would choose others"
+
+
+def test_k_means_takes_the_columns_nearest_to_centres_that_have_settled():
+    """Lloyd's algorithm written down, from the same start, until nothing moves."""
+    P = np.sort(torch.rand(300, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64).numpy(), axis=0)
+    u = torch.rand(5, generator=torch.Generator().manual_seed(5), dtype=torch.float64).numpy()
+    centres = [P[int(u[0] * len(P))]]
+    for t in range(1, 5):
+        reach = np.min([(P - c) ** 2 for c in centres], axis=0)[:, 0].cumsum()
+        centres.append(P[np.searchsorted(reach, u[t] * reach[-1])])
+    path = [np.array(centres)]
+    while len(path) < 2 or not np.array_equal(path[-1], path[-2]):
+        owner = np.abs(P - path[-1].T).argmin(1)
+        path.append(np.array([P[owner == i].mean(0) for i in range(5)]))
+    assert 20 < len(path) < 25
+    chosen = select_columns(torch.from_numpy(P.T.copy()).repeat(5, 1), 5, method="k-means", seed=5)
+    assert chosen.tolist() == np.abs(P - path[-1].T).argmin(0).tolist()
+
+
 def test_k_means_takes_one_column_of_each_cluster():
     centres = 10 * torch.eye(20, 6, dtype=torch.float64)
     owner = torch.arange(6).repeat_interleave(15)

@@ -67,6 +67,18 @@ def test_oversampling_brings_a_cross_nearer_to_the_projection():
     assert np.mean(over) < np.mean(square)
 
 
+@pytest.mark.parametrize("method", ["quality", "fast"])
+def test_a_cross_is_given_the_rows_that_the_others_predict_worst(method):
+    A = with_spectrum(40, 30, 0.85 ** np.arange(30))
+    expected = cur(A, rank=5, core="cross", method=method).rows.tolist()
+    Q = np.linalg.qr(A[:, cur(A, rank=5, core="cross", method=method).cols].numpy())[0]
+    for _ in range(4):
+        size = np.linalg.norm(Q @ np.linalg.pinv(Q[expected]), axis=1)
+        size[expected] = -1
+        expected.append(int(size.argmax()))
+    assert cur(A, rank=(5, 9), core="cross", method=method).rows.tolist() == expected
+
+
 def test_a_cross_completes_a_matrix_of_its_rank():
     A = randn(20, 4) @ randn(4, 30, seed=1)
     assert cur(A, rank=4, core="cross").error() < 1e-12

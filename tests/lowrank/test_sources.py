@@ -185,6 +185,24 @@ def test_a_single_pass(dtype):
     assert better.error() <= skeleton.error()
 
 
+def test_estimates_of_a_single_pass_are_of_the_columns_and_of_the_rows():
+    A = with_spectrum(120, 40, 0.8 ** np.arange(40)).numpy()
+    A[1:6] = A[0]
+
+    def rule(sketch, k, seed):  # good columns, and rows that are all the same
+        return torch.arange(k) if sketch.shape[-1] == 120 else RULES["quality"](sketch, k, seed=seed)
+
+    estimates, true = [], []
+    for seed in range(12):
+        once = read_once([A], rank=6, method=rule, seed=seed)
+        estimates.append([once.column_error, once.row_error, once.error])
+        made = A[:, once.cols] @ once.Z, once.X @ A[once.rows], once.gather(A).reconstruct()
+        true.append([relative(A, each) for each in made])
+    estimates, true = (np.sqrt(np.mean(np.square(each), axis=0)) for each in (estimates, true))
+    assert true[1] > 1.5 * true[0]
+    np.testing.assert_allclose(estimates, true, rtol=0.2)
+
+
 def test_the_size_of_the_blocks_does_not_matter():
     A = with_spectrum(50, 30, 0.7 ** np.arange(30)).numpy()
     a, b = (read_once(np.array_split(A, parts), rank=4, seed=3) for parts in (1, 7))

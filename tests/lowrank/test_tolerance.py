@@ -48,6 +48,14 @@ def test_hard_matrices(A, tol):
     assert relative(A, interpolative(RowBlocks(A.numpy()), tol=tol, method="fast").reconstruct()) <= tol
 
 
+def test_the_smallest_rank_is_found_exactly():
+    A = torch.diag(0.5 ** torch.arange(40, dtype=torch.float64))
+    left = 0.5 ** torch.arange(41, dtype=torch.float64)  # the error of rank k is 2^-k, but for the end of the sum
+    for rank in range(1, 38):
+        assert svd(A, tol=1.1 * float(left[rank])).rank == rank
+        assert interpolative(A, tol=1.1 * float(left[rank]), method="pivoted-qr").rank == rank
+
+
 def test_kernels():
     x = randn(40, 3)
     A = torch.exp(-torch.cdist(x, x).square() / 4)
