@@ -49,6 +49,17 @@ def test_other_files_are_refused(tmp_path):
     for name in ("other", "text", "absent"):
         with pytest.raises(CheckpointError):
             load_flow(tmp_path / f"{name}.safetensors")
+    for place in (tmp_path, tmp_path / "other.safetensors"):  # as of a run
+        with pytest.raises(CheckpointError, match="load_run"):
+            load_flow(place)
+
+
+def test_a_file_of_sizes_that_cannot_be_is_named(make_flow, tmp_path):
+    flow = make_flow(dtype=torch.float32)
+    flow.arguments["blocks"] = 0
+    save_flow(flow, tmp_path / "flow.safetensors")
+    with pytest.raises(CheckpointError, match=r"flow\.safetensors is not a file of a flow: blocks = 0"):
+        load_flow(tmp_path / "flow.safetensors")
 
 
 def test_shipped_flows_work():

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from quintic.assets import weights_names, weights_path
-from quintic.core import CheckpointError
+from quintic.core import CheckpointError, ConfigError
 from quintic.core.files import atomic_write
 from quintic.flow.tarflow import TarFlow
 
@@ -38,18 +38,25 @@ def load_flow(path: Path | str) -> TarFlow:
         CheckpointError: The file is missing, damaged or holds something else.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a folder, expected a file of save_flow; quintic.load_run reads the model of a run"
+        )
     if not path.is_file():
         raise CheckpointError(f"no such file: {path}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         if metadata.get("kind") != _KIND:
-            raise CheckpointError(f"{path} holds weights of another kind ({metadata.get('kind')}), expected {_KIND}")
+            raise CheckpointError(
+                f"{path} holds weights of another kind ({metadata.get('kind')}), expected {_KIND}; those of a run are "
+                "read with its folder: quintic.load_run"
+            )
         arguments = json.loads(metadata["config"])
         arguments["shape"] = tuple(arguments["shape"])
         model = TarFlow(**arguments, initialize=False)
         model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
-    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError, ConfigError) as error:
         raise CheckpointError(f"{path} is not a file of a flow: {error}") from error
     return model.eval()
 
