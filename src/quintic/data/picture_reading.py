@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from quintic.core import DataError
 from quintic.core.files import PICTURES
-from quintic.data.pictures import to_srgb, upright
+from quintic.data.pictures import to_srgb
 
 __all__ = ["Picture", "find_pictures", "fit", "read_picture"]
 
@@ -60,7 +60,7 @@ def read_picture(path: Path, size: int = 0) -> Picture:
         with Image.open(path) as opened:
             # Cameras put other views of the same picture behind it, as MPO.
             frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
-            image = upright(opened)
+            image = ImageOps.exif_transpose(opened)
             if deep := image.mode.startswith("I;16"):
                 values, info = np.asarray(image, dtype=np.uint32), image.info
                 image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
