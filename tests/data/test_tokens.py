@@ -41,6 +41,7 @@ def test_embedded_corpus():
     data = corpus_path().read_bytes()
     assert hashlib.sha256(data).hexdigest() == "fe282a57094ed62e7144fb7c804a9748fc1c909bf3b49d06e7276015f9f67240"
     found = prepare(None, DataConfig())
+    assert found.folder.name == "eb43f775ad29860d8c445cab70f7646d"  # or runs of before would not resume
     text = data.decode("utf-8")
     cuts = [0, round(len(text) * 0.9), round(len(text) * 0.95), len(text)]
     for name, a, b in zip(("train", "validation", "test"), cuts[:-1], cuts[1:], strict=True):
@@ -162,9 +163,29 @@ def test_mistakes(tmp_path):
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(DataError, match="5 characters, at least 200"):
         prepare([tmp_path / "short.txt"], BYTE)
-    for wrong in ({"vocab_size": 5}, {"test_fraction": 1.5}, {"validation_fraction": 0.6, "test_fraction": 0.6}):
+    for wrong in (
+        {"vocab_size": 5},
+        {"test_fraction": 1.5},
+        {"validation_fraction": 0.6, "test_fraction": 0.6},
+        {"special_tokens": "yes"},
+        {"field": "{prompt}\\n{response}"},  # as a shell hands it over
+    ):
         with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}"):
             DataConfig(**wrong)
+
+
+def test_a_separator_is_for_tokenizers_of_others(notes):
+    with pytest.raises(ConfigError, match=r"data\.separator = 'x' is for a tokenizer\.json"):
+        prepare([notes], DataConfig(tokenizer="byte", separator="x"))
+
+
+def test_text_that_spells_the_separator_divides_documents_on_request(tmp_path):
+    (tmp_path / "two.txt").write_text("<|endoftext|>one of the texts" * 2 * 10)
+    given = {"tokenizer": "byte", "validation_fraction": 0.0, "test_fraction": 0.0}
+    plain, marked = (prepare([tmp_path], DataConfig(special_tokens=how, **given)) for how in ("text", "token"))
+    counts = [int((data.train.ids == 0).sum()) for data in (plain, marked)]
+    assert counts == [1, 20] and plain.fingerprint != marked.fingerprint
+    assert prepare([tmp_path], DataConfig(special_tokens="token", **given)).tokenizer.special_tokens == "token"
 
 
 def test_a_wholly_held_out_text_may_be_short(tmp_path):
