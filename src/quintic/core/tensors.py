@@ -13,7 +13,8 @@ from torch import Tensor
 
 __all__ = ["save_tensors"]
 
-_ERRNO = re.compile(r"\(os error (\d+)\)")
+_ERRNO = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+),")
+"""In the words of the library from version 0.6 on, and of earlier ones."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -31,5 +32,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
         if found := _ERRNO.search(str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+            number = int(found[1] or found[2])
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
