@@ -6,7 +6,7 @@ import torch
 from tests.lowrank.matrices import hilbert, randn, relative
 
 from quintic.lowrank import cur, interpolative, svd
-from quintic.lowrank.least_squares import apply_inverse, column_sizes, least_squares
+from quintic.lowrank.least_squares import apply_inverse, column_sizes, pseudo_solve
 
 
 def by_qr(A, at):
@@ -37,12 +37,12 @@ def test_a_tolerance_near_the_rounding_error_takes_about_the_least_rank():
 def test_dependent_columns_have_small_coefficients_and_derivatives_at_their_rank(dtype):
     L, R, B = (randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate([(7, 2), (2, 4), (7, 5)]))
     expected = np.linalg.pinv((L @ R).numpy(), rcond=1e-10) @ B.numpy()
-    torch.testing.assert_close(least_squares(L @ R, B), torch.from_numpy(expected))
+    torch.testing.assert_close(pseudo_solve(L @ R, B), torch.from_numpy(expected))
     inputs = [each.requires_grad_() for each in (L, R, B)]
-    assert torch.autograd.gradcheck(lambda L, R, B: least_squares(L @ R, B), inputs)
+    assert torch.autograd.gradcheck(lambda L, R, B: pseudo_solve(L @ R, B), inputs)
     S, C = randn(3, 3, seed=5, dtype=dtype).requires_grad_(), randn(2, 5, 3, seed=6, dtype=dtype).requires_grad_()
-    assert torch.autograd.gradcheck(least_squares, (S, randn(3, 4, dtype=dtype).requires_grad_()))
-    assert torch.autograd.gradcheck(least_squares, (C, randn(2, 5, 2, dtype=dtype).requires_grad_()))
+    assert torch.autograd.gradcheck(pseudo_solve, (S, randn(3, 4, dtype=dtype).requires_grad_()))
+    assert torch.autograd.gradcheck(pseudo_solve, (C, randn(2, 5, 2, dtype=dtype).requires_grad_()))
 
 
 def test_independent_columns_of_any_lengths_are_solved_by_the_triangle():

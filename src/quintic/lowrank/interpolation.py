@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError, suggest
-from quintic.lowrank.least_squares import apply_inverse, column_sizes, independent, least_squares
+from quintic.lowrank.least_squares import apply_inverse, column_sizes, independent, pseudo_solve
 from quintic.lowrank.result import Approximation, check_rank, labels_at, positions, search_rank
 from quintic.lowrank.selection import Method, choose, method_name
 from quintic.lowrank.source import Dense, Source, as_source
@@ -152,7 +152,7 @@ def _coefficients(source: Source, C: Tensor) -> Tensor:
         return apply_inverse(T, source.rmatmat(Q).mH) / size.mT
     # QR has no derivative where columns depend on each other, and what comes back through it is not a number even
     # where nothing went in: such matrices take another way, and none of a batch takes both.
-    Z = least_squares(C, source.tensor)
+    Z = pseudo_solve(C, source.tensor)
     if regular.any():
         Q, T = torch.linalg.qr(torch.where(regular, C, torch.eye(*C.shape[-2:], dtype=C.dtype, device=C.device)))
         Z = torch.where(regular, torch.linalg.solve_triangular(T, Q.mH @ source.tensor, upper=True), Z)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["apply_inverse", "column_sizes", "independent", "least_squares"]
+__all__ = ["apply_inverse", "column_sizes", "independent", "pseudo_solve"]
 
 _PAYS = 0.7
 """Share of the residual that another solution has to leave less than."""
@@ -35,7 +35,7 @@ def apply_inverse(T: Tensor, B: Tensor, *, adjoint: bool = False) -> Tensor:
     solved = torch.linalg.solve_triangular(safe.mH if adjoint else safe, B, upper=not adjoint)
     if regular.all():
         return solved
-    return torch.where(regular, solved, least_squares(T.mH if adjoint else T, B))
+    return torch.where(regular, solved, pseudo_solve(T.mH if adjoint else T, B))
 
 
 def independent(T: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def column_sizes(C: Tensor) -> Tensor:
     return torch.where(length > 0, power, 1.0).clamp_min(tiny)
 
 
-def least_squares(C: Tensor, B: Tensor) -> Tensor:
+def pseudo_solve(C: Tensor, B: Tensor) -> Tensor:
     """C^+ B for C (..., m, k), m >= k, by a singular value decomposition; differentiable once, and finite always."""
     return _LeastSquares.apply(C, B)  # pyright: ignore[reportReturnType]
 
