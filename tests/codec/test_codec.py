@@ -59,10 +59,10 @@ def test_a_codec_tells_its_model_and_preset():
 
 def test_more_bytes_give_a_better_picture_and_most_of_a_target_is_used():
     codec, original = toy_codec(), picture(12, 12)
-    made = [codec.code(original, target_bytes=n) for n in (16, 25, 40, 70, 80)]
+    made = [codec.code(original, target_bytes=n) for n in (16, 25, 40, 60)]
     quality = [m.psnr for m in made]
     assert all(b > a + 1.0 for a, b in itertools.pairwise(quality))
-    assert all(n - len(m.data) <= 2 for n, m in zip((16, 25, 40, 70, 80), made, strict=True))
+    assert all(n - len(m.data) <= 2 for n, m in zip((16, 25, 40, 60), made, strict=True))
 
 
 @pytest.mark.parametrize("size", [(7, 9), (17, 8), (1, 5)])
@@ -109,10 +109,10 @@ def test_prefixes_decode_ever_better():
 
 def test_a_robust_file_loses_little_by_a_flipped_bit():
     codec, original = toy_codec(preset="fast"), picture(12, 12)
-    data = codec.encode(original, target_bytes=110, robust=True)
+    data = codec.encode(original, target_bytes=90, robust=True)
     whole, head = psnr(original, codec.decode(data)), read_parts(data).header_bytes
     losses = []
-    for bit in range(8 * (head + 40), 8 * (len(data) - 3), 17):
+    for bit in range(8 * (head + 30), 8 * (len(data) - 3), 17):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         losses.append(whole - psnr(original, codec.decode(bytes(flipped), strict=False)))

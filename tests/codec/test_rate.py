@@ -8,7 +8,7 @@ from tests.codec.toys import picture, toy_codec
 from tests.data.test_pictures import swapped_profile
 
 from quintic import Codec, shipped_denoiser
-from quintic.codec import paper_plan, psnr, read_parts
+from quintic.codec import paper_plan, psnr
 from quintic.codec.guidance import Masked, generate
 from quintic.codec.known import SHIPPED, shipped_of
 from quintic.codec.models import shipped_model
@@ -43,13 +43,12 @@ def test_quality_100_is_no_worse_than_quality_85():
     assert high.psnr > low.psnr - 0.2 and high.unused > 0
 
 
-def test_a_picture_that_profits_from_all_its_bytes_gets_them(monkeypatch):
+def test_a_picture_that_profits_from_its_bytes_gets_them():
     codec, original = toy_codec(), picture(12, 12)
-    made = codec.code(original, target_bytes=90)
-    monkeypatch.setattr("quintic.codec.rate._SATED", 10**6)
-    assert codec.code(original, target_bytes=90).data == made.data and made.unused == 0
+    made = codec.code(original, target_bytes=80)  # some of these are tried
+    assert made.unused == 0 and 76 <= len(made.data) <= 80
     beyond = codec.code(original, target_bytes=5000)
-    assert read_parts(beyond.data).header.payload < 4900 and beyond.unused == 5000 - len(beyond.data)
+    assert len(beyond.data) < 1000 and beyond.unused == 5000 - len(beyond.data) and beyond.psnr > made.psnr
 
 
 def test_of_what_is_restored_the_agreement_with_what_is_known_counts(monkeypatch):

@@ -24,7 +24,7 @@ from quintic.codec.container import MODES, Header, Parts, join, read_parts
 from quintic.codec.curve import Curve
 from quintic.codec.guidance import Operator
 from quintic.codec.models import Model, as_model, name_for, shipped_model
-from quintic.codec.rate import Coded, Sizes, best_within, decibels, largest_payload, meet_psnr, psnr
+from quintic.codec.rate import Coded, Sizes, best_within, decibels, file_size, largest_payload, meet_psnr, psnr
 from quintic.codec.schedule import Plan, atoms_that_fit, preset_number, preset_plan
 from quintic.codec.selection import Ids
 from quintic.codec.symbols import from_bytes, from_sequence, payload_size, to_bytes, to_sequence
@@ -40,8 +40,6 @@ __all__ = ["Codec", "Tokens"]
 
 _BYTES_PER_VALUE = 16
 """More than any preset can use."""
-QUALITY = (0.05, 60.0)
-"""Bits per value at quality 1, and by how much quality 100 has more."""
 
 
 @dataclass(frozen=True)
@@ -230,20 +228,19 @@ class Codec:
                 )
             return at(payload)
         fits = Sizes(preset, model.dimension, layout.count, not robust)
-        if target_bytes is not None:
-            payload = largest_payload(target_bytes, header, fits)
-            made = best_within(payload, at, fits, model.curve, worth)
-            if made.unused or payload == fits.payload(fits.most):
-                return replace(made, unused=target_bytes - len(made.data))
-            return made
         if target_psnr is not None:
             return meet_psnr(target_psnr, at, fits)
-        q = 50 if quality is None else quality
-        if q not in range(1, 101):
-            raise ConfigError(f"quality must be a whole number between 1 and 100, found {q}")
-        bits = QUALITY[0] * QUALITY[1] ** ((q - 1) / 99.0) * model.dimension
-        atoms = min(fits.most, max(fits.fewest, fits.atoms(math.ceil(bits * layout.count / 8))))
-        return best_within(fits.payload(atoms), at, fits, model.curve, worth)
+        if target_bytes is not None:
+            payload, allowed = largest_payload(target_bytes, header, fits), target_bytes
+        else:
+            q = 50 if quality is None else quality
+            if q not in range(1, 101):
+                raise ConfigError(f"quality must be a whole number between 1 and 100, found {q}")
+            payload = fits.payload(fits.of_quality(q))
+            allowed = file_size(header(payload))
+        made, sated = best_within(payload, at, fits, model.curve, worth)
+        sated = sated or payload == fits.payload(fits.most)
+        return replace(made, unused=allowed - len(made.data)) if sated else made
 
     def _code_one(
         self, image: Image.Image | None, header: Header, model: Model, layout: Layout, direction: Direction

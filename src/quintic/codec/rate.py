@@ -5,13 +5,13 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from quintic.codec.arithmetic import UNIT
-from quintic.codec.container import Header, checksum_size
+from quintic.codec.container import Header
 from quintic.codec.curve import Curve
 from quintic.codec.schedule import atoms_that_fit, most_atoms, preset_plan
 from quintic.codec.symbols import payload_size
@@ -19,7 +19,7 @@ from quintic.codec.tiles import read_image
 from quintic.codec.transparency import looks
 from quintic.core import ConfigError, DataError
 
-__all__ = ["Coded", "Sizes", "best_within", "decibels", "largest_payload", "meet_psnr", "psnr"]
+__all__ = ["Coded", "Sizes", "best_within", "decibels", "file_size", "largest_payload", "meet_psnr", "psnr"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,11 @@ class Sizes:
         """How many atoms a tile gets if all tiles together have so many bytes."""
         return atoms_that_fit(self.preset, self.dimension, 8 * payload // self.count, joint=self.joint)
 
+    def of_quality(self, quality: int) -> int:
+        """How many atoms a tile gets at a quality of 1 to 100, or beyond."""
+        bits = _BITS[0] * _BITS[1] ** ((quality - 1) / 99.0) * self.dimension
+        return min(self.most, max(self.fewest, self.atoms(math.ceil(bits * self.count / 8))))
+
     def payload(self, atoms: int) -> int:
         """Bytes that all tiles take with so many atoms each."""
         plan = preset_plan(self.preset, _ANY_CURVE, self.dimension, atoms)
@@ -97,24 +102,30 @@ class Sizes:
 
 
 _ATTEMPTS = 16
+_BITS = (0.05, 60.0)
+"""Bits per value at quality 1, and by how much quality 100 has more."""
+_QUALITIES = 150
+"""By this one an image has all the atoms that it can have."""
 _SATED = 15 * UNIT // 2
 """Chains that end at this log_snr or a later one may have more atoms than do good."""
 _SEARCHED = 7 * UNIT
-"""From plans that end here on, numbers of atoms are tried, each an eighth more than the last."""
-_MARGIN = 0.2
-"""By how many dB a smaller file must be better."""
-_FAILURES = 6
-"""Tries in a row without a better picture that end the search."""
+"""From plans that end here on, files are tried."""
+_FAILURES = 12
+"""Files in a row without a better picture that end the search: each has a twenty-fifth more bits than the last."""
 # The number of bits of a plan does not depend on where its levels are.
 _ANY_CURVE = Curve(tuple(range(81)))
+
+
+def file_size(header: Header) -> int:
+    """Bytes of a file."""
+    return len(header.to_bytes()) + header.payload + header.checksum_bytes
 
 
 def largest_payload(target: int, header: Callable[[int], Header], fits: Sizes) -> int:
     """Payload of the largest file of at most ``target`` bytes."""
 
     def total(payload: int) -> int:
-        made = header(payload)
-        return len(made.to_bytes()) + payload + checksum_size(made.preset, payload)
+        return file_size(header(payload))
 
     payload = fits.payload(fits.most)
     if total(payload) > target:
@@ -130,40 +141,49 @@ def largest_payload(target: int, header: Callable[[int], Header], fits: Sizes) -
 
 def best_within(
     payload: int, at: Callable[[int], Coded], fits: Sizes, curve: Curve, worth: Callable[[Coded], float]
-) -> Coded:
+) -> tuple[Coded, bool]:
     """The best file of at most so many bytes of codes.
 
     More atoms make longer steps between noise levels, for which the model's mean error says that they pay. Of a picture
     that the model knows less well, predictions then fall behind the noise and do not recover: the picture gets worse
-    with every atom. Where a chain is long enough for that, smaller files are tried too.
+    with every atom, and by chance with some. Where a chain is long enough for that, files are tried from a smaller one
+    on, in steps of quality. All budgets have the same ones up to their own size, so that none is served better than a
+    larger one.
 
     Args:
         payload: Bytes of the codes of the largest file.
         at: The file of a payload.
         fits: Payloads.
         curve: Of the model.
-        worth: How good a file is, in dB; the largest is taken unless another is better by more than 0.2.
+        worth: How good a file is.
+
+    Returns:
+        The file, and whether larger ones would have been worse.
     """
 
     def end(atoms: int) -> int:
         return preset_plan(fits.preset, curve, fits.dimension, atoms).levels[-1]
 
-    made = at(payload)
     most = min(fits.most, fits.atoms(payload))
-    if end(most) < _SATED or math.isinf(made.psnr):
-        return made
-    best, value = made, worth(made) + _MARGIN
-    highest, failures = -math.inf, 0
-    atoms = bisect.bisect_left(range(most), _SEARCHED, lo=fits.fewest, key=end)
-    while atoms < most and failures < _FAILURES:
-        tried = at(fits.payload(atoms))
-        reached = worth(tried)
-        failures = 0 if reached > highest else failures + 1
-        highest = max(highest, reached)
-        if reached > value:
-            best, value = tried, reached
-        atoms += max(1, atoms // 8)
-    return best if best is made else replace(best, unused=len(made.data) - len(best.data))
+    if end(most) < _SATED:
+        return at(payload), False
+    first = bisect.bisect_left(range(_QUALITIES), _SEARCHED, lo=1, key=lambda quality: end(fits.of_quality(quality)))
+    files: dict[int, Coded] = {}
+    best, value, failures = most, -math.inf, 0
+    for quality in range(first, _QUALITIES):
+        atoms = fits.of_quality(quality)
+        if atoms > most or failures == _FAILURES or value == math.inf:
+            break
+        if atoms in files:
+            continue
+        files[atoms] = at(fits.payload(atoms))
+        if (reached := worth(files[atoms])) > value:
+            best, value, failures = atoms, reached, 0
+        else:
+            failures += 1
+    if not files:
+        return at(payload), False
+    return files[best], best < max(files) or value == math.inf
 
 
 def meet_psnr(target: float, at: Callable[[int, int], Coded], fits: Sizes) -> Coded:

@@ -186,7 +186,7 @@ def atoms_that_fit(preset: int, dimension: int, bits: int, *, joint: bool = True
         return next(fitting, 0)
     while low < high:
         middle = (low + high + 1) // 2
-        if _joint_bits(_spread(middle, steps), dimension) <= bits:
+        if _spread_bits(middle, steps, dimension) <= bits:
             low = middle
         else:
             high = middle - 1
@@ -306,6 +306,12 @@ def _spread(total: int, steps: int) -> tuple[int, ...]:
 
 def _joint_bits(atoms: Sequence[int], dimension: int) -> int:
     return digit_bits(math.prod(radix for m in atoms for radix in Grouped(m).radices(dimension, joint=True)))
+
+
+@functools.lru_cache(1 << 10)
+def _spread_bits(total: int, steps: int, dimension: int) -> int:
+    """Of as many atoms, spread over the steps; searches begin with the same ones, which are the longest."""
+    return _joint_bits(_spread(total, steps), dimension)
 
 
 def _robust_bits(total: int, steps: int, dimension: int) -> int:
