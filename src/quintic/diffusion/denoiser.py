@@ -107,9 +107,10 @@ class GaussianDenoiser:
             raise ConfigError("the variances of a Gaussian denoiser must be positive")
         c, h, w = mean.shape
         self._shape = (c, h, w)
-        self._mean = mean.float().contiguous()
-        self._basis = basis.float().contiguous()
-        self._variances = variances.double().contiguous()
+        # On the CPU, as not every device has float64; predictions are made where the images are.
+        self._mean = mean.cpu().float().contiguous()
+        self._basis = basis.cpu().float().contiguous()
+        self._variances = variances.cpu().double().contiguous()
         self._rest = float(rest)
         self._fingerprint = tensors_fingerprint(self._tensors(), "gaussian")
 
@@ -127,7 +128,7 @@ class GaussianDenoiser:
         """
         if images.ndim != 4 or len(images) < 2:
             raise DataError(f"expected at least 2 images as a tensor (n, c, h, w), found {tuple(images.shape)}")
-        flat = images.flatten(1).double()
+        flat = images.flatten(1).cpu().double()
         n, d = flat.shape
         if rank is not None and not 1 <= rank <= d:
             raise ConfigError(f"rank must be between 1 and {d}, the values of an image, found {rank}")

@@ -104,10 +104,10 @@ def measure_errors(
     sums = np.zeros(len(levels))
     for start in range(0, len(images), batch):
         x0 = images[start : start + batch].float()
-        noise = seeded_noise(seed, len(x0), denoiser.shape, first=start)(0)
+        noise = seeded_noise(seed, len(x0), denoiser.shape, first=start)(0).to(x0)
         for i, level in enumerate(levels):
             alpha, sigma = alpha_sigma(level, x0)
             error = denoiser.predict_x0(alpha * x0 + sigma * noise, level) - x0
-            sums[i] += float(error.square().sum(dtype=torch.float64))
+            sums[i] += float(error.square().cpu().sum(dtype=torch.float64))
     d = math.prod(denoiser.shape)
     return ErrorCurve(tuple(map(float, levels)), tuple((sums / (len(images) * d)).tolist()), d)

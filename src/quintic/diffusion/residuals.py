@@ -149,15 +149,15 @@ def measure_residuals(denoiser: Denoiser, images: Tensor, *, seed: int = 0, batc
     sizes, squares = [], []
     batches = [images[start : start + batch].float() for start in range(0, len(images), batch)]
     # The same at every level, and slower to draw than a small denoiser is to call.
-    noises = [seeded_noise(seed, len(x0), denoiser.shape, first=i * batch)(0) for i, x0 in enumerate(batches)]
+    noises = [seeded_noise(seed, len(x0), denoiser.shape, first=i * batch)(0).to(x0) for i, x0 in enumerate(batches)]
     for level in KNOTS:
         predicted, errors = [], []
         for x0, noise in zip(batches, noises, strict=True):
             alpha, sigma = alpha_sigma(level, x0)
             predicted.append(denoiser.predict_x0(alpha * x0 + sigma * noise, level).clamp(-1.0, 1.0))
             errors.append(x0 - predicted[-1])
-        part = part_of(torch.cat(predicted).numpy())
-        r = torch.cat(errors).double().numpy()
+        part = part_of(torch.cat(predicted).cpu().numpy())
+        r = torch.cat(errors).cpu().double().numpy()
         r /= math.sqrt(max(float(np.square(r).mean()), 1e-12))
         total = np.bincount(part.ravel(), np.square(r).ravel(), PARTS) + _PRIOR
         sizes.append(np.sqrt(total / (np.bincount(part.ravel(), minlength=PARTS) + _PRIOR)))
