@@ -143,7 +143,7 @@ def test_every_task_generates_and_evaluates(run, tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         scores = [float(line.split()[1]) for line in lines if line.endswith(".png")]
         assert len(scores) == 40 and scores == sorted(scores, reverse=True)
-        assert "the 40 strangest" in lines[0] and lines[-1].startswith("60 images")
+        assert "the 40 strangest" in lines[1] and lines[-1].startswith("60 images")
 
 
 def test_a_flow_takes_a_class_and_guidance(run, tmp_path, capsys):
