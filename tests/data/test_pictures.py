@@ -37,6 +37,16 @@ def test_a_profile_of_srgb_changes_nothing_and_a_grey_picture_stays_grey():
     assert (to_srgb(grey).mode, to_srgb(grey).getpixel((0, 0))) == ("LA", (104, 9))
 
 
+@pytest.mark.parametrize("mode", ["YCbCr", "RGBX", "RGBa", "1"])
+def test_a_profile_holds_for_what_else_a_picture_is_stored_as(mode):
+    picture = Image.new("RGBA" if mode == "RGBa" else "RGB", (2, 2), (255, 40, 40)).convert(mode)
+    picture.info["icc_profile"] = swapped_profile()
+    made = to_srgb(picture)
+    assert made.mode == {"RGBa": "RGBA", "1": "L"}.get(mode, "RGB")
+    if mode != "1":
+        assert made.getpixel((0, 0))[:3] == pytest.approx((40, 40, 255), abs=2)
+
+
 def test_profiles_that_are_damaged_or_of_other_colours_are_named():
     picture = Image.new("RGB", (2, 2))
     picture.info["icc_profile"] = b"no profile"

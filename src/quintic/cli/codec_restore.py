@@ -100,7 +100,8 @@ def restore(
     made = make_codec(model, preset).restore(observed, target_bytes, quality)
     atomic_write(coded, made.data)
     atomic_write(restored, png_bytes(made.image))
-    say(f"{coded}: {len(made.data)} bytes; {restored}")
+    beyond = f"; more bytes do not help: {len(made.data)} of {len(made.data) + made.unused} used" if made.unused else ""
+    say(f"{coded}: {len(made.data)} bytes{beyond}; {restored}")
 
 
 def check_bytes(sizes: list[int]) -> None:

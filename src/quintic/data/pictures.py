@@ -23,6 +23,7 @@ UNREADABLE = (
 )  # fmt: skip
 """What Pillow raises for files that are damaged in one place or another."""
 
+_PLAIN = {"1": "L", "La": "LA", "RGBa": "RGBA", "YCbCr": "RGB", "RGBX": "RGB", "HSV": "RGB"}
 _ROUNDING = 3
 """Of 255: profiles of sRGB differ by that much from each other."""
 _SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
@@ -45,7 +46,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     """A picture without a colour profile: if it has another than sRGB, its colours converted.
 
     Args:
-        image: Of mode L, LA, RGB, RGBA, CMYK or LAB; alpha stays as it is.
+        image: Of any mode but palettes, 8 bits per channel; alpha stays as it is.
 
     Returns:
         The picture itself if it has no profile, or one that changes colours by hardly more than rounding; else L or LA
@@ -64,9 +65,10 @@ def to_srgb(image: Image.Image) -> Image.Image:
         return image
     try:
         profile: Any = ImageCms.getOpenProfile(io.BytesIO(data))
-        alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
-        grey = image.mode in ("1", "L", "LA")
-        colours = image.convert("L" if grey else "RGB") if alpha is not None else image
+        plain = image.convert(_PLAIN[image.mode]) if image.mode in _PLAIN else image
+        alpha = plain.getchannel("A") if plain.mode in ("LA", "RGBA") else None
+        grey = plain.mode in ("L", "LA")
+        colours = plain.convert("L" if grey else "RGB") if alpha is not None else plain
         space = _SPACES.get(profile.profile.xcolor_space.strip(), "")
         if grey and space == "RGB":  # the profile of a colour picture that was made grey
             colours = colours.convert("RGB")
