@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
 
     from quintic.data import Tokenizer
     from quintic.engine import Settings
@@ -20,7 +20,7 @@ __all__ = ["LoadedRun", "load_run"]
 class LoadedRun:
     """A trained model and what belongs to it."""
 
-    model: nn.Module
+    model: torch.nn.Module
     """In evaluation mode: a :class:`~quintic.lm.LanguageModel`, :class:`~quintic.flow.TarFlow` or
     :class:`~quintic.diffusion.UNet`."""
     task: str
