@@ -79,8 +79,9 @@ def test_mistakes_are_named():
         NoiseSchedule("log-snr", shift=1.0)
     with pytest.raises(ConfigError, match=r"\[0, 1\]"):
         NoiseSchedule().log_snr(1.5)
-    with pytest.raises(ConfigError, match="at least 2"):
-        NoiseSchedule().grid(1)
+    for levels in (1, -1, 2.5):
+        with pytest.raises(ConfigError, match=f"levels = {levels}; expected a whole number, 2 or more"):
+            NoiseSchedule().grid(levels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from quintic.core import ConfigError, suggest
+from quintic.core.settings import check_counts
 
 __all__ = ["SCHEDULES", "NoiseSchedule", "alpha_sigma"]
 
@@ -117,7 +118,6 @@ class NoiseSchedule:
 
     def grid(self, levels: int) -> list[float]:
         """Noise levels at equal steps of time, from noise to image, between the times when the cut ends are reached."""
-        if levels < 2:
-            raise ConfigError(f"a grid needs at least 2 noise levels, found {levels}")
+        check_counts(2, levels=levels)
         first, last = min(1.0, self.time(self.minimum)), self.time(self.maximum)
         return [self.log_snr(first + (last - first) * i / (levels - 1)) for i in range(levels)]
