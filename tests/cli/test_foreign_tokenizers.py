@@ -138,6 +138,8 @@ def test_where_the_end_of_a_text_is_written(tmp_path, tokens, files, expected):
     backend.save(str(tmp_path / "tokenizer.json"))
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
+    if "config.json" not in files:
+        (tmp_path / "config.json").write_text("// of another program, and not asked")
     found = Tokenizer.load(tmp_path / "tokenizer.json")
     assert (found.separator, backend.id_to_token(found.begin_id)) == expected
 

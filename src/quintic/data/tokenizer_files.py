@@ -53,8 +53,6 @@ def declared(folder: Path, special: Callable[[int], str | None]) -> Declared:
     """
     files = {name: _text(folder / name) for name in BESIDE if os.path.isfile(folder / name)}
     tables = {name: _table(folder / name, text) for name, text in files.items() if name.endswith(".json")}
-    if os.path.isfile(folder / "config.json"):
-        tables["config.json"] = _table(folder / "config.json", _text(folder / "config.json"))
     by_name = [name for name in ("tokenizer_config.json", "special_tokens_map.json") if name in tables]
     end = begin = source = ""
     for name in reversed(by_name):
@@ -63,9 +61,11 @@ def declared(folder: Path, special: Callable[[int], str | None]) -> Declared:
     if tables.get("tokenizer_config.json", {}).get("add_bos_token") is False:
         begin = ""
     for name in ("generation_config.json", "config.json"):
-        known = [token for number in _ids(tables.get(name, {})) if (token := special(number)) is not None]
-        if known and not end:
-            end, source = known[0], name
+        if end or not os.path.isfile(path := folder / name):
+            continue
+        table = tables.get(name) or _table(path, _text(path))
+        known = [token for number in _ids(table) if (token := special(number)) is not None]
+        end, source = (known[0], name) if known else ("", "")
     return Declared(end, begin, _ids(tables.get("generation_config.json", {})), source, files)
 
 
