@@ -1,6 +1,7 @@
 """Bad input: one short message with the next step, exit code 2, nothing written, nothing lost."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -207,6 +208,13 @@ def test_resume_finds_data_that_was_moved(run, book, tmp_path, capsys):
     again = moved.rename(tmp_path / "again.txt")
     assert quintic("resume", run, again) == 0 and str(again) in (run / "config.toml").read_text()
     assert quintic("evaluate", run) == 0
+
+
+def test_settings_that_were_changed_by_hand_are_refused_before_they_take_memory(run, capsys):
+    config = run / "config.toml"
+    config.write_text(re.sub(r"^d_model = \d+", "d_model = 6400000000000", config.read_text(), flags=re.M))
+    for verb in ("generate", "evaluate"):
+        assert f"by the settings of {config}, does not fit the model" in fails(capsys, verb, run)
 
 
 def test_a_line_of_paths_that_was_rewritten_by_hand_is_left_alone(run, tmp_path, book, capsys):

@@ -11,6 +11,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -286,12 +287,13 @@ def load_run_model(folder: Path, checkpoint: str, device: str, dtype: str | None
         dtype: Of matrix products; None is the run's own.
 
     Raises:
-        CheckpointError: No usable checkpoint, or no such step.
+        CheckpointError: No usable checkpoint, no such step, or one of other settings.
     """
     import torch
 
     from quintic.core.machine import autocast, pick_device, pick_dtype
-    from quintic.engine.checkpoint import load_model, load_weights
+    from quintic.engine.checkpoint import check_fit, files_of, load_model, load_weights
+    from quintic.engine.pieces import Stored
 
     run = path = None
     if shipped := _means_shipped(folder):
@@ -299,7 +301,11 @@ def load_run_model(folder: Path, checkpoint: str, device: str, dtype: str | None
     else:
         run, settings, header = open_run(folder)
         path = pick_checkpoint(run, checkpoint)
-        model = kind_of(header["task"]).build(header["task"], settings)
+        build = partial(kind_of(header["task"]).build, header["task"], settings)
+        stored = Stored([run.initial] if path is None else files_of(path, "model"))
+        with torch.device("meta"):  # takes no memory, of which changed settings may ask any amount
+            check_fit(stored.shapes, build(), f"{path or run.initial}, by the settings of {run.config_file},")
+        model = build()
     where = pick_device(device)
     model.to(where)
     precision = pick_dtype(dtype or settings["engine"].dtype, where)
