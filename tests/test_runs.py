@@ -40,7 +40,7 @@ def test_a_flow_with_the_names_of_its_classes(tmp_path):
         for i in range(6):
             pixels = np.random.default_rng(10 * number + i).integers(0, 255, (8, 8), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
-    settings = ("--task", "tarflow", "--size", "tiny", "engine.steps=1", "engine.batch_size=4", "tarflow.classes=-1")
+    settings = ("--task", "tarflow", "--size", "tiny", "engine.steps=1", "data.size=8", "tarflow.classes=-1")
     assert quintic("train", tmp_path / "pictures", *settings, "--out", tmp_path / "run") == 0
     run = load_run(tmp_path / "run", device="cpu")
     assert (run.task, run.classes, run.tokenizer) == ("tarflow", ("round", "square"), None)
