@@ -158,3 +158,19 @@ def test_verify_resume_starts_where_the_run_started(run, book, tmp_path, capsys,
     assert quintic("import", tmp_path / "hf", "--out", tmp_path / "imported") == 0
     assert quintic("verify-resume", tmp_path / "imported") == 2
     assert "was imported, not trained" in capsys.readouterr().err
+
+
+def test_a_model_is_compared_on_the_test_split_of_another_run(run, book, tmp_path, capsys):
+    """Fine-tuned without a change of weights, it is as good as before on the same part of the text."""
+    other, tuned = tmp_path / "other.txt", tmp_path / "tuned"
+    other.write_text(book.read_text() + "and the sea was calm, and nobody looked.\n" * 40)
+    assert quintic("train", other, "--from", run, "--out", tuned, "engine.steps=1", "optim.lr=1e-12") == 0
+    capsys.readouterr()
+    found = []
+    for arguments in ([tuned], [run, other, "data.test_fraction=0.05"], [run, other]):
+        assert quintic("evaluate", *arguments, "--json") == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert found[1]["bytes"] == found[0]["bytes"] < found[2]["bytes"] / 15
+    assert found[1]["bits_per_byte"] == pytest.approx(found[0]["bits_per_byte"], rel=1e-2)
+    assert found[2]["bits_per_byte"] != pytest.approx(found[0]["bits_per_byte"], rel=1e-2)
+    assert found[1]["data"] == f"last 5 % of {other}"

@@ -34,7 +34,8 @@ def evaluate(
         tarflow/fashion28.
     arguments
         Files and folders to evaluate on, all of them; without any, a split of the run's own data. For other text also
-        how to read it: data.field=..., data.encoding=...; the rest is as in the run.
+        how to read it: data.field=..., data.encoding=...; and data.test_fraction=0.05 for its last 5 % alone, the test
+        split of a run on it. The rest is as in the run.
     split
         Split of the run's own data: test or validation.
     label

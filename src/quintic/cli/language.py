@@ -39,8 +39,8 @@ __all__ = [
 EMBEDDED = "Moby Dick"
 """Title of the data that comes with the package."""
 READING = "reading text"
-OF_FILES = ("data.encoding", "data.field")
-"""Settings that say how files are read, of any text."""
+OF_FILES = ("data.encoding", "data.field", "data.test_fraction")
+"""Settings that say how files are read and how much of them, of any text."""
 UNIT = " nats"
 """Of the loss."""
 NEXT = 'quintic generate {run} --prompt "..."'
@@ -194,10 +194,13 @@ def evaluate(
         raise ConfigError(f"unknown split {split!r}{suggest(split, ['test', 'validation'])}")
     settings = loaded.settings
     if paths:
-        whole = replace(
-            settings["data"], tokenizer=str(folder / "tokenizer.json"), validation_fraction=0.0, test_fraction=1.0
+        part = settings["data"].test_fraction if settings.sources["data.test_fraction"] == "given" else 1.0
+        config = replace(
+            settings["data"], tokenizer=str(folder / "tokenizer.json"), validation_fraction=0.0, test_fraction=part
         )
-        data, what = prepare_text(list(paths), whole), ", ".join(map(str, paths))
+        data, what = prepare_text(list(paths), config), ", ".join(map(str, paths))
+        if part < 1.0:
+            what = f"last {100 * part:g} % of {what}"
         task = LanguageModelTask(settings["lm"], data, cross_documents=settings["data"].cross_documents)
         split = "test"
     else:
