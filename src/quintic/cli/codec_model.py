@@ -58,7 +58,7 @@ def model(
     --------
     quintic codec model runs/pictures --out mine.safetensors
     quintic codec model ddpm-cifar10-32/ photos/ --out cifar.safetensors
-    quintic codec model imagenet64.pt photos/ image_size=64 num_channels=128 --out imagenet.safetensors
+    quintic codec model net.pt photos/ image_size=64 --out net.safetensors
     """
     from quintic.cli.wiring import split_arguments
     from quintic.codec import save_foreign, save_model
