@@ -1,15 +1,23 @@
 """A task small enough to train in milliseconds: fit a linear map, with dropout to use the random generator."""
 
+import io
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
+from safetensors.torch import load_file
 from torch import nn
 
 from quintic.core.initial import initialize_
 from quintic.core.loss import Loss
 from quintic.core.roles import Normal, Role, declare
 from quintic.engine import EngineConfig, Run, Settings
+from quintic.engine.checkpoint import list_checkpoints
+from quintic.engine.loop import train
+from quintic.engine.metrics import read_metrics
+from quintic.engine.verification import TIMINGS
 from quintic.optim import OptimConfig
 
 TYPES = {"engine": EngineConfig, "optim": OptimConfig}
@@ -92,3 +100,26 @@ def toy_run(folder, *overrides):
             "engine.device=cpu", "engine.dtype=float32", "optim.lr=0.05")  # fmt: skip
     settings = Settings.build(TYPES, {}, "none", [*base, *overrides])
     return settings, Run.create(folder, settings, {"task": "toy"})
+
+
+def go(task, settings, run):
+    return train(task, settings, run, Console(file=io.StringIO()), quiet_peak=True)
+
+
+def rows_of(run):
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_metrics(run.metrics_file)]
+
+
+def final_of(run):
+    folder = list(list_checkpoints(run.checkpoints).values())[-1]
+    state = json.loads((folder / "state.json").read_text())
+    numbers = {k: v for k, v in state.items() if k not in ("seconds", "row")}
+    return load_file(folder / "model.safetensors"), load_file(folder / "training.safetensors"), numbers
+
+
+def same(a, b):
+    for left, right in zip(final_of(a)[:2], final_of(b)[:2], strict=True):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    assert final_of(a)[2] == final_of(b)[2]
+    assert rows_of(a) == rows_of(b)
