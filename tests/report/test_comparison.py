@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 from tests.cli.command import quintic
-from tests.report.test_page import CONFIG, Document, make_run, row
+from tests.report.made_run import CONFIG, make_run, row
+from tests.report.test_page import Document
 
 
 def rows(shift, *, every=10, steps=40, seconds=0.5, text=True):

@@ -11,66 +11,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from tests.report.made_run import CONFIG, make_run, page_of, row
 
-from quintic.core import CheckpointError, DataError
 from quintic.report import write_report
-
-CONFIG = """task = "lm"
-size = "tiny"
-
-[optim]
-lr = 0.02  # preset tiny
-clip_norm = 0.5  # given <by hand>
-note = "a # inside"  # default
-
-[engine]
-steps = 200  # preset tiny
-"""
-
-
-def row(step, *, moe=True, text=True):
-    loss = 3.0 + 4.0 * math.exp(-step / 10) + 0.05 * math.sin(step)
-    made = {
-        "step": step,
-        "loss": loss,
-        "lr": 0.02 * min(1.0, step / 10),
-        "grad_norm": 0.3 + 2.0 * math.exp(-step / 5),
-        "clip_fraction": 0.125,
-        "tokens": step * 1000,
-        "seconds": step * 0.5,
-        "tokens_per_second": 2000.0,
-        "optimizer_share": 0.11,
-        "mfu": 0.31,
-        "something_new": {"ignored": True},
-    }
-    if text:
-        made["bits_per_byte"] = loss / 2
-    if moe:
-        made |= {"max_vio": [2.0 / step, 1.0 / step], "max_vio_floor": 0.05, "dead_experts": 1}
-        if step == 1 or step % 10 == 0:
-            made["expert_load"] = [[0.25, 0.5, 0.25, 0.0], [0.25] * 4]
-    if step % 50 == 0:
-        made["val_loss"] = loss + 0.1
-        if text:
-            made["val_bits_per_byte"] = (loss + 0.1) / 2
-    return made
-
-
-def make_run(folder, rows, *, config=CONFIG, run=None, machine=None, samples=None, tail=""):
-    (folder / "samples").mkdir(parents=True)
-    (folder / "config.toml").write_text(config, encoding="utf-8")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail, encoding="utf-8")
-    if run is not None:
-        (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
-    if machine is not None:
-        (folder / "machine.json").write_text(json.dumps(machine), encoding="utf-8")
-    for name, content in (samples or {}).items():
-        (folder / "samples" / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return folder
-
-
-def page_of(folder):
-    return write_report(folder).read_text(encoding="utf-8")
 
 
 def full_run(folder):
@@ -395,77 +338,9 @@ def test_writing_again_replaces_the_page(tmp_path):
     assert second == page_of(folder)
 
 
-def test_user_mistakes_say_what_to_do(tmp_path):
-    with pytest.raises(CheckpointError, match=r"absent does not exist.*quintic train"):
-        write_report(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match="holds no run"):
-        write_report(tmp_path)
-    with pytest.raises(DataError, match=r"no metrics yet.*quintic resume"):
-        write_report(make_run(tmp_path / "new", []))
-    compressed = CONFIG.replace('size = "tiny"', 'size = "compressed"')
-    with pytest.raises(DataError, match="was compressed, not trained"):
-        write_report(make_run(tmp_path / "smaller", [], config=compressed))
-    damaged = make_run(tmp_path / "damaged", [row(1)])
-    (damaged / "run.json").write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"run\.json is damaged.*delete it"):
-        write_report(damaged)
-    (damaged / "run.json").write_text("[1]", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="holds a list"):
-        write_report(damaged)
-    (damaged / "run.json").write_text("[" * 200_000, encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
-        write_report(damaged)
-    odd = make_run(tmp_path / "odd", [row(1)], config='task = "lm"\nengine = 3\n')
-    with pytest.raises(CheckpointError, match=r"config\.toml is damaged: 'engine' is 3"):
-        write_report(odd)
-    assert not (damaged / "report.html").exists()
-
-
-ODD = {
-    "loss": ["x", 10**400],
-    "val_loss": ["abc", 10**400],
-    "lr": [[1]],
-    "max_vio": [3, "x", [{}]],
-    "expert_load": [5, [1], [["a"]], [[0.5], [0.5, 0.5]]],
-    "expert_bias": ["x"],
-    "layer_share": [[1]],
-    "spectra": [
-        3,
-        {"a": 1},
-        {"a": {"rank": [1], "weight": [1, 2], "shape": [1, 1]}},
-        {"a": {"rank": [1], "weight": ["x"], "shape": [1, 1]}},
-        {"a": {"rank": [1], "weight": [1.0], "shape": [None, 1]}},
-    ],
-}
-
-
-def test_values_of_other_kinds_are_left_out(tmp_path):
-    """A row that was damaged or comes from elsewhere; the others make the page."""
-    rows = [row(step) for step in range(1, 6)]
-    for number, (name, value) in enumerate((name, value) for name, values in ODD.items() for value in values):
-        folder = make_run(tmp_path / str(number), [*rows, {**row(6), name: value}])
-        assert write_report(folder).exists(), (name, value)
-
-
 @pytest.mark.parametrize("kind", ["adaptive", "spectral", "none"])
 def test_a_threshold_is_drawn_only_where_it_applies(tmp_path, kind):
     """The axis is the global norm: only global clipping has a fixed place on it."""
     config = CONFIG.replace("clip_norm = 0.5", f'clip_norm = 0.5\nclip = "{kind}"')
     page = page_of(make_run(tmp_path / "run", [row(s, moe=False) for s in range(1, 60)], config=config))
     assert "Gradient norm" in page and 'class="rule"' not in page
-
-
-def test_samples_that_lead_out_of_the_folder_are_not_shown(tmp_path):
-    folder = make_run(tmp_path / "run", [row(1)], samples={"step-000001.txt": "of the run"})
-    (tmp_path / "secret").write_text("precious")
-    (folder / "kept").write_text("elsewhere in it")
-    try:
-        (folder / "samples" / "step-000002.txt").symlink_to(tmp_path / "secret")
-        (folder / "samples" / "step-000003.txt").symlink_to("../kept")
-        (folder / "samples" / "step-000004.txt").symlink_to("nowhere")
-        (tmp_path / "link").symlink_to(folder)
-    except OSError:
-        pytest.skip("no symbolic links here")
-    for given in (folder, tmp_path / "link"):
-        page = page_of(given)
-        assert "of the run" in page and "elsewhere in it" in page and "precious" not in page
