@@ -1,6 +1,7 @@
 """A user's journey: train, look, stop, resume, generate, evaluate; all on the tiny preset."""
 
 import contextlib
+import io
 import json
 import re
 import shutil
@@ -12,11 +13,16 @@ import tomllib
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tests.cli.command import quintic
 
+from quintic.cli.train import run_training
 from quintic.cli.wiring import build_settings, build_task
+from quintic.core.ranks import ALONE
+from quintic.engine import Run
 from quintic.engine.checkpoint import list_checkpoints
+from quintic.engine.loop import Outcome
 from quintic.engine.metrics import read_metrics
 
 SMALL = [
@@ -140,6 +146,16 @@ def test_report_can_be_made_again(copy, capsys):
     assert quintic("report", copy) == 0
     assert str(copy / "report.html") in capsys.readouterr().out.replace("\n", "")
     assert "<svg" in (copy / "report.html").read_text()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_the_sample_of_a_training_and_does_not_obey_it(book, tmp_path, monkeypatch, terminal):
+    ended = Outcome(True, 1, 0, {"loss": 1.0}, "\x1b[31mred", None)
+    monkeypatch.setattr("quintic.engine.loop.train", lambda *_, **__: ended)
+    screen = io.StringIO()
+    task, settings, _ = build_task("lm", [book], build_settings("lm", "tiny", []))
+    run_training(Console(file=screen, force_terminal=terminal), task, settings, Run(tmp_path), ALONE)
+    assert ("sample:\n␛[31mred\n" if terminal else "sample:\n\x1b[31mred\n") in screen.getvalue()
 
 
 def test_a_run_is_trained_longer(copy, tmp_path, capsys):

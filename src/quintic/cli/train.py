@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quintic.cli.plan import memory_advice
-from quintic.cli.printing import say
+from quintic.cli.printing import say, visible
 from quintic.cli.wiring import build_settings, build_task, kind_of, section_types, split_arguments
 
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ def run_training(
     report = write_report(run.folder) if outcome.recorded and ranks.is_main else None
 
     if outcome.sample:
-        say(f"\nsample:\n{outcome.sample}\n", console=console)
+        shown = visible(outcome.sample) if console.is_terminal else outcome.sample
+        say(f"\nsample:\n{shown}\n", console=console)
     if outcome.finished:
         steps = f"{outcome.step} step" + "s" * (outcome.step != 1)
         say(f"finished {steps}: {_final_words(outcome.row, kind.UNIT, run.facts())}", console=console)
