@@ -1,21 +1,25 @@
 """Speed of the mixture-of-experts layer, forward and backward, as ratios measured in turn within one run.
 
 Against the dense SwiGLU of the same active FLOPs, against transformers' DeepSeek-V3 experts (eager loop and grouped
-path, same routing and weights), under a Zipf-skewed load against a balanced one, and the share of router and dispatch.
-The products alone, on rows that are in order already, are the floor of any layer that multiplies as torch does. Every
-contestant runs once per round, and the smallest time counts: a slow moment of the machine hits all alike.
+path, same routing and weights), under a Zipf-skewed load against a balanced one, the share of router and dispatch, and
+the same layer by torch's operators instead of the compiled kernels. Its products alone, on rows that are in order
+already, are the floor of any layer that multiplies as torch does. Every contestant runs once per round, and the
+smallest time counts: a slow moment of the machine hits all alike.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.claims import Claim
+from quintic.core import kernels
+from quintic.core.kernels import Kernels, load_kernels
 
 SHAPES = (
     (1024, 256, 128, 16, 2),
@@ -121,8 +125,11 @@ def router_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
 def dispatch_step(x: Tensor, ids: Tensor, experts: int, hidden: int) -> Callable[[], None]:
     """What moves rows in a forward and a backward pass, without any product: sort, three gathers, two sums.
 
-    The sums are of rows at hand: making them is the products' work.
+    The sums are of rows at hand: making them is the products' work. The kernels gather nothing: a product reads the
+    rows of its tokens where they lie.
     """
+    if (found := load_kernels()) is not None:
+        return compiled_dispatch_step(found, x, ids, experts)
     from quintic.moe.dispatch import blocks_of, kept_rows, lay_out, plan_runs
 
     width, gates = x.shape[1], torch.full(ids.shape, 1.0 / ids.shape[1])
@@ -142,6 +149,29 @@ def dispatch_step(x: Tensor, ids: Tensor, experts: int, hidden: int) -> Callable
             F.embedding_bag(rows, y, mode="sum", per_sample_weights=weights)
 
     return run
+
+
+def compiled_dispatch_step(found: Kernels, x: Tensor, ids: Tensor, experts: int) -> Callable[[], None]:
+    n, k, d = *ids.shape, x.shape[1]
+    gates, products = torch.full(ids.shape, 1.0 / k), torch.zeros(n * k, d)
+
+    def run() -> None:
+        counts, row, token = ids.new_empty(experts), torch.empty_like(ids), ids.new_empty(n * k)
+        found.call("experts_sort", n, k, experts, ids, counts, row, token)
+        for weights in (gates, None):
+            found.call("experts_sum", n, k, d, products, weights, row, torch.empty_like(x))
+
+    return run
+
+
+def by_torch(run: Callable[[], None]) -> Callable[[], None]:
+    """The same without compiled kernels."""
+
+    def declined() -> None:
+        with mock.patch.object(kernels, "_found", lambda: (None, "declined")):
+            run()
+
+    return declined
 
 
 def products_step(layer: nn.Module, x: Tensor, ids: Tensor) -> Callable[[], None]:
@@ -215,6 +245,7 @@ def one(shape: tuple[int, ...], seconds: float) -> dict:
     contestants = {
         "dense": step(Dense(width, k * hidden), x),
         "layer": step(layer, x),
+        "layer by torch": by_torch(step(layer, x)),
         "transformers grouped": step(Foreign(layer, "grouped_mm"), x),
         "transformers eager": step(Foreign(layer, "eager"), x),
         "experts, balanced": step(Given(layer, balanced), x),
@@ -230,6 +261,7 @@ def one(shape: tuple[int, ...], seconds: float) -> dict:
         "shape": list(shape),
         "ms": ms,
         "layer / dense": ms["layer"] / ms["dense"],
+        "layer by torch / dense": ms["layer by torch"] / ms["dense"],
         "layer / transformers grouped": ms["layer"] / ms["transformers grouped"],
         "layer / transformers eager": ms["layer"] / ms["transformers eager"],
         "zipf / balanced": ms["experts, zipf"] / ms["experts, balanced"],
@@ -257,6 +289,7 @@ def section(result: dict) -> str:
     m = result["machine"]
     columns = (
         "layer / dense",
+        "layer by torch / dense",
         "products / dense",
         "products of the dense / dense",
         "layer / transformers grouped",
@@ -269,7 +302,8 @@ def section(result: dict) -> str:
         "## Speed of the mixture-of-experts layer",
         "",
         "`python -m benchmarks moe_speed`. Forward and backward in float32, ratios of the smallest times of",
-        f"contestants that ran in turn. Machine: {m['cpu']}, {m['threads']} threads, torch {m['torch']}.",
+        f"contestants that ran in turn. Machine: {m['cpu']}, {m['threads']} threads, torch {m['torch']}; "
+        f"kernels: {m.get('kernels', 'torch')}.",
         "",
         "| tokens, width, expert, experts, k | layer, ms | " + " | ".join(columns) + " |",
         "|" + "---|" * (len(columns) + 2),
@@ -285,8 +319,8 @@ def section(result: dict) -> str:
         "the experts of DeepSeek-V3 by their eager loop and by their grouped path, behind the router of this package.",
         f"Zipf: expert e with probability proportional to 1/e (MaxVio up to {worst:.1f}). Router: scores, selection",
         "and gates with their gradients. Dispatch: sorting, gathering and adding up rows, without the products.",
-        "Products: the six products of the layer alone, on rows in order, into memory at hand; what is between this",
-        "column and the first is the router, rows that move, activations and the calls of all these.",
+        "By torch: the same layer with `QUINTIC_KERNELS=torch`. Products: its six products alone, on rows in order,",
+        "into memory at hand; what is between the two is the router, rows that move, activations and calls.",
     ]
     return "\n".join(lines)
 

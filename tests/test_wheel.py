@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SUFFIXES = {".py", ".typed", ".toml", ".txt", ".md", ".json", ".safetensors", ".png"}
+SUFFIXES = {".py", ".c", ".h", ".typed", ".toml", ".txt", ".md", ".json", ".safetensors", ".png"}
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,25 @@ def test_what_auto_was_stays(tmp_path, monkeypatch, first, then):
     assert differences(*runs)[1] == []
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ("compiled", "torch (there is no C compiler)", True),
+        ("torch (there is no C compiler)", "compiled", True),
+        ("torch (there is no C compiler)", "torch (QUINTIC_KERNELS=torch)", False),
+        ("compiled", "compiled", False),
+        (None, "compiled", True),
+        (None, "torch (there is no C compiler)", False),
+    ],
+)
+def test_other_kernels_are_told(before, now, told):
+    """A record that says nothing of them is of a time when torch's operators computed everything."""
+    earlier = {"torch": "2.13"} | ({"kernels": before} if before else {})
+    words = hardware.changes(earlier, {"torch": "2.13", "kernels": now}, torch.device("cpu"))
+    assert bool(words) == told
+    assert all("kernels was" in line and "to rounding" in line for line in words)
+
+
 def test_another_machine_is_told(tmp_path, monkeypatch):
     settings, run = toy.toy_run(tmp_path / "run", "engine.dtype=bfloat16")
     go(settings, run, stop_at=5)

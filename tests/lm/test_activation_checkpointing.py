@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.kernels import needs_kernels
 
 from quintic.lm import LanguageModel, LMConfig, generate
 from quintic.lm.memory import saved_numbers_per_token
@@ -39,7 +40,7 @@ def kept_bytes(model, ids):
 
     def pack(tensor):
         if tensor.data_ptr() not in own:
-            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -56,9 +57,12 @@ def test_less_is_kept():
     assert saved_numbers_per_token(replace(config, checkpoint=True)) < saved_numbers_per_token(config) / 3
 
 
-def kept_per_token(config):
+def kept_per_token(config, *, fused=False):
     ids = torch.randint(64, (8, 33), generator=torch.Generator().manual_seed(0))
-    return kept_bytes(LanguageModel(config, seed=0).train(), ids) / 4 / 256
+    with pytest.MonkeyPatch.context() as patch:
+        if not fused:
+            patch.setattr("quintic.core.kernels._found", lambda: (None, "declined"))
+        return kept_bytes(LanguageModel(config, seed=0).train(), ids) / 4 / 256
 
 
 def test_the_estimate_counts_what_each_part_keeps():
@@ -67,6 +71,20 @@ def test_the_estimate_counts_what_each_part_keeps():
     for changes in ({"q_rank": 64}, {"kv_rank": 128}, {"num_shared": 3}, {"num_heads": 6}):
         more = replace(CONFIG, **changes)
         assert saved_numbers_per_token(more) - estimate == pytest.approx(kept_per_token(more) - plain, rel=0.05)
+
+
+@needs_kernels
+@pytest.mark.parametrize("changes", [{}, {"num_heads": 6}, {"d_ff": 512}, {"num_shared": 3}])
+def test_kernels_keep_no_more_than_the_estimate(changes):
+    config = replace(CONFIG, **changes)
+    assert kept_per_token(config, fused=True) < saved_numbers_per_token(config)
+
+
+@needs_kernels
+def test_fused_attention_keeps_what_the_projections_made():
+    more = kept_per_token(replace(CONFIG, num_heads=6), fused=True) - kept_per_token(CONFIG, fused=True)
+    # Queries, keys and values, mixed values, one logarithm.
+    assert more == CONFIG.num_layers * 4 * (32 + (16 + 32) + 32 + 1)
 
 
 @pytest.mark.parametrize("larger", [{"d_ff": 1024}, {"d_expert": 256}])

@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels import needs_kernels
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from quintic.core import ConfigError
 from quintic.core.initial import initialize_
-from quintic.moe import dispatch, routed
+from quintic.moe import dispatch, expert_kernels, routed
 from quintic.moe.dispatch import Run, grouped_is_legal, kept_rows, plan_runs
 from quintic.moe.experts import Experts
 from quintic.moe.feedforward import FeedForward, SwiGLU
@@ -28,6 +29,7 @@ def together(counts):
 
 
 KERNELS = {"loop": alone, "padded": together, "grouped": None}
+COMPILED = pytest.param("compiled", marks=needs_kernels)
 ACTS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "relu": F.relu}
 
 
@@ -52,7 +54,12 @@ def slow(x, ids, gates, w_in, down, act=F.silu, normalize=False):
 def use(monkeypatch):
     """Force a kernel instead of letting sizes decide."""
 
+    own = expert_kernels.kernels_for
+
     def force(kernel):
+        monkeypatch.setattr(expert_kernels, "kernels_for", own if kernel == "compiled" else lambda *a, **k: None)
+        if kernel == "compiled":
+            return
         monkeypatch.setattr(routed, "_grouped", lambda w_in, w_out: kernel == "grouped")
         monkeypatch.setattr(routed, "plan_runs", lambda counts, *a, **k: KERNELS[kernel](counts))
 
@@ -206,8 +213,9 @@ def test_work_does_not_grow_with_the_number_of_experts(normalize, use):
 
 @pytest.fixture
 def called(monkeypatch):
-    """The products of experts, as they are called."""
+    """The products of experts, as torch's operators are called for them."""
     called = []
+    monkeypatch.setattr(expert_kernels, "kernels_for", lambda *a, **k: None)
     for name in ("rows_by_expert_", "outer_by_expert_"):
         product = getattr(routed, name)
         monkeypatch.setattr(routed, name, lambda *a, product=product: called.append(product) or product(*a))

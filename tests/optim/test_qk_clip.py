@@ -167,6 +167,7 @@ def logits_of(layer, x, monkeypatch):
     original = F.scaled_dot_product_attention
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", watched)
+        patch.setattr("quintic.lm.mla.fits_causal_attention", lambda *inputs: False)
         layer(x, rotation_table(x.shape[1], 4, 10000.0, still=6))
     (one,) = found
     return one

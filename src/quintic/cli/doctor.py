@@ -74,6 +74,7 @@ def _print(facts: dict[str, Any]) -> None:
         ("memory", "unknown" if memory is None else f"{memory / 2**30:,.1f} GiB"),
         ("device", facts["device"]),
         ("instructions", facts["instructions"]),
+        *([("kernels", facts["kernels"])] if "kernels" in facts else []),
         ("dtype", f"{facts['dtype']}; the fastest that is safe to train in here is {facts['fastest_safe_dtype']}"),
         ("matrix product", f"{facts['matmul_gflops']:,.0f} GFLOP/s in {facts['dtype']} (measured)"),
         ("cache", f"{cache['bytes'] / 2**20:,.1f} MiB in {cache['files']} files; QUINTIC_CACHE moves it"),

@@ -19,6 +19,7 @@ import torch
 
 from quintic.core.errors import ConfigError, suggest
 from quintic.core.files import atomic_write, cache_dir, sha256_bytes
+from quintic.core.kernels import kernels_in_use
 
 __all__ = [
     "DTYPES",
@@ -127,6 +128,7 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "instructions": instructions(device),
+        **({"kernels": kernels_in_use()} if device.type == "cpu" else {}),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -12,8 +12,10 @@ from quintic.core.ranks import Ranks
 
 __all__ = ["agreed_dtype", "changes"]
 
-_DECISIVE = ("cpu", "device", "dtype", "threads", "torch", "ranks")
+_DECISIVE = ("cpu", "device", "dtype", "threads", "torch", "ranks", "kernels")
 """Facts on which the last bits of a training depend."""
+_UNSAID = {"ranks": 1, "kernels": "torch"}
+"""What holds where a record says nothing."""
 
 
 def agreed_dtype(name: str, before: Mapping[str, Any], device: torch.device, ranks: Ranks) -> torch.dtype:
@@ -41,12 +43,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], device: torch.dev
         >>> changes({"threads": 2, "torch": "2.13.0"}, {"threads": 1, "torch": "2.13.0"}, torch.device("cpu"))
         ['threads was 2 and is 1 now: the run goes on, equal to rounding rather than bit for bit']
     """
-    found = [
-        f"{name} was {before.get(name, 1)} and is {now.get(name, 1)} now"
-        for name in _DECISIVE
-        if before and before.get(name) != now.get(name)
-    ]
+    pairs = [(name, *(facts.get(name, _UNSAID.get(name)) for facts in (before, now))) for name in _DECISIVE if before]
+    found = [f"{name} was {old} and is {new} now" for name, old, new in pairs if _deed(old) != _deed(new)]
     words = [f"{', '.join(found)}: the run goes on, equal to rounding rather than bit for bit"] if found else []
     if now.get("dtype") == "bfloat16" and fast_dtype(device) != torch.bfloat16:
         words.append("the run computes in bfloat16, which is slow here; it keeps to it, since that is its precision")
     return words
+
+
+def _deed(fact: object) -> object:
+    """Without the reason that stands behind it in brackets."""
+    return fact.split(" (")[0] if isinstance(fact, str) and fact.startswith("torch (") else fact

@@ -1,7 +1,8 @@
 """How much a forward pass keeps for the backward pass, counted from the shapes.
 
 Kept per token and layer: the input and the normalised input of both halves (4 d); queries, keys, values and the
-attended values of every head; latents before and after their norm; what the feed-forward's own functions save.
+attended values of every head; latents before and after their norm; what the feed-forward's own functions save. The
+kernels of :mod:`quintic.lm.attention` keep less: one copy of the keys' shared part, and nothing padded.
 """
 
 from __future__ import annotations

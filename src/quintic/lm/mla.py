@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quintic.core.roles import Normal, Role, declare
+from quintic.lm.attention import causal_attention, fits_causal_attention
 from quintic.lm.cache import LatentCache
 from quintic.lm.config import LMConfig
 from quintic.lm.norm import RMSNorm
@@ -87,11 +88,15 @@ class LatentAttention(nn.Module):
         """
         c = self.config
         b, t, _ = x_btd.shape
-        query = self.q_norm(self.q_down(x_btd)) if c.q_rank else x_btd
-        # The table leaves the part without position as it is.
-        query = rotate(self.q(query).view(b, t, c.num_heads, -1).transpose(1, 2), rotation)
+        query = self.q(self.q_norm(self.q_down(x_btd)) if c.q_rank else x_btd)
         latent_btr, rope_key_btp = self.kv_down(x_btd).split([c.kv_rank, c.qk_rope_dim], dim=-1)
         latent_btr = self.kv_norm(latent_btr)
+        scale, clips = (c.qk_nope_dim + c.qk_rope_dim) ** -0.5, c.qk_clip and self.training
+        plain = cache is None and allowed is None and not clips
+        if plain and fits_causal_attention(query, latent_btr, rope_key_btp, rotation):
+            return self.out(causal_attention(query, self.kv_up(latent_btr), rope_key_btp, rotation, scale))
+        # The table leaves the part without position as it is.
+        query = rotate(query.view(b, t, c.num_heads, -1).transpose(1, 2), rotation)
         rope_key_btp = rotate(rope_key_btp, rotation[:, c.qk_nope_dim // 2 :])
         if cache is not None:
             stored = cache.append(latent_btr, rope_key_btp)
@@ -103,7 +108,7 @@ class LatentAttention(nn.Module):
             self.kv_up(latent_btr).view(b, s, c.num_heads, -1).transpose(1, 2).split([c.qk_nope_dim, c.v_dim], dim=-1)
         )
         key = torch.cat([k_nope, rope_key_btp.unsqueeze(1).expand(-1, c.num_heads, -1, -1)], dim=-1)
-        if c.qk_clip and self.training:
+        if clips:
             found = max_logits(query, key, allowed=allowed)
             self.largest_logits = found if self.largest_logits is None else torch.maximum(self.largest_logits, found)
         # The fused kernels want equal widths; zero columns change nothing.
@@ -111,7 +116,7 @@ class LatentAttention(nn.Module):
         if pad > 0:
             value = F.pad(value, (0, pad))
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, is_causal=allowed is None and t > 1, scale=key.shape[-1] ** -0.5
+            query, key, value, attn_mask=allowed, is_causal=allowed is None and t > 1, scale=scale
         )
         return self.out(mixed[..., : c.v_dim].transpose(1, 2).reshape(b, t, -1))
 

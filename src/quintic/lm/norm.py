@@ -4,7 +4,8 @@ With n = x / RMS(x), r = 1 / RMS(x) and incoming gradient g over d components,
 
     d gain = sum of g n,   dx = r (g gain - n <g gain, n> / d)
 
-which a function of its own computes in a third of the passes over memory that autograd would take.
+which a function of its own computes in a third of the passes over memory that autograd would take, and the kernels of
+``norm.c`` in two passes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from quintic.core.kernels import Kernels, fits_kernels, load_kernels
 from quintic.core.roles import Constant, Role, declare
 
 __all__ = ["RMSNorm", "rms_norm"]
@@ -50,7 +52,8 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     # The compiler fuses it and decides itself what to keep; without gradients there is nothing to keep.
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.rms_norm(x, gain.shape, gain, eps)
-    out: Tensor = _RMSNorm.apply(x, gain, eps)  # type: ignore[assignment]
+    function = _CompiledRMSNorm if fits_kernels(x, gain) and load_kernels() is not None else _RMSNorm
+    out: Tensor = function.apply(x, gain, eps)  # type: ignore[assignment]
     return out
 
 
@@ -74,3 +77,33 @@ class _RMSNorm(torch.autograd.Function):
         along = (gn @ gain).unsqueeze(-1).div_(n.shape[-1])
         dx = (g * gain).addcmul_(n, along, value=-1.0).mul_(r)
         return dx, gn.flatten(0, -2).sum(0), None
+
+
+class _CompiledRMSNorm(torch.autograd.Function):
+    """Keeps x and r instead of n and r: x is somebody's anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        x, gain = x.contiguous(), gain.contiguous()
+        y, r = torch.empty_like(x), x.new_empty(x.shape[:-1])
+        _kernels().call("rms_norm", r.numel(), len(gain), float(eps), x, gain, r, y)
+        ctx.save_for_backward(x, r, gain)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, r, gain = ctx.saved_tensors
+        dx, dgain = torch.empty_like(x), torch.empty_like(gain)
+        sizes, kernels = (r.numel(), len(gain)), _kernels()
+        (parts,) = kernels.scratch(kernels.call("rms_norm_parts", *sizes))
+        kernels.call("rms_norm_backward", *sizes, x, gain, r, grad_outputs[0].contiguous(), dx, dgain, parts)
+        return dx, dgain, None
+
+
+def _kernels() -> Kernels:
+    kernels = load_kernels()
+    assert kernels is not None
+    return kernels

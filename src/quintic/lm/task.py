@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quintic.core.files import atomic_write
+from quintic.core.kernels import kernels_in_use
 from quintic.core.loss import Loss
 from quintic.core.ranks import ALONE, Ranks
 from quintic.data.tokenizer import Tokenizer
@@ -94,6 +95,8 @@ class LanguageModelTask:
         ]
         lines += [f"{name}: {note}" for name, note in self.data.notes.items()]
         lines.append(f"model: {total:,} parameters, {active:,} of them at work on a token")
+        if not torch.cuda.is_available() and (kernels := kernels_in_use()) != "compiled":
+            lines.append(f"kernels: {kernels}; compiled ones make a step on a CPU shorter, see quintic doctor")
         data = {
             name: {"bytes": s.num_bytes, "tokens": s.num_tokens, "documents": s.num_documents}
             for name, s in splits.items()

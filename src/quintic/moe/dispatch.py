@@ -1,6 +1,7 @@
 """Which rows go where: slots sorted by expert, and the products that suit their number.
 
-A slot is one (token, choice) pair. Three ways to multiply the rows of every expert by its own matrix:
+A slot is one (token, choice) pair. Three ways to multiply the rows of every expert by its own matrix, for all that the
+kernels of :mod:`quintic.moe.expert_kernels` do not compute (they take float32 on a CPU that has them):
 
 =========  ==============================================================  =====================================
 kernel     what it does                                                    costs

@@ -21,6 +21,7 @@ from quintic.moe.activation import (
     check_activation,
     halves,
 )
+from quintic.moe.fused import fits_fused_feedforward, fused_feedforward
 
 __all__ = ["FeedForward", "SwiGLU"]
 
@@ -66,12 +67,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width)."""
-        h = F.linear(x, getattr(self, self.in_name))
+        w_in = getattr(self, self.in_name)
+        training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if training and self.gated and fits_fused_feedforward(x, w_in, self.down, self.activation):
+            return fused_feedforward(x, w_in, self.down, self.activation)
+        h = F.linear(x, w_in)
         function = ACTIVATIONS[self.activation].function
         if not self.gated:
             return F.linear(function(h), self.down)
         # The compiler fuses these and decides itself what to keep; without gradients there is nothing to keep.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not training:
             gate, up = h.chunk(2, dim=-1)
             return F.linear(function(gate) * up, self.down)
         a: Tensor = _GatedActivation.apply(h, self.activation)  # type: ignore[assignment]

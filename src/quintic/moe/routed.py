@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from quintic.core import ConfigError
+from quintic.moe import expert_kernels
 from quintic.moe.activation import activate_, activate_for_backward_, activation_backward_, halves
 from quintic.moe.dispatch import Block, Run, blocks_of, grouped_is_legal, kept_rows, lay_out, plan_runs
 from quintic.moe.products import outer_by_expert_, rows_by_expert_
@@ -143,6 +144,9 @@ def _forward(
     h_rh, row_nk, kept_r, counts_e = _kept(x_nd, ids_nk, w_in)
     if not ids_nk.numel():
         return x_nd.new_zeros(x_nd.shape), h_rh, row_nk, kept_r, counts_e.zero_()
+    if (kernels := expert_kernels.kernels_for(activation, x_nd, normalize=normalize)) is not None:
+        kept = (h_rh, row_nk, kept_r, counts_e)
+        return expert_kernels.forward(kernels, x_nd, ids_nk, gates_nk, w_in, w_out, activation, kept), *kept
     # Not bincount, for which the host would wait: it asks for the largest expert.
     counts_e = counts_e.zero_().index_add_(0, ids_nk.reshape(-1), counts_e.new_ones(1).expand(ids_nk.numel()))
     runs, blocks, ends = _plan(counts_e, ids_nk.numel(), w_in, w_out)
@@ -183,6 +187,9 @@ def _backward(
     if not gates_nk.numel():
         zeros = [t.new_zeros(t.shape) if on else None for t, on in zip((x_nd, w_in, w_out), output_mask, strict=True)]
         return zeros[0], torch.zeros_like(gates_nk), zeros[1], zeros[2]
+    if (kernels := expert_kernels.kernels_for(activation, x_nd, normalize=normalize)) is not None:
+        kept = (h_rh, row_nk, token_r, counts_e)
+        return expert_kernels.backward(kernels, dy_nd, x_nd, gates_nk, w_in, w_out, kept, activation, output_mask)
     _, blocks, ends = _plan(counts_e, gates_nk.numel(), w_in, w_out)
     dw_in = w_in.new_empty(w_in.shape if ends is None else 0) if needs_in else None  # a grouped product makes its own
     dw_out = w_out.new_empty(w_out.shape if ends is None else 0) if needs_out else None

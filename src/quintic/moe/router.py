@@ -24,12 +24,14 @@ from torch.autograd.function import once_differentiable
 
 from quintic.core import ConfigError
 from quintic.core.counter_rng import Stream
+from quintic.core.kernels import Kernels, fits_kernels, load_kernels
 from quintic.core.roles import Constant, Normal, Role, declare
 from quintic.moe.score import Score, apply_score, check_score
 
 __all__ = ["Router", "Routing", "argtop", "check_routing", "routed_scaling_factor"]
 
 _FEW_ROWS = 16
+_LANES = 64  # room for a kernel that works in whole vectors
 _NORM_EPS = 1e-20  # as in DeepSeek-V3; only there for a row of exact zeros
 
 
@@ -183,7 +185,7 @@ class Router(nn.Module):
         ids_nk = argtop(biased_ne, self.top_k)
         if keep is not None:
             ids_nk = keep(ids_nk)
-        return ids_nk, _gates(gate_ne, ids_nk, self.normalize_gates) * self.scale, scores_ne, biased_ne
+        return ids_nk, _gates(gate_ne, ids_nk, self.normalize_gates, self.scale), scores_ne, biased_ne
 
 
 def check_routing(
@@ -239,6 +241,11 @@ def argtop(scores_ne: Tensor, k: int) -> Tensor:
     if not torch.compiler.is_compiling():
         if scores_ne.shape[0] <= _FEW_ROWS:
             return scores_ne.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        if (kernels := _kernels_for(scores_ne)) is not None:
+            ids_nk = scores_ne.new_empty((len(scores_ne), k), dtype=torch.int64)
+            (scratch,) = kernels.scratch(torch.get_num_threads() * (scores_ne.shape[1] + _LANES))
+            kernels.call("top", *scores_ne.shape, k, scores_ne.contiguous(), ids_nk, scratch)
+            return ids_nk
         if scores_ne.device.type == "cpu":  # elsewhere the question would wait for the device
             best, indices = scores_ne.topk(min(k, last) + 1)
             if torch.all(best[:, :-1] > best[:, 1:]):
@@ -261,12 +268,12 @@ def _best_groups(biased_ne: Tensor, num_groups: int, top_groups: int) -> Tensor:
     return groups_nge.masked_fill(~open_ng.unsqueeze(-1), -math.inf).flatten(1)
 
 
-def _gates(scores_ne: Tensor, ids_nk: Tensor, normalize: bool) -> Tensor:
+def _gates(scores_ne: Tensor, ids_nk: Tensor, normalize: bool, scale: float = 1.0) -> Tensor:
     if not normalize:
-        return scores_ne.gather(1, ids_nk)
+        return scores_ne.gather(1, ids_nk) * scale
     if not torch.is_grad_enabled():
-        return _normalised(scores_ne, ids_nk)[0]
-    gates_nk: Tensor = _NormalisedGates.apply(scores_ne, ids_nk)  # type: ignore[assignment]
+        return _normalised(scores_ne, ids_nk)[0] * scale
+    gates_nk: Tensor = _NormalisedGates.apply(scores_ne, ids_nk, scale)  # type: ignore[assignment]
     return gates_nk
 
 
@@ -277,14 +284,24 @@ def _normalised(scores_ne: Tensor, ids_nk: Tensor) -> tuple[Tensor, Tensor]:
     return chosen_nk / total_n1, total_n1
 
 
+def _kernels_for(scores_ne: Tensor) -> Kernels | None:
+    return load_kernels() if fits_kernels(scores_ne) else None
+
+
 class _NormalisedGates(torch.autograd.Function):
-    """p = s / sum of the chosen s, and back ds = (dp - <dp, p>) / sum: one node instead of four."""
+    """p = scale s / sum of the chosen s, and back ds = (scale dp - <dp, p>) / sum: one node instead of five."""
 
     @staticmethod
-    def forward(ctx: Any, scores_ne: Tensor, ids_nk: Tensor) -> Tensor:
-        gates_nk, total_n1 = _normalised(scores_ne, ids_nk)
+    def forward(ctx: Any, scores_ne: Tensor, ids_nk: Tensor, scale: float) -> Tensor:
+        if (kernels := _kernels_for(scores_ne)) is not None:
+            gates_nk, total_n1 = scores_ne.new_empty(ids_nk.shape), scores_ne.new_empty(len(ids_nk), 1)
+            sizes, inputs = (*scores_ne.shape, ids_nk.shape[1]), (scores_ne.contiguous(), ids_nk.contiguous())
+            kernels.call("normalised_gates", *sizes, float(scale), *inputs, gates_nk, total_n1)
+        else:
+            gates_nk, total_n1 = _normalised(scores_ne, ids_nk)
+            gates_nk *= scale
         ctx.save_for_backward(gates_nk, total_n1, ids_nk)
-        ctx.experts = scores_ne.shape[1]
+        ctx.experts, ctx.scale = scores_ne.shape[1], scale
         return gates_nk
 
     @staticmethod
@@ -292,9 +309,17 @@ class _NormalisedGates(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gates_nk, total_n1, ids_nk = ctx.saved_tensors
         (dgates_nk,) = grad_outputs
-        dchosen_nk = (dgates_nk - (dgates_nk * gates_nk).sum(-1, keepdim=True)) / total_n1
+        if (kernels := _kernels_for(dgates_nk)) is not None:
+            dscores_ne = dgates_nk.new_empty(dgates_nk.shape[0], ctx.experts)
+            sizes, inputs = (*dscores_ne.shape, ids_nk.shape[1]), (dgates_nk, gates_nk, total_n1, ids_nk)
+            kernels.call(
+                "normalised_gates_backward", *sizes, float(ctx.scale), *(t.contiguous() for t in inputs), dscores_ne
+            )
+            return dscores_ne, None, None
+        along_n1 = (dgates_nk * gates_nk).sum(-1, keepdim=True)
+        dchosen_nk = (ctx.scale * dgates_nk - along_n1) / total_n1
         dscores_ne = dgates_nk.new_zeros(dgates_nk.shape[0], ctx.experts)
-        return dscores_ne.scatter_(1, ids_nk, dchosen_nk), None
+        return dscores_ne.scatter_(1, ids_nk, dchosen_nk), None, None
 
 
 @functools.lru_cache

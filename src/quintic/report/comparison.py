@@ -22,7 +22,7 @@ from quintic.report.words import count, duration, finite, plain
 
 __all__ = ["check_runs", "write_comparison"]
 
-_MACHINE = ("cpu", "device", "threads", "dtype", "torch")
+_MACHINE = ("cpu", "device", "threads", "dtype", "torch", "kernels")
 """What of a machine decides how fast a run is."""
 _ALONE = (
     "One run each: another seed may move a loss as far as a setting does, and a learning rate that suits one suits "

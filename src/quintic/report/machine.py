@@ -13,6 +13,7 @@ __all__ = ["machine_table"]
 _WORDS = {
     "cpu": ("Processor", "{}"),
     "instructions": ("Matrix units", "{}"),
+    "kernels": ("Kernels", "{}"),
     "threads": ("Threads", "{}"),
     "device": ("Device", "{}"),
     "dtype": ("Precision", "{}"),

@@ -1,0 +1,196 @@
+"""C kernels for the CPU, compiled where they run: in a few seconds, once, into the cache.
+
+A file ``NAME.c`` beside the Python that calls it does in one pass over memory what torch's operators do in many; all of
+them are one library. It needs a 64-bit x86 processor with AVX2 on Linux and a C compiler (``$CC``, ``cc``, ``gcc`` or
+``clang``); elsewhere, or with ``QUINTIC_KERNELS=torch``, the same numbers come from torch's operators, equal to
+rounding. Which it is does not change within a process, is a fact of the machine that a run writes down, and is said
+when a training begins.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quintic.core.errors import ConfigError
+from quintic.core.files import cache_dir, sha256_bytes
+
+__all__ = ["Kernels", "fits_kernels", "kernels_in_use", "load_kernels"]
+
+VARIABLE = "QUINTIC_KERNELS"
+_HEADER = Path(__file__).with_name("kernels.h")
+_LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
+_COMPILERS = ("cc", "gcc", "clang")
+_FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_SECONDS = 120
+_LINE = 16  # numbers of a cache line
+_KEPT = 2**24  # numbers: 64 MiB
+
+
+class Unavailable(Exception):
+    """Why kernels cannot be had here."""
+
+
+class Kernels:
+    """The functions of a library.
+
+    Args:
+        library: It, loaded.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._own = threading.local()
+
+    def scratch(self, *sizes: int) -> list[Tensor]:
+        """Float32 memory that holds anything, and only until this thread's next call of this: one tensor for each size.
+
+        Up to some size it is the same memory every time: what was written there is in the cache still, and the system
+        hands out nothing.
+        """
+        lined = [-(-size // _LINE) * _LINE for size in sizes]
+        room, kept = sum(lined), getattr(self._own, "room", None)
+        if kept is None or kept.numel() < room:
+            kept = torch.empty(room, dtype=torch.float32, device="cpu")
+            if room <= _KEPT:
+                self._own.room = kept
+        return [part[:size] for part, size in zip(kept[:room].split(lined), sizes, strict=True)]
+
+    def call(self, name: str, *arguments: float | Tensor | None) -> int:
+        """Call a function of ``long``, ``double`` and pointers that returns a ``long``; its first is torch's threads.
+
+        Args:
+            name: Of the function.
+            arguments: The others: an int, a float, a tensor for the address of its first element, None for no address.
+        """
+        function = getattr(self._library, name)
+        plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+        if function.argtypes is None:
+            function.argtypes = [
+                ctypes.c_long,
+                *(ctypes.c_double if isinstance(a, float) else ctypes.c_long for a in plain),
+            ]
+            function.restype = ctypes.c_long
+        return function(torch.get_num_threads(), *plain)
+
+
+def fits_kernels(*tensors: Tensor) -> bool:
+    """Whether kernels read all of these: float32, on a CPU, with their numbers where they say.
+
+    Not in a graph that the compiler makes, which fuses torch's operators, nor a subclass, which means something else.
+    """
+    return not torch.compiler.is_compiling() and all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) for t in tensors
+    )
+
+
+def load_kernels() -> Kernels | None:
+    """The kernels; None where there are none, and torch's operators are to be used.
+
+    Raises:
+        ConfigError: ``QUINTIC_KERNELS`` is neither of auto, torch and compiled; or it is compiled, and they cannot be.
+    """
+    return _found()[0]
+
+
+def kernels_in_use() -> str:
+    """``compiled``, or ``torch`` with the reason in brackets.
+
+    Raises:
+        ConfigError: As :func:`load_kernels`.
+    """
+    kernels, why = _found()
+    return "compiled" if kernels is not None else f"torch ({why})"
+
+
+@functools.cache
+def _found() -> tuple[Kernels | None, str]:
+    """Kernels or None, and why None."""
+    wanted = os.environ.get(VARIABLE) or "auto"
+    if wanted not in ("auto", "torch", "compiled"):
+        raise ConfigError(f"{VARIABLE} must be auto, torch or compiled, found {wanted!r}")
+    if wanted == "torch":
+        return None, f"{VARIABLE}=torch"
+    try:
+        return Kernels(_library(_sources())), ""
+    except Unavailable as error:
+        if wanted == "compiled":
+            raise ConfigError(f"{VARIABLE}=compiled, but {error}") from error
+        return None, str(error)
+
+
+def _sources() -> list[Path]:
+    return sorted(Path(__file__).parents[1].rglob("*.c"))
+
+
+def _library(sources: Sequence[Path]) -> ctypes.CDLL:
+    level = _LEVELS.get(torch.backends.cpu.get_cpu_capability())
+    if sys.platform != "linux" or platform.machine() != "x86_64" or level is None:
+        raise Unavailable("they are for x86-64 with AVX2 on Linux")
+    entry = _thread_entry()
+    compiler = _compiler()
+    command = [*compiler, f"-march={level}", *_FLAGS]
+    texts = [path.read_text(encoding="utf-8") for path in (_HEADER, *sources)]
+    key = sha256_bytes("\0".join([*texts, *command, _run([*compiler, "--version"])]).encode())[:20]
+    try:
+        path = cache_dir("kernels") / f"{key}.so"
+        if not path.exists():
+            _compile([*command, f"-I{_HEADER.parent}", *map(str, sources)], path)
+        if path.stat().st_uid not in (os.getuid(), 0):
+            raise Unavailable(f"{path} belongs to somebody else")
+        library = ctypes.CDLL(str(path))
+    except (OSError, ConfigError) as error:
+        raise Unavailable(str(error)) from error
+    library.use_threads(ctypes.c_void_p(entry))
+    return library
+
+
+def _thread_entry() -> int:
+    """Address of the function of torch's OpenMP runtime that starts threads."""
+    try:
+        runtime = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOW | os.RTLD_NOLOAD)
+        entry = ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError) as error:
+        raise Unavailable("torch's threads are not those of GNU's OpenMP") from error
+    assert entry is not None
+    return entry
+
+
+def _compiler() -> list[str]:
+    names = [os.environ["CC"]] if os.environ.get("CC") else _COMPILERS
+    for name in names:
+        if (words := name.split()) and (path := shutil.which(words[0])):
+            return [path, *words[1:]]
+    raise Unavailable(f"there is no C compiler ({', '.join(names)}) on the path")
+
+
+def _compile(command: Sequence[str], path: Path) -> None:
+    """Under another name first: several processes may do it at once."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        _run([*command, "-o", str(made)])
+        os.replace(made, path)
+
+
+def _run(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} does not run: {error}") from error
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        words = next((line for line in said if "error" in line), said[0])
+        raise Unavailable(f"{command[0]} does not compile them: {words}")
+    return done.stdout

@@ -1,0 +1,139 @@
+"""The routed sum by the C kernels of ``experts.c``: float32 on a CPU that has them, with silu, gelu_tanh or relu.
+
+Rows are sorted by expert without padding, so a run's layout differs from that of :mod:`quintic.moe.dispatch`; what is
+kept for the backward pass has the same meaning and the same size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quintic.core.kernels import Kernels, fits_kernels, load_kernels
+
+__all__ = ["backward", "dense_backward", "dense_forward", "forward", "kernels_for"]
+
+_KINDS = ("silu", "gelu_tanh", "relu")
+
+
+def kernels_for(activation: str, *tensors: Tensor, normalize: bool = False) -> Kernels | None:
+    """The kernels, if there are any and they compute this."""
+    known = activation in _KINDS and not normalize
+    return load_kernels() if known and fits_kernels(*tensors) else None
+
+
+def forward(
+    kernels: Kernels,
+    x_nd: Tensor,
+    ids_nk: Tensor,
+    gates_nk: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    activation: str,
+    kept: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> Tensor:
+    """y_n; fills what is kept: h_rh, row_nk, token_r and counts_e.
+
+    Raises:
+        IndexError: An id is no expert's.
+    """
+    x_nd, ids_nk, gates_nk, w_in, w_out = (t.contiguous() for t in (x_nd, ids_nk, gates_nk.float(), w_in, w_out))
+    h_rh, row_nk, token_r, counts_e = kept
+    n, k, d, *_, experts = sizes = _sizes(ids_nk, w_in, w_out)
+    if kernels.call("experts_sort", n, k, experts, ids_nk, counts_e, row_nk, token_r):
+        raise IndexError(f"ids_nk has values from {ids_nk.min()} to {ids_nk.max()}; there are {experts} experts")
+    y_nd = torch.empty_like(x_nd)
+    v_rd, scratch = kernels.scratch(n * k * d, kernels.call("experts_scratch", *sizes))
+    kernels.call(
+        "experts_forward", *sizes, _KINDS.index(activation),
+        x_nd, gates_nk, w_in, w_out, counts_e, row_nk, token_r, h_rh, v_rd, scratch,
+    )  # fmt: skip
+    kernels.call("experts_sum", n, k, d, v_rd, gates_nk, row_nk, y_nd)
+    return y_nd
+
+
+def backward(
+    kernels: Kernels,
+    dy_nd: Tensor,
+    x_nd: Tensor,
+    gates_nk: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    kept: tuple[Tensor, Tensor, Tensor, Tensor],
+    activation: str,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, gates, w_in and w_out; of x, w_in and w_out only those that ``output_mask`` asks for."""
+    dtype = gates_nk.dtype
+    dy_nd, x_nd, gates_nk, w_in, w_out = (
+        t.contiguous() for t in (dy_nd.to(x_nd.dtype), x_nd, gates_nk.float(), w_in, w_out)
+    )
+    h_rh, row_nk, token_r, counts_e = kept
+    sizes = _sizes(row_nk, w_in, w_out)
+    n, k, d, f, h, _ = sizes
+    rows, (needs_x, needs_in, needs_out) = n * k, output_mask
+    gate_r, dgate_r, a_rf, dh_rh, room, scratch = kernels.scratch(
+        rows, rows, rows * f, rows * h, rows * d * needs_x, kernels.call("experts_scratch", *sizes)
+    )
+    dx_rd = room if needs_x else None
+    dgates_nk = torch.empty_like(gates_nk)
+    dx_nd, dw_in, dw_out = (
+        torch.empty_like(t) if needed else None for t, needed in ((x_nd, needs_x), (w_in, needs_in), (w_out, needs_out))
+    )
+    kernels.call(
+        "experts_backward", *sizes, _KINDS.index(activation),
+        x_nd, gates_nk, w_in, w_out, counts_e, row_nk, token_r, h_rh,
+        dy_nd, gate_r, dgate_r, a_rf, dh_rh, dx_rd, dgates_nk, dw_in, dw_out, scratch,
+    )  # fmt: skip
+    if dx_nd is not None:
+        kernels.call("experts_sum", n, k, d, dx_rd, None, row_nk, dx_nd)
+    return dx_nd, dgates_nk.to(dtype), dw_in, dw_out
+
+
+def dense_forward(x_nd: Tensor, w_in: Tensor, w_out: Tensor, activation: str, h_nh: Tensor, y_nd: Tensor) -> None:
+    """One expert for all rows, in their order and with gates of 1; writes h and y."""
+    kernels, (x_nd, w_in, w_out) = _kernels(), (t.contiguous() for t in (x_nd, w_in, w_out))
+    sizes, counts = _dense_sizes(x_nd, w_in, w_out), torch.tensor([len(x_nd)], device=x_nd.device)
+    (scratch,) = kernels.scratch(kernels.call("experts_scratch", *sizes))
+    kernels.call(
+        "experts_forward", *sizes, _KINDS.index(activation),
+        x_nd, None, w_in, w_out, counts, None, None, h_nh, y_nd, scratch,
+    )  # fmt: skip
+
+
+def dense_backward(
+    dy_nd: Tensor,
+    x_nd: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    h_nh: Tensor,
+    activation: str,
+    dx_nd: Tensor | None,
+    dw_in: Tensor | None,
+    dw_out: Tensor | None,
+) -> None:
+    """Writes those gradients that are not None."""
+    kernels, (dy_nd, x_nd, w_in, w_out) = _kernels(), (t.contiguous() for t in (dy_nd, x_nd, w_in, w_out))
+    sizes, counts = _dense_sizes(x_nd, w_in, w_out), torch.tensor([len(x_nd)], device=x_nd.device)
+    a_nf, dh_nh, scratch = kernels.scratch(
+        len(x_nd) * w_out.shape[1], h_nh.numel(), kernels.call("experts_scratch", *sizes)
+    )
+    kernels.call(
+        "experts_backward", *sizes, _KINDS.index(activation), x_nd, None, w_in, w_out, counts, None, None, h_nh,
+        dy_nd, None, None, a_nf, dh_nh, dx_nd, None, dw_in, dw_out, scratch,
+    )  # fmt: skip
+
+
+def _kernels() -> Kernels:
+    kernels = load_kernels()
+    assert kernels is not None
+    return kernels
+
+
+def _dense_sizes(x_nd: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[int, ...]:
+    return len(x_nd), 1, *w_out.shape, len(w_in), 1
+
+
+def _sizes(ids_nk: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[int, ...]:
+    """n, k, d, f, h and experts."""
+    return (*ids_nk.shape, *w_out.shape[1:], w_in.shape[1], len(w_in))
