@@ -126,21 +126,21 @@ LOCAL void pack_rows(long depth, long columns, const float *rows, long ld, const
         r[i + D] = SHUFFLE(r[i], r[i + D], HIGH);   \
         r[i] = low;                                 \
     }
+/* Of all lanes, by halves: OP(lanes) brings each lane together with its partner, and in the end with every other. */
 #if W == 16
-#define FOLD(OP)                                                                         \
-    OP(SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7))              \
-    OP(SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11))              \
-    OP(SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13))              \
-    OP(SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
+#define FOLD(OP)                                              \
+    OP(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)  \
+    OP(4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)  \
+    OP(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)  \
+    OP(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
 #else
-#define FOLD(OP)                                    \
-    OP(SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3))       \
-    OP(SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5))       \
-    OP(SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6))
+#define FOLD(OP)              \
+    OP(4, 5, 6, 7, 0, 1, 2, 3) \
+    OP(2, 3, 0, 1, 6, 7, 4, 5) \
+    OP(1, 0, 3, 2, 5, 4, 7, 6)
 #endif
 
-/* Of all lanes, by halves: a short chain of operations. */
-#define ADD(x) v += x;
+#define ADD(...) v += SHUFFLE(v, v, __VA_ARGS__);
 INLINE float sum(V v) { FOLD(ADD) return v[0]; }
 
 #define LIST(...) __VA_ARGS__

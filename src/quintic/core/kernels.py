@@ -60,13 +60,16 @@ class Kernels:
         Up to some size it is the same memory every time: what was written there is in the cache still, and the system
         hands out nothing.
         """
-        lined = [-(-size // _LINE) * _LINE for size in sizes]
-        room, kept = sum(lined), getattr(self._own, "room", None)
-        if kept is None or kept.numel() < room:
-            kept = torch.empty(room, dtype=torch.float32, device="cpu")
-            if room <= _KEPT:
+        at, starts = 0, []
+        for size in sizes:
+            starts.append(at)
+            at += -(-size // _LINE) * _LINE
+        kept: Tensor | None = getattr(self._own, "room", None)
+        if kept is None or kept.numel() < at:
+            kept = torch.empty(at, dtype=torch.float32, device="cpu")
+            if at <= _KEPT:
                 self._own.room = kept
-        return [part[:size] for part, size in zip(kept[:room].split(lined), sizes, strict=True)]
+        return [kept.narrow(0, start, size) for start, size in zip(starts, sizes, strict=True)]
 
     def call(self, name: str, *arguments: float | Tensor | None) -> int:
         """Call a function of ``long``, ``double`` and pointers that returns a ``long``; its first is torch's threads.

@@ -67,7 +67,7 @@ INLINE V log2_(V x) {
 #endif
 INLINE V larger(V a, V b) { return pick(a > b, a, b); }
 
-#define LARGER(x) v = larger(v, x);
+#define LARGER(...) v = larger(v, SHUFFLE(v, v, __VA_ARGS__));
 INLINE float largest(V v) { FOLD(LARGER) return v[0]; }
 
 /* to = scale * from, its pairs turned as complex numbers; back by sign -1. They may be the same. */

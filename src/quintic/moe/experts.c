@@ -119,13 +119,15 @@ typedef struct {
     float *y;
 } Sum;
 
-#define TOKENS 64
+#define TOKENS 16 /* of a task */
 
 static void add_rows(const void *about, long index, float *scratch) {
     const Sum *s = about;
     long last = (index + 1) * TOKENS < s->n ? (index + 1) * TOKENS : s->n;
     (void)scratch;
-    for (long i = index * TOKENS; i < last; i++)
+    for (long i = index * TOKENS; i < last; i++) {
+        for (long j = 0; i + 1 < last && j < s->k; j++) /* rows lie anywhere: the next ones are called for in time */
+            for (long q = 0; q < s->d; q += 16) __builtin_prefetch(s->v + s->row[(i + 1) * s->k + j] * s->d + q);
         for (long q = 0; q < s->d; q += W) {
             V total = all(0);
             for (long j = 0; j < s->k; j++) {
@@ -134,6 +136,7 @@ static void add_rows(const void *about, long index, float *scratch) {
             }
             store_some(s->y + i * s->d + q, total, s->d - q);
         }
+    }
 }
 
 /* weight: null for 1 */
@@ -157,10 +160,11 @@ long experts_sort(long threads, long n, long k, long experts, const int64_t *ids
         counts[e] = start;
         start += count;
     }
-    for (long m = 0; m < n * k; m++) {
-        row[m] = counts[ids[m]]++;
-        token[row[m]] = m / k;
-    }
+    for (long i = 0, m = 0; i < n; i++)
+        for (long j = 0; j < k; j++, m++) {
+            long r = row[m] = counts[ids[m]]++;
+            token[r] = i;
+        }
     for (long e = experts - 1; e > 0; e--) counts[e] -= counts[e - 1];
     return 0;
 }

@@ -185,7 +185,11 @@ class Router(nn.Module):
         ids_nk = argtop(biased_ne, self.top_k)
         if keep is not None:
             ids_nk = keep(ids_nk)
-        return ids_nk, _gates(gate_ne, ids_nk, self.normalize_gates, self.scale), scores_ne, biased_ne
+        if self.score == "sigmoid" and self.normalize_gates and torch.is_grad_enabled():
+            gates_nk = _sigmoid_gates(logits_ne, gate_ne, ids_nk, self.scale)
+        else:
+            gates_nk = _gates(gate_ne, ids_nk, self.normalize_gates, self.scale)
+        return ids_nk, gates_nk, scores_ne, biased_ne
 
 
 def check_routing(
@@ -273,7 +277,13 @@ def _gates(scores_ne: Tensor, ids_nk: Tensor, normalize: bool, scale: float = 1.
         return scores_ne.gather(1, ids_nk) * scale
     if not torch.is_grad_enabled():
         return _normalised(scores_ne, ids_nk)[0] * scale
-    gates_nk: Tensor = _NormalisedGates.apply(scores_ne, ids_nk, scale)  # type: ignore[assignment]
+    gates_nk: Tensor = _NormalisedGates.apply(scores_ne, scores_ne, ids_nk, scale, False)  # type: ignore[assignment]
+    return gates_nk
+
+
+def _sigmoid_gates(logits_ne: Tensor, scores_ne: Tensor, ids_nk: Tensor, scale: float) -> Tensor:
+    """Normalised gates of scores = sigmoid(logits), whose gradient goes to the logits at once."""
+    gates_nk: Tensor = _NormalisedGates.apply(logits_ne, scores_ne.detach(), ids_nk, scale, True)  # type: ignore[assignment]
     return gates_nk
 
 
@@ -289,37 +299,48 @@ def _kernels_for(scores_ne: Tensor) -> Kernels | None:
 
 
 class _NormalisedGates(torch.autograd.Function):
-    """p = scale s / sum of the chosen s, and back ds = (scale dp - <dp, p>) / sum: one node instead of five."""
+    """p = scale s / sum of the chosen s, and back ds = (scale dp - <dp, p>) / sum; through a sigmoid times s (1 - s).
+
+    The first argument gets the gradient: the scores, or the logits whose sigmoid they are.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scores_ne: Tensor, ids_nk: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, source_ne: Tensor, scores_ne: Tensor, ids_nk: Tensor, scale: float, through_sigmoid: bool
+    ) -> Tensor:
+        scores_ne = scores_ne.contiguous()
         if (kernels := _kernels_for(scores_ne)) is not None:
+            ids_nk = ids_nk.contiguous()
             gates_nk, total_n1 = scores_ne.new_empty(ids_nk.shape), scores_ne.new_empty(len(ids_nk), 1)
-            sizes, inputs = (*scores_ne.shape, ids_nk.shape[1]), (scores_ne.contiguous(), ids_nk.contiguous())
-            kernels.call("normalised_gates", *sizes, float(scale), *inputs, gates_nk, total_n1)
+            sizes = (*scores_ne.shape, ids_nk.shape[1])
+            kernels.call("normalised_gates", *sizes, float(scale), scores_ne, ids_nk, gates_nk, total_n1)
         else:
             gates_nk, total_n1 = _normalised(scores_ne, ids_nk)
             gates_nk *= scale
-        ctx.save_for_backward(gates_nk, total_n1, ids_nk)
-        ctx.experts, ctx.scale = scores_ne.shape[1], scale
+        ctx.save_for_backward(gates_nk, total_n1, ids_nk, *([scores_ne] if through_sigmoid else []))
+        ctx.shape, ctx.scale = source_ne.shape, scale
         return gates_nk
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gates_nk, total_n1, ids_nk = ctx.saved_tensors
+        gates_nk, total_n1, ids_nk, *through = ctx.saved_tensors
         (dgates_nk,) = grad_outputs
+        scores_ne = through[0] if through else None
         if (kernels := _kernels_for(dgates_nk)) is not None:
-            dscores_ne = dgates_nk.new_empty(dgates_nk.shape[0], ctx.experts)
-            sizes, inputs = (*dscores_ne.shape, ids_nk.shape[1]), (dgates_nk, gates_nk, total_n1, ids_nk)
+            dsource_ne = dgates_nk.new_empty(ctx.shape)
             kernels.call(
-                "normalised_gates_backward", *sizes, float(ctx.scale), *(t.contiguous() for t in inputs), dscores_ne
-            )
-            return dscores_ne, None, None
+                "normalised_gates_backward", *ctx.shape, ids_nk.shape[1], float(ctx.scale), dgates_nk.contiguous(),
+                gates_nk, total_n1, ids_nk, scores_ne, dsource_ne,
+            )  # fmt: skip
+            return dsource_ne, None, None, None, None
         along_n1 = (dgates_nk * gates_nk).sum(-1, keepdim=True)
         dchosen_nk = (ctx.scale * dgates_nk - along_n1) / total_n1
-        dscores_ne = dgates_nk.new_zeros(dgates_nk.shape[0], ctx.experts)
-        return dscores_ne.scatter_(1, ids_nk, dchosen_nk), None, None
+        if scores_ne is not None:
+            chosen_nk = scores_ne.gather(1, ids_nk)
+            dchosen_nk = dchosen_nk * chosen_nk * (1.0 - chosen_nk)
+        dsource_ne = dgates_nk.new_zeros(ctx.shape).scatter_(1, ids_nk, dchosen_nk)
+        return dsource_ne, None, None, None, None
 
 
 @functools.lru_cache

@@ -7,17 +7,17 @@
 INLINE long end_of(long index, long n) { return (index + 1) * TOKENS < n ? (index + 1) * TOKENS : n; }
 
 INLINE I either(I where, I yes, I no) { return (yes & where) | (no & ~where); }
-INLINE I larger(I a, I b) { return either(a > b, a, b); }
 INLINE I every(int32_t x) { return x - (I){0}; }
 
-/* The largest lane. */
-INLINE int32_t largest(I v) {
-    UNROLL for (int half = W / 2; half; half /= 2) {
-        I other;
-        UNROLL for (int i = 0; i < W; i++) other[i] = v[i ^ half];
-        v = larger(v, other);
-    }
-    return v[0];
+/* The place of the largest key, the first of equal ones. */
+#define FIRST(...)                                                                                  \
+    other = SHUFFLE(key, key, __VA_ARGS__), there = SHUFFLE(place, place, __VA_ARGS__);             \
+    better = (other > key) | ((other == key) & (there < place));                                    \
+    key = either(better, other, key), place = either(better, there, place);
+INLINE int32_t first_of(I key, I place) {
+    I other, there, better;
+    FOLD(FIRST)
+    return place[0];
 }
 
 /* Integers that sort as the numbers do: -0 is 0, and every NaN is the largest. */
@@ -46,11 +46,12 @@ static void top_rows(const void *about, long index, float *scratch) {
             keys[j] = either(lanes < (int32_t)left, keys_of(load_some(t->scores + i * t->e + j * W, left)), every(NONE));
         }
         for (long q = 0; q < t->k; q++) {
-            I best = keys[0], first = every(NONE);
-            for (long j = 1; j < vectors; j++) best = larger(best, keys[j]);
-            int32_t key = largest(best);
-            for (long j = 0; j < vectors; j++) first = larger(first, either(keys[j] == key, -lanes - (int32_t)(j * W), every(NONE)));
-            int32_t place = -largest(first);
+            I best = keys[0], place_of = lanes;
+            for (long j = 1; j < vectors; j++) {
+                I better = keys[j] > best;
+                best = either(better, keys[j], best), place_of = either(better, lanes + (int32_t)(j * W), place_of);
+            }
+            int32_t place = first_of(best, place_of);
             keys[place / W] = either(lanes == place % W, every(NONE), keys[place / W]);
             t->ids[i * t->k + q] = place;
         }
@@ -97,18 +98,23 @@ static void score_rows(const void *about, long index, float *scratch) {
     (void)scratch;
     for (long i = index * TOKENS; i < end_of(index, g->n); i++) {
         const float *gates = g->gates + i * g->k, *dgates = g->dgates + i * g->k;
+        const int64_t *ids = g->ids + i * g->k;
         float along = 0, *dscores = g->dscores + i * g->e;
         memset(dscores, 0, 4 * g->e);
         for (long j = 0; j < g->k; j++) along += dgates[j] * gates[j];
-        for (long j = 0; j < g->k; j++) dscores[g->ids[i * g->k + j]] = (g->scale * dgates[j] - along) / g->total[i];
+        for (long j = 0; j < g->k; j++) {
+            float s = g->scores ? g->scores[i * g->e + ids[j]] : 0, d = (g->scale * dgates[j] - along) / g->total[i];
+            dscores[ids[j]] = g->scores ? d * s * (1 - s) : d;
+        }
     }
 }
 
-/* ds = (scale dp - <dp, p>) / sum for the chosen, 0 for the others */
-long normalised_gates_backward(long threads, long n, long e, long k, double scale, const float *dgates, const float *gates,
-                               const float *total, const int64_t *ids, float *dscores) {
-    Gates g = {.n = n, .e = e, .k = k, .scale = scale, .dgates = dgates, .ids = ids, .gates = (float *)gates, .total = (float *)total,
-               .dscores = dscores};
+/* ds = (scale dp - <dp, p>) / sum for the chosen, 0 for the others; times s (1 - s) if scores are given */
+long normalised_gates_backward(long threads, long n, long e, long k, double scale, const float *dgates,
+                               const float *gates, const float *total, const int64_t *ids, const float *scores,
+                               float *dscores) {
+    Gates g = {.n = n, .e = e, .k = k, .scale = scale, .dgates = dgates, .ids = ids, .gates = (float *)gates,
+               .total = (float *)total, .scores = scores, .dscores = dscores};
     share((n + TOKENS - 1) / TOKENS, threads, score_rows, &g, 0, 0);
     return 0;
 }
