@@ -7,8 +7,9 @@ rest: embedding, residual sums, data, clipping, balancing. A part reaches
     fraction of the peak = (FLOPs / time in products / peak) * (time in products / time),
 
 and torch's profiler tells the time in products, so that the two factors say why it is below: slow products, or work
-beside them. FLOPs are those of the products: of the causal half of attention, and what its backward pass computes
-again is not counted. Variants change the preset at about equal active parameters.
+beside them. The kernels in C, which hold products and what is between them, count as products. FLOPs are those of the
+products: of the causal half of attention, and what its backward pass computes again is not counted. Variants change
+the preset at about equal active parameters.
 """
 
 from __future__ import annotations
@@ -58,11 +59,13 @@ VARIANTS: dict[str, list[str]] = {
     "8 wide experts, 2 wide heads, batch 32": [*_FEW_EXPERTS, *_WIDE_HEADS, "engine.batch_size=32"],
 }
 """Settings beyond the preset's."""
-_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
-_PRODUCTS = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")} | {
-    _ATTENTION,
-    f"{_ATTENTION}_backward",
+_ATTENTION = {
+    f"{name}{end}"
+    for name in ("aten::_scaled_dot_product_flash_attention_for_cpu", "quintic::causal_attention")
+    for end in ("", "_backward")
 }
+_KERNELS = {f"quintic::{name}_{way}" for name in ("routed", "dense") for way in ("forward", "backward")}
+_PRODUCTS = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")}
 
 
 def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
@@ -76,10 +79,27 @@ def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[in
     return batch * heads * time * key[2] * (width + value[3])
 
 
+def fused_attention_flops(q: Sequence[int], kv: Sequence[int], key: Sequence[int], turns: Sequence[int]) -> int:
+    """The same, from the inputs of :func:`quintic.lm.attention.causal_attention`.
+
+    Example:
+        >>> fused_attention_flops((1, 8, 2 * 4), (1, 8, 2 * (3 + 6)), (1, 8, 1), (8, 2))
+        1280
+    """
+    (batch, time, _), width = q, 2 * turns[1]
+    heads = q[2] // width
+    value = kv[2] // heads - (width - key[2])
+    return attention_flops((batch, heads, time, width), (batch, heads, time, width), (batch, heads, time, value))
+
+
 def flops_of(act: Callable[[], object]) -> int:
     """FLOPs of the products in a call, by torch's counter and what it does not know."""
-    aten = torch.ops.aten
+    aten, own = torch.ops.aten, torch.ops.quintic
     unknown = {
+        own.causal_attention: lambda q, kv, key, turns, *_, **__: fused_attention_flops(q, kv, key, turns),
+        own.causal_attention_backward: (
+            lambda grad, q, kv, key, turns, *_, **__: 2 * fused_attention_flops(q, kv, key, turns)
+        ),
         aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: attention_flops(q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -213,7 +233,7 @@ def run(
         name: {
             "gflop": flops_of(act) / 1e9,
             "ms": 1e3 * seconds[name],
-            "products_ms": 1e3 * seconds_in_products(act, _PRODUCTS),
+            "products_ms": 1e3 * seconds_in_products(act, _PRODUCTS | _ATTENTION | _KERNELS),
         }
         for name, act in acts.items()
     }
@@ -221,7 +241,7 @@ def run(
     heads = (batch, c.num_heads, c.context, c.qk_nope_dim + c.qk_rope_dim)
     kernel = {
         "gflop": 3 * c.num_layers * attention_flops(heads, heads, (*heads[:3], c.v_dim)) / 1e9,
-        "ms": 1e3 * seconds_in_products(acts["attention"], {_ATTENTION, f"{_ATTENTION}_backward"}),
+        "ms": 1e3 * seconds_in_products(acts["attention"], _ATTENTION),
     }
     whole = {}
     for title, changes in variants.items():
@@ -286,8 +306,9 @@ def section(result: dict[str, Any]) -> str:
         "## The floor of a training step",
         f"`python -m benchmarks step_floor`: the {result['size']} preset at its own batch of {result['batch']} "
         f"windows; {peak:,.0f} GFLOP/s is the peak of\nlarge float32 products, measured in the same run. The step is "
-        "timed in training, its parts by themselves on tensors of\nthe same shapes, and the rest is what they leave. "
-        f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}.",
+        "timed in training, its parts by themselves on tensors of\nthe same shapes, and the rest is what they leave; "
+        "kernels in C count as products. "
+        f"{m['cpu']}, {m['threads']} threads,\ntorch {m['torch']}; kernels: {m.get('kernels', 'torch')}.",
         table(head, rows),
         "Why a part is below the peak: \"of the peak\" is what its products reach times their share of its time. The "
         f"fused\nattention kernel, whose exponentials are not counted, reaches {reached:.0%} and "

@@ -162,9 +162,8 @@ def _library(sources: Sequence[Path]) -> ctypes.CDLL:
 
 def _thread_entry() -> int:
     """Address of the function of torch's OpenMP runtime that starts threads."""
-    try:
-        runtime = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOW | os.RTLD_NOLOAD)
-        entry = ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p).value
+    try:  # as the linker finds it for torch, be it another runtime that was loaded first
+        entry = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError) as error:
         raise Unavailable("torch's threads are not those of GNU's OpenMP") from error
     assert entry is not None
