@@ -156,7 +156,7 @@ def test_normalised_gates(n, experts, k, monkeypatch):
     assert results[0][1][~chosen].eq(0).all()
 
 
-@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 40), (0, 8), (1000, 16), (700, 130)])
+@pytest.mark.parametrize("shape", [(5, 12), (100, 12), (2, 160, 40), (0, 8), (1000, 16), (1300, 130)])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "relu", "gelu"])
 @pytest.mark.parametrize("trained", ["x w_in w_out", "x", "w_in", "w_out"])
 def test_a_dense_network(shape, activation, trained, monkeypatch):

@@ -252,11 +252,11 @@ LOCAL void pack_left(long depth, long height, const float *a, long lda, const in
         }
 }
 
-/* c[i][:] = sum over r of a[ta[r]][i] b[tb[r]][:], i < height; without rows exact zeros. */
+/* c[i][:] (+)= sum over r of a[ta[r]][i] b[tb[r]][:], i < height; without rows exact zeros. */
 LOCAL void outer(long rows, long height, long width, const float *a, long lda, const int64_t *ta, const float *b,
-                 long ldb, const int64_t *tb, float *c, float *scratch) {
+                 long ldb, const int64_t *tb, float *c, int add, float *scratch) {
     float *left = scratch, *right = scratch + DEPTH * ((height + ROWS - 1) / ROWS * ROWS);
-    if (!rows) memset(c, 0, 4 * height * width);
+    if (!rows && !add) memset(c, 0, 4 * height * width);
     for (long r = 0; r < rows; r += DEPTH) {
         long depth = rows - r < DEPTH ? rows - r : DEPTH;
         pack_left(depth, height, ta ? a : a + r * lda, lda, ta ? ta + r : 0, left);
@@ -269,7 +269,7 @@ LOCAL void outer(long rows, long height, long width, const float *a, long lda, c
                 for (long n = 0; n < some;) {
                     int nv = panel(n, some);
                     float *to = c + i * width + first + n;
-                    tile_within(nv, depth, from, ROWS, panels, to, width, height - i, some - n, r > 0);
+                    tile_within(nv, depth, from, ROWS, panels, to, width, height - i, some - n, add || r > 0);
                     panels += depth * nv * W;
                     n += nv * W;
                 }

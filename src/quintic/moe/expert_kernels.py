@@ -70,10 +70,10 @@ def backward(
     )
     h_rh, row_nk, token_r, counts_e = kept
     sizes = _sizes(row_nk, w_in, w_out)
-    n, k, d, f, h, _ = sizes
+    n, k, d, *_ = sizes
     rows, (needs_x, needs_in, needs_out) = n * k, output_mask
-    gate_r, dgate_r, a_rf, dh_rh, room, scratch = kernels.scratch(
-        rows, rows, rows * f, rows * h, rows * d * needs_x, kernels.call("experts_scratch", *sizes)
+    gate_r, dgate_r, room, scratch = kernels.scratch(
+        rows, rows, rows * d * needs_x, kernels.call("experts_backward_scratch", *sizes)
     )
     dx_rd = room if needs_x else None
     dgates_nk = torch.empty_like(gates_nk)
@@ -83,7 +83,7 @@ def backward(
     kernels.call(
         "experts_backward", *sizes, _KINDS.index(activation),
         x_nd, gates_nk, w_in, w_out, counts_e, row_nk, token_r, h_rh,
-        dy_nd, gate_r, dgate_r, a_rf, dh_rh, dx_rd, dgates_nk, dw_in, dw_out, scratch,
+        dy_nd, gate_r, dgate_r, dx_rd, dgates_nk, dw_in, dw_out, scratch,
     )  # fmt: skip
     if dx_nd is not None:
         kernels.call("experts_sum", n, k, d, dx_rd, None, row_nk, dx_nd)
@@ -115,12 +115,10 @@ def dense_backward(
     """Writes those gradients that are not None."""
     kernels, (dy_nd, x_nd, w_in, w_out) = _kernels(), (t.contiguous() for t in (dy_nd, x_nd, w_in, w_out))
     sizes, counts = _dense_sizes(x_nd, w_in, w_out), torch.tensor([len(x_nd)], device=x_nd.device)
-    a_nf, dh_nh, scratch = kernels.scratch(
-        len(x_nd) * w_out.shape[1], h_nh.numel(), kernels.call("experts_scratch", *sizes)
-    )
+    (scratch,) = kernels.scratch(kernels.call("experts_backward_scratch", *sizes))
     kernels.call(
         "experts_backward", *sizes, _KINDS.index(activation), x_nd, None, w_in, w_out, counts, None, None, h_nh,
-        dy_nd, None, None, a_nf, dh_nh, dx_nd, None, dw_in, dw_out, scratch,
+        dy_nd, None, None, dx_nd, None, dw_in, dw_out, scratch,
     )  # fmt: skip
 
 

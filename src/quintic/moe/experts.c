@@ -5,6 +5,7 @@
  * width, h = 2 f (gated) or f, e experts.
  */
 #include "kernels.h"
+#include <stdlib.h>
 
 enum { SILU, GELU_TANH, RELU }; /* in the order of _KINDS in moe/expert_kernels.py */
 
@@ -99,13 +100,11 @@ static long cut(const Layer *l, long threads, Piece *pieces) {
 
 INLINE long larger(long a, long b) { return a > b ? a : b; }
 
-/* Floats that a thread needs: for products and a row of activations for each token; or for outer products. */
+/* Floats that a thread needs forward: for products, and a row of activations for each token. */
 static long scratch_of(const Layer *l, long threads) {
-    long rows = product_scratch() + most_rows(l, threads) * l->f;
-    return padded(larger(rows, outer_scratch(larger(l->h, l->d))));
+    return padded(product_scratch() + most_rows(l, threads) * l->f);
 }
 
-/* Floats that both passes want as scratch. */
 long experts_scratch(long threads, long n, long k, long d, long f, long h, long experts) {
     Layer l = {.n = n, .k = k, .d = d, .f = f, .h = h, .experts = experts};
     return threads * scratch_of(&l, threads) + padded(most_pieces(&l, threads) * (long)(sizeof(Piece) / sizeof(float)));
@@ -198,66 +197,132 @@ long experts_forward(long threads, long n, long k, long d, long f, long h, long 
     return 0;
 }
 
+/* Backward a task is some rows of an expert too, from da to its part of dw: what lies between stays in the cache. The
+ * first part of an expert writes into dw itself, the others into memory that is added to it at the end, in their order.
+ * How rows are parted depends on the load alone, so that threads change no bit. */
+typedef struct {
+    long expert, first, last, part, parts, extra; /* extra: where, of the memory for further parts */
+} Part;
+
+/* Rows of a part: enough that the further parts of dw take no more memory than dh of their rows. */
+static long rows_of_a_part(const Layer *l) {
+    long rows = l->n * l->k / 16;
+    return larger(l->d, rows < 128 ? 128 : rows > 512 ? 512 : rows);
+}
+
+static long most_extras(const Layer *l) { return l->n * l->k / rows_of_a_part(l); }
+
+/* Numbers of dw_in and dw_out of an expert. */
+INLINE long size_of(const Layer *l) { return (l->h + l->f) * l->d; }
+
+/* Rows at a time. */
+static long rows_of_a_block(const Layer *l) {
+    long rows = DEPTH;
+    while (rows > 64 && rows * (l->f + l->h + larger(l->h, l->d)) > 1 << 18) rows /= 2;
+    return rows;
+}
+
+static long backward_scratch_of(const Layer *l) {
+    return padded(larger(product_scratch(), outer_scratch(larger(l->h, l->d))) + rows_of_a_block(l) * (l->f + l->h));
+}
+
+long experts_backward_scratch(long threads, long n, long k, long d, long f, long h, long experts) {
+    Layer l = {.n = n, .k = k, .d = d, .f = f, .h = h, .experts = experts};
+    long extras = most_extras(&l), parts = padded((experts + extras) * (long)(sizeof(Part) / sizeof(float)));
+    return threads * backward_scratch_of(&l) + padded(extras * size_of(&l)) + parts;
+}
+
+/* Experts without rows have a part, too: their dw is zero. */
+static long part(const Layer *l, Part *parts) {
+    long good = rows_of_a_part(l), start = 0, made = 0, extras = 0;
+    for (long e = 0; e < l->experts; start += l->counts[e++]) {
+        long rows = l->counts[e], count = rows > good ? (rows + good / 2) / good : 1;
+        for (long p = 0; p < count; p++)
+            parts[made++] = (Part){e, start + rows * p / count, start + rows * (p + 1) / count, p, count, extras - 1 + p};
+        extras += count - 1;
+    }
+    return made;
+}
+
+static int by_rows(const void *a, const void *b) {
+    const Part *p = a, *q = b;
+    long more = (q->last - q->first) - (p->last - p->first);
+    return more > 0 ? 1 : more < 0 ? -1 : 0;
+}
+
 typedef struct {
     const Layer *l;
-    const Piece *pieces;
+    const Part *parts;
     const float *dy;
-    float *gate_r, *dgate_r, *a_r, *dh_r, *dx_r, *dw_in, *dw_out;
-    long parts;
+    float *gate_r, *dgate_r, *dx_r, *dw_in, *dw_out, *extras;
 } Backward;
 
-/* dh, gate a, d gate and dx of some rows */
-static void backward_piece(const void *about, long index, float *scratch) {
+/* Where a part's dw_in (0) or dw_out (1) goes; null if nobody asks for it. */
+INLINE float *place_of(const Backward *p, const Part *part, int out) {
+    const Layer *l = p->l;
+    float *whole = out ? p->dw_out : p->dw_in;
+    if (!whole) return 0;
+    if (part->part) return p->extras + part->extra * size_of(l) + (out ? l->h * l->d : 0);
+    return whole + part->expert * l->d * (out ? l->f : l->h);
+}
+
+/* dx, d gate and dw of some rows */
+static void backward_part(const void *about, long index, float *scratch) {
     const Backward *p = about;
     const Layer *l = p->l;
-    Piece piece = p->pieces[index];
-    long first = piece.first, rows = piece.last - first;
-    float *da = scratch + product_scratch();
-    Right w_in = {l->w_in + piece.expert * l->h * l->d, l->d, 0}, w_out = {l->w_out + piece.expert * l->d * l->f, l->f, 0};
-    product(rows, l->d, l->f, rows_from(l, p->dy, first), l->d, tokens_from(l, first), w_out, da, l->f, scratch);
-    for (long r = first; r < first + rows; r++) {
-        float gate = p->gate_r ? p->gate_r[r] : 1.0f, *a = p->a_r + r * l->f, *dh = p->dh_r + r * l->h;
-        float along = back(l->kind, l->f, l->h, gate, l->h_r + r * l->h, da + (r - first) * l->f, a, dh);
-        if (p->gate_r) p->dgate_r[r] = along;
+    const Part *part = p->parts + index;
+    long block = rows_of_a_block(l);
+    float *a = scratch + larger(product_scratch(), outer_scratch(larger(l->h, l->d))), *dh = a + block * l->f;
+    float *dw_in = place_of(p, part, 0), *dw_out = place_of(p, part, 1);
+    Right w_in = {l->w_in + part->expert * l->h * l->d, l->d, 0}, w_out = {l->w_out + part->expert * l->d * l->f, l->f, 0};
+    for (long first = part->first; first < part->last || first == part->first; first += block) {
+        long rows = part->last - first < block ? part->last - first : block;
+        int more = first > part->first;
+        const float *x = rows_from(l, l->x, first), *dy = rows_from(l, p->dy, first);
+        const int64_t *token = tokens_from(l, first);
+        product(rows, l->d, l->f, dy, l->d, token, w_out, a, l->f, scratch); /* da, then a in its place */
+        for (long i = 0; i < rows; i++) {
+            float gate = p->gate_r ? p->gate_r[first + i] : 1.0f, *a_i = a + i * l->f;
+            float along = back(l->kind, l->f, l->h, gate, l->h_r + (first + i) * l->h, a_i, a_i, dh + i * l->h);
+            if (p->gate_r) p->dgate_r[first + i] = along;
+        }
+        if (p->dx_r) product(rows, l->h, l->d, dh, l->h, 0, w_in, p->dx_r + first * l->d, l->d, scratch);
+        if (dw_in) outer(rows, l->h, l->d, dh, l->h, 0, x, l->d, token, dw_in, more, scratch);
+        if (dw_out) outer(rows, l->d, l->f, dy, l->d, token, a, l->f, 0, dw_out, more, scratch);
     }
-    if (p->dx_r) product(rows, l->h, l->d, p->dh_r + first * l->h, l->h, 0, w_in, p->dx_r + first * l->d, l->d, scratch);
 }
 
-/* Parts of a matrix's rows that are tasks of their own, where experts are few; halves pack the other side twice. */
-static long parts_of(const Layer *l, long threads) {
-    long parts = (2 * threads + l->experts - 1) / l->experts, most = larger(1, (l->d < l->h ? l->d : l->h) / 64);
-    return parts < most ? parts : most;
-}
+#define SLICES 16 /* tasks that add up one expert's dw */
 
-/* Some rows of dw_in of an expert (even) or of its dw_out (odd) */
-static void weights_of_expert(const void *about, long index, float *scratch) {
+static void add_parts(const void *about, long index, float *scratch) {
     const Backward *p = about;
-    const Layer *l = p->l;
-    long expert = index / 2 / p->parts, part = index / 2 % p->parts, start = 0, rows = l->counts[expert];
-    long whole = index % 2 ? l->d : l->h, top = whole * part / p->parts, height = whole * (part + 1) / p->parts - top;
-    for (long e = 0; e < expert; e++) start += l->counts[e];
-    const int64_t *token = tokens_from(l, start);
-    if (index % 2 && p->dw_out)
-        outer(rows, height, l->f, rows_from(l, p->dy, start) + top, l->d, token, p->a_r + start * l->f, l->f, 0,
-              p->dw_out + (expert * l->d + top) * l->f, scratch);
-    if (index % 2 == 0 && p->dw_in)
-        outer(rows, height, l->d, p->dh_r + start * l->h + top, l->h, 0, rows_from(l, l->x, start), l->d, token,
-              p->dw_in + (expert * l->h + top) * l->d, scratch);
+    const Part *part = p->parts + index / SLICES;
+    (void)scratch;
+    for (int out = 0; out < 2 && !part->part; out++) {
+        long size = p->l->d * (out ? p->l->f : p->l->h), slice = index % SLICES;
+        float *to = place_of(p, part, out);
+        for (long q = 1; to && q < part->parts; q++) {
+            Part other = {.part = q, .extra = part->extra + q};
+            const float *from = place_of(p, &other, out);
+            for (long i = size * slice / SLICES; i < size * (slice + 1) / SLICES; i++) to[i] += from[i];
+        }
+    }
 }
 
 /* Gradients, that of x by rows; those with a null pointer are left out. */
 long experts_backward(long threads, long n, long k, long d, long f, long h, long experts, long kind, const float *x,
                       const float *gates, const float *w_in, const float *w_out, int64_t *counts, int64_t *row,
-                      int64_t *token, float *h_r, const float *dy, float *gate_r, float *dgate_r, float *a_r,
-                      float *dh_r, float *dx_r, float *dgates, float *dw_in, float *dw_out, float *scratch) {
+                      int64_t *token, float *h_r, const float *dy, float *gate_r, float *dgate_r, float *dx_r,
+                      float *dgates, float *dw_in, float *dw_out, float *scratch) {
     Layer l = {n, k, d, f, h, experts, kind, x, gates, w_in, w_out, counts, row, token, h_r};
-    long each = scratch_of(&l, threads);
-    Piece *pieces = (Piece *)(scratch + threads * each);
-    Backward pass = {&l, pieces, dy, gate_r, dgate_r, a_r, dh_r, dx_r, dw_in, dw_out,
-                     parts_of(&l, threads)};
+    float *extras = scratch + threads * backward_scratch_of(&l);
+    Part *parts = (Part *)(extras + padded(most_extras(&l) * size_of(&l)));
+    Backward pass = {&l, parts, dy, gate_r, dgate_r, dx_r, dw_in, dw_out, extras};
+    long count = part(&l, parts);
+    qsort(parts, count, sizeof(Part), by_rows); /* the largest first: the last ones to end are small */
     for (long m = 0; gates && m < n * k; m++) gate_r[row[m]] = gates[m];
-    share(cut(&l, threads, pieces), threads, backward_piece, &pass, scratch, each);
+    share(count, threads, backward_part, &pass, scratch, backward_scratch_of(&l));
     for (long m = 0; gates && m < n * k; m++) dgates[m] = dgate_r[row[m]];
-    if (dw_in || dw_out) share(2 * experts * pass.parts, threads, weights_of_expert, &pass, scratch, each);
+    if (count > experts) share(count * SLICES, threads, add_parts, &pass, scratch, 0);
     return 0;
 }

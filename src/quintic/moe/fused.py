@@ -20,11 +20,21 @@ from quintic.moe import expert_kernels
 
 __all__ = ["fits_fused_feedforward", "fused_feedforward"]
 
+_ROWS = 8  # for each column of x
+
 
 def fits_fused_feedforward(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> bool:
-    """Whether :func:`fused_feedforward` is for this: float32 on a CPU with kernels, an activation that they have."""
-    plain = bool(x.numel()) and not torch.is_autocast_enabled("cpu")
-    return plain and expert_kernels.kernels_for(activation, x, w_in, w_out) is not None
+    """Whether :func:`fused_feedforward` is for this.
+
+    That is float32 on a CPU with kernels, an activation that they have, and at least eight times as many rows as the
+    width: they are computed in parts of that size, which are to be shared out among threads.
+    """
+    many = x.numel() >= _ROWS * x.shape[-1] ** 2 > 0
+    return (
+        many
+        and not torch.is_autocast_enabled("cpu")
+        and expert_kernels.kernels_for(activation, x, w_in, w_out) is not None
+    )
 
 
 def fused_feedforward(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> Tensor:
