@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,11 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.claims import Claim, table
+from benchmarks.moe_speed import by_torch
 from quintic.core.machine import describe, peak_memory_bytes
 from quintic.lm import LanguageModel, LMConfig, generate_batch, load_deepseek, save_deepseek
 
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 """transformers' ways of running experts."""
+BY_TORCH = "quintic without kernels"
+"""Ours by torch's operators, as where there is no C compiler."""
 BATCHES = (1, 8)
 CPU = torch.device("cpu")
 PROMPT, NEW = 32, 160
@@ -121,6 +125,7 @@ def stepper(model: nn.Module, ours: bool) -> Callable[[], float]:
 def training(folder: Path) -> dict[str, float]:
     """Seconds of a step."""
     steps = {"quintic": stepper(load_deepseek(folder), True)}
+    steps[BY_TORCH] = by_torch(stepper(load_deepseek(folder), True))
     steps |= {name: stepper(theirs(folder, name), False) for name in EXPERTS}
     losses = {name: step() for name, step in steps.items()}
     assert max(losses.values()) - min(losses.values()) < 1e-4 * losses["quintic"], losses
@@ -131,7 +136,10 @@ def training(folder: Path) -> dict[str, float]:
 
 
 def _peak(folder: str, name: str, answer: Any) -> None:
-    step = stepper(load_deepseek(folder), True) if name == "quintic" else stepper(theirs(Path(folder), name), False)
+    if name == BY_TORCH:
+        os.environ["QUINTIC_KERNELS"] = "torch"
+    ours = name in ("quintic", BY_TORCH)
+    step = stepper(load_deepseek(folder), True) if ours else stepper(theirs(Path(folder), name), False)
     step()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # of glibc
@@ -144,7 +152,7 @@ def _peak(folder: str, name: str, answer: Any) -> None:
 def memory(folder: Path) -> dict[str, float]:
     """MiB that a step needs for a time, beside weights, gradients and the state of the optimizer."""
     context, found = multiprocessing.get_context("spawn"), {}
-    for name in ("quintic", *EXPERTS):
+    for name in ("quintic", BY_TORCH, *EXPERTS):
         receive, send = context.Pipe(duplex=False)
         process = context.Process(target=_peak, args=(str(folder), name, send))
         process.start()
@@ -161,7 +169,7 @@ def run() -> dict[str, Any]:
         return {
             "machine": describe(CPU, torch.float32),
             "tokens_per_second": generation(folder, ours.eval()),
-            "step_ms": {name: 1e3 * spent[name] for name in ("quintic", *EXPERTS)},
+            "step_ms": {name: 1e3 * spent[name] for name in ("quintic", BY_TORCH, *EXPERTS)},
             "step_mib": memory(folder),
         }
 
@@ -169,7 +177,8 @@ def run() -> dict[str, Any]:
 def section(result: dict[str, Any]) -> str:
     speed, step, mib, m = result["tokens_per_second"], result["step_ms"], result["step_mib"], result["machine"]
     rows = [
-        (name if name == "quintic" else f"transformers, {name}", *(f"{speed[str(b)][name]:,.0f}" for b in BATCHES),
+        (f"transformers, {name}" if name in EXPERTS else name,
+         *(f"{speed[str(b)][name]:,.0f}" if name in speed[str(b)] else "" for b in BATCHES),
          f"{step[name]:.0f}", f"{mib[name]:.0f}")
         for name in step
     ]  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -164,12 +165,12 @@ def compiled_dispatch_step(found: Kernels, x: Tensor, ids: Tensor, experts: int)
     return run
 
 
-def by_torch(run: Callable[[], None]) -> Callable[[], None]:
+def by_torch(run: Callable[[], Any]) -> Callable[[], Any]:
     """The same without compiled kernels."""
 
-    def declined() -> None:
+    def declined() -> Any:
         with mock.patch.object(kernels, "_found", lambda: (None, "declined")):
-            run()
+            return run()
 
     return declined
 
