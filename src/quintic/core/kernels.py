@@ -27,7 +27,7 @@ from torch import Tensor
 from quintic.core.errors import ConfigError
 from quintic.core.files import cache_dir, sha256_bytes
 
-__all__ = ["Kernels", "fits_kernels", "kernels_in_use", "load_kernels"]
+__all__ = ["Kernels", "fits_kernels", "found_kernels", "kernels_in_use", "load_kernels"]
 
 VARIABLE = "QUINTIC_KERNELS"
 _HEADER = Path(__file__).with_name("kernels.h")
@@ -106,6 +106,13 @@ def load_kernels() -> Kernels | None:
         ConfigError: ``QUINTIC_KERNELS`` is neither of auto, torch and compiled; or it is compiled, and they cannot be.
     """
     return _found()[0]
+
+
+def found_kernels() -> Kernels:
+    """Those of :func:`load_kernels`, where it is known that there are some."""
+    kernels = load_kernels()
+    assert kernels is not None
+    return kernels
 
 
 def kernels_in_use() -> str:

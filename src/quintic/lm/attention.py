@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quintic.core.kernels import Kernels, fits_kernels, load_kernels
+from quintic.core.kernels import fits_kernels, found_kernels, load_kernels
 
 __all__ = ["causal_attention", "fits_causal_attention"]
 
@@ -89,7 +89,7 @@ class _CausalAttention(torch.autograd.Function):
 def _forward(q: Tensor, kv: Tensor, rope_key: Tensor, rotation: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Mixed values, and (batch, heads, time) logarithms to base 2 of the denominators."""
     q, kv, rope_key, rotation = _readable(q, kv, rope_key, rotation)
-    sizes, kernels = _sizes(q, kv, rope_key, rotation), _kernels()
+    sizes, kernels = _sizes(q, kv, rope_key, rotation), found_kernels()
     out, lse = _fake_forward(q, kv, rope_key, rotation, scale)
     (scratch,) = kernels.scratch(kernels.call("attention_scratch", *sizes))
     kernels.call(
@@ -110,7 +110,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, kv and rope_key."""
     q, kv, rope_key, rotation = _readable(q, kv, rope_key, rotation)
-    sizes, kernels = _sizes(q, kv, rope_key, rotation), _kernels()
+    sizes, kernels = _sizes(q, kv, rope_key, rotation), found_kernels()
     dq, dkv, drope_key = _fake_backward(dout, q, kv, rope_key, rotation, out, lse, scale)
     by_head, scratch = kernels.scratch(
         lse.numel() * rope_key.shape[2], kernels.call("attention_backward_scratch", *sizes)
@@ -133,12 +133,6 @@ def _sizes(q: Tensor, kv: Tensor, rope_key: Tensor, rotation: Tensor) -> tuple[i
     (b, t, p), e = rope_key.shape, 2 * rotation.shape[1]
     h = q.shape[2] // e
     return b, t, h, e - p, p, kv.shape[2] // h - (e - p)
-
-
-def _kernels() -> Kernels:
-    kernels = load_kernels()
-    assert kernels is not None
-    return kernels
 
 
 def _fake_forward(q, kv, rope_key, rotation, scale):

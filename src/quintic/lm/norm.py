@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from quintic.core.kernels import Kernels, fits_kernels, load_kernels
+from quintic.core.kernels import fits_kernels, found_kernels, load_kernels
 from quintic.core.roles import Constant, Role, declare
 
 __all__ = ["RMSNorm", "rms_norm"]
@@ -86,7 +86,7 @@ class _CompiledRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
         x, gain = x.contiguous(), gain.contiguous()
         y, r = torch.empty_like(x), x.new_empty(x.shape[:-1])
-        _kernels().call("rms_norm", r.numel(), len(gain), float(eps), x, gain, r, y)
+        found_kernels().call("rms_norm", r.numel(), len(gain), float(eps), x, gain, r, y)
         ctx.save_for_backward(x, r, gain)
         return y
 
@@ -97,13 +97,7 @@ class _CompiledRMSNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, r, gain = ctx.saved_tensors
         dx, dgain = torch.empty_like(x), torch.empty_like(gain)
-        sizes, kernels = (r.numel(), len(gain)), _kernels()
+        sizes, kernels = (r.numel(), len(gain)), found_kernels()
         (parts,) = kernels.scratch(kernels.call("rms_norm_parts", *sizes))
         kernels.call("rms_norm_backward", *sizes, x, gain, r, grad_outputs[0].contiguous(), dx, dgain, parts)
         return dx, dgain, None
-
-
-def _kernels() -> Kernels:
-    kernels = load_kernels()
-    assert kernels is not None
-    return kernels

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quintic.core.kernels import Kernels, fits_kernels, load_kernels
+from quintic.core.kernels import Kernels, fits_kernels, found_kernels, load_kernels
 
 __all__ = ["backward", "dense_backward", "dense_forward", "forward", "kernels_for"]
 
@@ -92,7 +92,7 @@ def backward(
 
 def dense_forward(x_nd: Tensor, w_in: Tensor, w_out: Tensor, activation: str, h_nh: Tensor, y_nd: Tensor) -> None:
     """One expert for all rows, in their order and with gates of 1; writes h and y."""
-    kernels, (x_nd, w_in, w_out) = _kernels(), (t.contiguous() for t in (x_nd, w_in, w_out))
+    kernels, (x_nd, w_in, w_out) = found_kernels(), (t.contiguous() for t in (x_nd, w_in, w_out))
     sizes, counts = _dense_sizes(x_nd, w_in, w_out), torch.tensor([len(x_nd)], device=x_nd.device)
     (scratch,) = kernels.scratch(kernels.call("experts_scratch", *sizes))
     kernels.call(
@@ -113,19 +113,13 @@ def dense_backward(
     dw_out: Tensor | None,
 ) -> None:
     """Writes those gradients that are not None."""
-    kernels, (dy_nd, x_nd, w_in, w_out) = _kernels(), (t.contiguous() for t in (dy_nd, x_nd, w_in, w_out))
+    kernels, (dy_nd, x_nd, w_in, w_out) = found_kernels(), (t.contiguous() for t in (dy_nd, x_nd, w_in, w_out))
     sizes, counts = _dense_sizes(x_nd, w_in, w_out), torch.tensor([len(x_nd)], device=x_nd.device)
     (scratch,) = kernels.scratch(kernels.call("experts_backward_scratch", *sizes))
     kernels.call(
         "experts_backward", *sizes, _KINDS.index(activation), x_nd, None, w_in, w_out, counts, None, None, h_nh,
         dy_nd, None, None, dx_nd, None, dw_in, dw_out, scratch,
     )  # fmt: skip
-
-
-def _kernels() -> Kernels:
-    kernels = load_kernels()
-    assert kernels is not None
-    return kernels
 
 
 def _dense_sizes(x_nd: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[int, ...]:
