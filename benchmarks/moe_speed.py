@@ -116,7 +116,7 @@ def router_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     weight = torch.randn(len(x), layer.router.top_k, generator=torch.Generator().manual_seed(1))
 
     def run() -> None:
-        layer.zero_grad()
+        layer.router.zero_grad()
         x.grad = None
         layer.router(x).gates_nk.backward(weight)
 
@@ -154,13 +154,13 @@ def dispatch_step(x: Tensor, ids: Tensor, experts: int, hidden: int) -> Callable
 
 def compiled_dispatch_step(found: Kernels, x: Tensor, ids: Tensor, experts: int) -> Callable[[], None]:
     n, k, d = *ids.shape, x.shape[1]
-    gates, products = torch.full(ids.shape, 1.0 / k), torch.zeros(n * k, d)
+    gates, products, y = torch.full(ids.shape, 1.0 / k), torch.zeros(n * k, d), torch.zeros_like(x)
+    counts, row, token = ids.new_empty(experts), torch.empty_like(ids), ids.new_empty(n * k)
 
     def run() -> None:
-        counts, row, token = ids.new_empty(experts), torch.empty_like(ids), ids.new_empty(n * k)
         found.call("experts_sort", n, k, experts, ids, counts, row, token)
         for weights in (gates, None):
-            found.call("experts_sum", n, k, d, products, weights, row, torch.empty_like(x))
+            found.call("experts_sum", n, k, d, products, weights, row, None, y)
 
     return run
 

@@ -35,6 +35,7 @@ from benchmarks.claims import Claim, table
 from quintic.cli.wiring import build_settings, build_task
 from quintic.core.machine import describe, matmul_peak, matrix_units
 from quintic.lm import LanguageModel
+from quintic.lm.attention import causal_attention, fits_causal_attention
 from quintic.lm.cross_entropy import linear_cross_entropy
 from quintic.moe import MoE
 from quintic.optim import build_optimizer
@@ -59,13 +60,17 @@ VARIANTS: dict[str, list[str]] = {
     "8 wide experts, 2 wide heads, batch 32": [*_FEW_EXPERTS, *_WIDE_HEADS, "engine.batch_size=32"],
 }
 """Settings beyond the preset's."""
-_ATTENTION = {
-    f"{name}{end}"
-    for name in ("aten::_scaled_dot_product_flash_attention_for_cpu", "quintic::causal_attention")
-    for end in ("", "_backward")
+_KERNELS = {
+    *(f"quintic::{name}_{way}" for name in ("routed", "dense") for way in ("forward", "backward")),
+    *(
+        f"quintic::{name}{end}"
+        for name in ("latent_attention", "causal_attention", "route")
+        for end in ("", "_backward")
+    ),
 }
-_KERNELS = {f"quintic::{name}_{way}" for name in ("routed", "dense") for way in ("forward", "backward")}
-_PRODUCTS = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")}
+_PRODUCTS = {f"aten::{name}{end}" for name in ("mm", "addmm", "bmm", "baddbmm") for end in ("", "_")} | {
+    f"aten::_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("", "_backward")
+}
 
 
 def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int]) -> int:
@@ -92,10 +97,27 @@ def fused_attention_flops(q: Sequence[int], kv: Sequence[int], key: Sequence[int
     return attention_flops((batch, heads, time, width), (batch, heads, time, width), (batch, heads, time, value))
 
 
+def latent_attention_flops(x: Sequence[int], weights: Sequence[Sequence[int]], sizes: Sequence[int]) -> tuple[int, int]:
+    """Of the projections, and of attention alone, from the inputs of :mod:`quintic.lm.mla_kernel`."""
+    (batch, time, _), (heads, nope, rope, v_dim, _) = x, sizes
+    heads_of = (batch, heads, time, nope + rope)
+    projections = 2 * batch * time * sum(w[0] * w[1] for w in weights if len(w) == 2)
+    return projections, attention_flops(heads_of, heads_of, (*heads_of[:3], v_dim))
+
+
 def flops_of(act: Callable[[], object]) -> int:
     """FLOPs of the products in a call, by torch's counter and what it does not know."""
     aten, own = torch.ops.aten, torch.ops.quintic
+
+    def there(x: Any, turns: Any, weights: Any, sizes: Any, *_: Any, **__: Any) -> int:
+        return sum(latent_attention_flops(x, weights, sizes))
+
+    def back(dy: Any, x: Any, turns: Any, weights: Any, kept: Any, sizes: Any, *_: Any, **__: Any) -> int:
+        return 2 * sum(latent_attention_flops(x, weights, sizes))
+
     unknown = {
+        own.latent_attention: there,
+        own.latent_attention_backward: back,
         own.causal_attention: lambda q, kv, key, turns, *_, **__: fused_attention_flops(q, kv, key, turns),
         own.causal_attention_backward: (
             lambda grad, q, kv, key, turns, *_, **__: 2 * fused_attention_flops(q, kv, key, turns)
@@ -172,6 +194,35 @@ def step_gflop(settings: list[str], size: str) -> dict[str, float]:
     }
 
 
+def attended(block: Any, x: Tensor, rotation: Tensor) -> Tensor:
+    """The first half of a block."""
+    y = block.attention.add_to_stream(x, block.attention_norm, rotation)
+    return x + block.attention(block.attention_norm(x), rotation) if y is None else y
+
+
+def attention_alone(model: LanguageModel, batch: int) -> Callable[[], None]:
+    """Attention of one layer without its projections, there and back."""
+    c, generator = model.config, torch.Generator().manual_seed(0)
+    width = c.qk_nope_dim + c.qk_rope_dim
+
+    def rows(size: int) -> Tensor:
+        return torch.randn(batch, c.context, size, generator=generator).requires_grad_()
+
+    q, key = rows(c.num_heads * width), rows(c.qk_rope_dim)
+    kv = rows(c.num_heads * (c.qk_nope_dim + c.v_dim))
+    dout = torch.randn(batch, c.context, c.num_heads * c.v_dim, generator=generator)
+    if fits_causal_attention(q, kv, key, model.rotation):
+        return lambda: causal_attention(q, kv, key, model.rotation, width**-0.5).backward(dout)
+    query, keys, values = (rows(c.num_heads * size).view(batch, c.context, c.num_heads, size).transpose(1, 2)
+                           for size in (width, width, c.v_dim))  # fmt: skip
+
+    def act() -> None:
+        y = nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True)
+        y.backward(torch.ones_like(y))
+
+    return act
+
+
 def parts_of(model: LanguageModel, optimizer: torch.optim.Optimizer, batch: int) -> dict[str, Callable[[], object]]:
     """What a step does, each part as an act on tensors of its shapes."""
     c = model.config
@@ -198,8 +249,7 @@ def parts_of(model: LanguageModel, optimizer: torch.optim.Optimizer, batch: int)
     dense = next(type(block.ffn) for block in blocks if not isinstance(block.ffn, MoE))
     return {
         "attention": act([
-            (lambda h, b=b: b.attention(b.attention_norm(h), model.rotation), (b.attention, b.attention_norm))
-            for b in blocks
+            (lambda h, b=b: attended(b, h, model.rotation), (b.attention, b.attention_norm)) for b in blocks
         ]),
         "experts, router": feed_forward(MoE),
         "dense feed-forward": feed_forward(dense),
@@ -233,7 +283,7 @@ def run(
         name: {
             "gflop": flops_of(act) / 1e9,
             "ms": 1e3 * seconds[name],
-            "products_ms": 1e3 * seconds_in_products(act, _PRODUCTS | _ATTENTION | _KERNELS),
+            "products_ms": 1e3 * seconds_in_products(act, _PRODUCTS | _KERNELS),
         }
         for name, act in acts.items()
     }
@@ -241,7 +291,7 @@ def run(
     heads = (batch, c.num_heads, c.context, c.qk_nope_dim + c.qk_rope_dim)
     kernel = {
         "gflop": 3 * c.num_layers * attention_flops(heads, heads, (*heads[:3], c.v_dim)) / 1e9,
-        "ms": 1e3 * seconds_in_products(acts["attention"], _ATTENTION),
+        "ms": 1e3 * c.num_layers * in_turns({"alone": attention_alone(model, batch)}, rounds)["alone"],
     }
     whole = {}
     for title, changes in variants.items():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tests.kernels import needs_kernels
 
 from quintic.lm import norm
-from quintic.lm.norm import rms_norm
+from quintic.lm.norm import RMSNorm, rms_norm
 
 pytestmark = needs_kernels
 
@@ -56,6 +56,34 @@ def test_strided_inputs():
     y = rms_norm(leaf, gain.requires_grad_(), 1e-6)
     found = [y.detach(), *torch.autograd.grad(y, (leaf, gain), torch.stack([dy, dy], -1)[..., 0])]
     assert not leaf.is_contiguous() and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("used", ["both", "stream", "norm"])
+def test_the_gradients_of_a_stream_and_of_its_norm_are_added_in_passing(used, monkeypatch):
+    layer, g, results = RMSNorm(24, 1e-6), torch.Generator().manual_seed(0), []
+    x, first, second = torch.randn(3, 2, 50, 24, generator=g)
+    torch.nn.init.normal_(layer.gain)
+    for fits in (True, False):
+        with monkeypatch.context() as patch:
+            if not fits:
+                patch.setattr(norm, "fits_kernels", lambda *tensors: False)
+            leaf = x.clone().requires_grad_()
+            stream, normed = layer.stream(leaf)
+            torch.testing.assert_close(normed, layer(x))
+            assert torch.equal(stream, x)
+            parts = [(stream * first).sum()] if used != "norm" else []
+            parts += [(normed * second).sum()] if used != "stream" else []
+            results.append(torch.autograd.grad(sum(parts), (leaf, layer.gain), allow_unused=True))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, torch.zeros(24) if b is None else b, rtol=1e-5, atol=1e-5)
+
+
+def test_without_gradients_a_stream_is_itself():
+    layer, x = RMSNorm(24, 1e-6), torch.randn(5, 24)
+    torch.nn.init.ones_(layer.gain)
+    with torch.no_grad():
+        stream, normed = layer.stream(x)
+        assert stream is x and torch.equal(normed, layer(x))
 
 
 def test_a_nan_stays_in_its_row():

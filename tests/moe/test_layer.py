@@ -60,6 +60,27 @@ def test_layer_is_its_formula(options):
     torch.testing.assert_close(layer(x), expected)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_stream_is_added_to_the_result(options, dtype):
+    layer, x, stream = make(**options).to(dtype), tokens(5, 40, 16).to(dtype), tokens(5, 40, 16, seed=1).to(dtype)
+    stream.requires_grad_()
+    y = layer(x, plus=stream)
+    torch.testing.assert_close(y, layer(x) + stream)
+    y.sum().backward()
+    torch.testing.assert_close(stream.grad, torch.ones_like(stream))
+
+
+def test_hooks_of_a_part_see_that_part_alone():
+    layer, x, stream, seen = make(), tokens(40, 16), tokens(40, 16, seed=1), {}
+    before = layer(x, plus=stream)
+    for name in ("experts", "shared"):
+        getattr(layer, name).register_forward_hook(lambda m, i, o, name=name: seen.update({name: o}))
+    torch.testing.assert_close(layer(x, plus=stream), before)
+    torch.testing.assert_close(seen["shared"], layer.shared(x))
+    torch.testing.assert_close(stream + seen["experts"] + seen["shared"], before)
+
+
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("num_shared", 1) and o.get("top_k") != 8])
 def test_branches_have_equal_rms_at_initialisation(options):
     """What the computed routed scale is for; the post's mean of 1 / norm is a little more than 1 / RMS."""

@@ -66,34 +66,36 @@ INLINE V exp_(V x) {
 
 INLINE V sigmoid(V z) { return 1.0f / (1.0f + exp_(-z)); }
 
-/* to[i][:] (+)= sum over k of from[i][k * step] b[k][:], for ROWS rows. */
-#define TILE(NV)                                                                                                   \
-    LOCAL void tile##NV(long depth, const float *const *from, long step, const float *b, float *const *to, int add) { \
-        V acc[ROWS][NV];                                                                                           \
-        const float *p[ROWS];                                                                                      \
-        UNROLL for (int i = 0; i < ROWS; i++) {                                                                    \
-            p[i] = from[i];                                                                                        \
-            UNROLL for (int j = 0; j < NV; j++) acc[i][j] = add ? load(to[i] + j * W) : all(0);                    \
-        }                                                                                                          \
-        for (long k = 0; k < depth; k++, b += NV * W) {                                                            \
-            V bk[NV];                                                                                              \
-            UNROLL for (int j = 0; j < NV; j++) bk[j] = load(b + j * W);                                           \
-            UNROLL for (int i = 0; i < ROWS; i++) {                                                                \
-                float x = p[i][k * step];                                                                          \
-                UNROLL for (int j = 0; j < NV; j++) acc[i][j] += x * bk[j];                                        \
-            }                                                                                                      \
-        }                                                                                                          \
-        UNROLL for (int i = 0; i < ROWS; i++)                                                                      \
-            UNROLL for (int j = 0; j < NV; j++) store(to[i] + j * W, acc[i][j]);                                   \
+/* to[i][:] = plus[i][:] + sum over k of from[i][k * step] b[k][:], for ROWS rows; without plus from 0. */
+#define TILE(NV)                                                                                                \
+    LOCAL void tile##NV(long depth, const float *const *from, long step, const float *b, const float *const *plus, \
+                        float *const *to) {                                                                     \
+        V acc[ROWS][NV];                                                                                        \
+        const float *p[ROWS];                                                                                   \
+        UNROLL for (int i = 0; i < ROWS; i++) {                                                                 \
+            p[i] = from[i];                                                                                     \
+            UNROLL for (int j = 0; j < NV; j++) acc[i][j] = plus ? load(plus[i] + j * W) : all(0);              \
+        }                                                                                                       \
+        for (long k = 0; k < depth; k++, b += NV * W) {                                                         \
+            V bk[NV];                                                                                           \
+            UNROLL for (int j = 0; j < NV; j++) bk[j] = load(b + j * W);                                        \
+            UNROLL for (int i = 0; i < ROWS; i++) {                                                             \
+                float x = p[i][k * step];                                                                       \
+                UNROLL for (int j = 0; j < NV; j++) acc[i][j] += x * bk[j];                                     \
+            }                                                                                                   \
+        }                                                                                                       \
+        UNROLL for (int i = 0; i < ROWS; i++)                                                                   \
+            UNROLL for (int j = 0; j < NV; j++) store(to[i] + j * W, acc[i][j]);                                \
     }
 TILE(1)
 TILE(2)
 TILE(3)
 
-LOCAL void tile(int nv, long depth, const float *const *from, long step, const float *b, float *const *to, int add) {
-    if (nv == 3) tile3(depth, from, step, b, to, add);
-    else if (nv == 2) tile2(depth, from, step, b, to, add);
-    else tile1(depth, from, step, b, to, add);
+LOCAL void tile(int nv, long depth, const float *const *from, long step, const float *b, const float *const *plus,
+                float *const *to) {
+    if (nv == 3) tile3(depth, from, step, b, plus, to);
+    else if (nv == 2) tile2(depth, from, step, b, plus, to);
+    else tile1(depth, from, step, b, plus, to);
 }
 
 /* Vectors of the panel that begins at a column: three, and 2 + 2 rather than 3 + 1 at the end. */
@@ -102,6 +104,8 @@ INLINE int panel(long column, long columns) {
     return left == 4 || left == 2 ? 2 : left >= 3 ? 3 : 1;
 }
 
+INLINE long lesser(long a, long b) { return a < b ? a : b; }
+INLINE long greater(long a, long b) { return a > b ? a : b; }
 INLINE long padded(long columns) { return (columns + W - 1) / W * W; }
 
 /* out: panels of b[k][n] = rows[token[k]][n], or rows[k][n]; padded(columns) * depth numbers. */
@@ -182,16 +186,18 @@ LOCAL void pack_columns(long depth, long columns, const float *rows, long ld, fl
     }
 }
 
-/* One tile into a matrix that it may exceed: what lies outside goes nowhere. */
-LOCAL void tile_within(int nv, long depth, const float *const *from, long step, const float *b, float *c, long ldc,
-                       long rows, long columns, int add) {
+/* One tile of c = plus + a b, which the tile may exceed: what lies outside goes nowhere. plus: as c, or null for 0. */
+LOCAL void tile_within(int nv, long depth, const float *const *from, long step, const float *b, const float *plus,
+                       float *c, long ldc, long rows, long columns) {
     float beyond[ROWS * WIDE * W], *to[ROWS];
+    const float *begin[ROWS];
     int whole = columns >= nv * W;
     for (int i = 0; i < ROWS; i++) {
         to[i] = i < rows && whole ? c + i * ldc : beyond + i * nv * W;
-        if (add && i < rows && !whole) memcpy(to[i], c + i * ldc, 4 * columns);
+        begin[i] = plus && i < rows && whole ? plus + i * ldc : to[i];
+        if (plus && i < rows && !whole) memcpy(to[i], plus + i * ldc, 4 * columns);
     }
-    tile(nv, depth, from, step, b, to, add);
+    tile(nv, depth, from, step, b, plus ? begin : 0, to);
     for (int i = 0; i < ROWS && i < rows && !whole; i++) memcpy(c + i * ldc, to[i], 4 * columns);
 }
 
@@ -201,32 +207,48 @@ LOCAL void tile_within(int nv, long depth, const float *const *from, long step, 
 /* Floats that products need for themselves. */
 INLINE long product_scratch(void) { return DEPTH * WIDTH; }
 
-/* A right side b: b[k][n] = at[k ld + n], or at[n ld + k] if it lies across. */
+/* A right side b: b[k][n] = at[k ld + n], at[n ld + k] if it lies across, or what pack() made of it. */
 typedef struct {
     const float *at;
     long ld;
-    int across;
+    enum { STRAIGHT, ACROSS, PACKED } lies;
 } Right;
 
-/* c = a b; row r of a is at token[r], or at r. */
-LOCAL void product(long rows, long depth, long columns, const float *a, long lda, const int64_t *token, Right b,
-                   float *c, long ldc, float *scratch) {
-    for (long first = 0; first < columns; first += WIDTH) {
-        long width = columns - first < WIDTH ? columns - first : WIDTH;
+LOCAL void pack_block(long depth, long width, Right b, long k, long n, float *out) {
+    if (b.lies == ACROSS) pack_columns(depth, width, b.at + n * b.ld + k, b.ld, out);
+    else pack_rows(depth, width, b.at + k * b.ld + n, b.ld, 0, out);
+}
+
+/* The same right side for many products: padded(columns) * depth numbers. */
+LOCAL Right pack(long depth, long columns, Right b, float *out) {
+    for (long n = 0; n < columns; n += WIDTH)
         for (long k = 0; k < depth; k += DEPTH) {
-            long some = depth - k < DEPTH ? depth - k : DEPTH;
-            if (b.across) pack_columns(some, width, b.at + first * b.ld + k, b.ld, scratch);
-            else pack_rows(some, width, b.at + k * b.ld + first, b.ld, 0, scratch);
-            const float *panels = scratch;
-            for (long n = 0; n < width;) {
-                int nv = panel(n, width);
+            long width = lesser(columns - n, WIDTH);
+            pack_block(lesser(depth - k, DEPTH), width, b, k, n, out + n * depth + k * padded(width));
+        }
+    return (Right){out, 0, PACKED};
+}
+
+/* c = plus + a b; row r of a is at token[r], or at r. plus: as c, or null for 0; scratch: null if b is packed. */
+LOCAL void product(long rows, long depth, long columns, const float *a, long lda, const int64_t *token, Right b,
+                   const float *plus, float *c, long ldc, float *scratch) {
+    for (long first = 0; first < columns; first += WIDTH) {
+        long width = lesser(columns - first, WIDTH);
+        for (long k = 0; k < depth; k += DEPTH) {
+            long some = lesser(depth - k, DEPTH);
+            const float *panels = scratch, *begin = k ? c : plus;
+            if (b.lies == PACKED) panels = b.at + first * depth + k * padded(width);
+            else pack_block(some, width, b, k, first, scratch);
+            for (long n = first; n < first + width;) {
+                int nv = panel(n - first, width);
                 for (long m = 0; m < rows; m += ROWS) {
                     const float *from[ROWS];
                     for (int i = 0; i < ROWS; i++) {
-                        long r = m + i < rows ? m + i : rows - 1;
+                        long r = lesser(m + i, rows - 1);
                         from[i] = a + (token ? token[r] : r) * lda + k;
                     }
-                    tile_within(nv, some, from, 1, panels, c + m * ldc + first + n, ldc, rows - m, width - n, k > 0);
+                    long at = m * ldc + n;
+                    tile_within(nv, some, from, 1, panels, begin ? begin + at : 0, c + at, ldc, rows - m, columns - n);
                 }
                 panels += some * nv * W;
                 n += nv * W;
@@ -269,7 +291,7 @@ LOCAL void outer(long rows, long height, long width, const float *a, long lda, c
                 for (long n = 0; n < some;) {
                     int nv = panel(n, some);
                     float *to = c + i * width + first + n;
-                    tile_within(nv, depth, from, ROWS, panels, to, width, height - i, some - n, add || r > 0);
+                    tile_within(nv, depth, from, ROWS, panels, add || r ? to : 0, to, width, height - i, some - n);
                     panels += depth * nv * W;
                     n += nv * W;
                 }
@@ -278,33 +300,69 @@ LOCAL void outer(long rows, long height, long width, const float *a, long lda, c
     }
 }
 
-/* Tasks 0 ... count - 1, each done by the next thread that is free, in memory of its own.
+/* A kernel begins with its number of threads and `room`, memory of `size` floats. If it needs more, it returns how much,
+ * and has done nothing; 0 if it is done, less if what it was given is wrong. */
+#define NEED(floats)                      \
+    do {                                  \
+        long needed = (floats);           \
+        if (size < needed) return needed; \
+    } while (0)
+#define NO_ROOM (void)room, (void)size
+
+/* Tasks 0 ... count - 1, in memory of the thread that does them.
  *
  * The threads are those of torch's OpenMP, asked for through the entry point of GNU's runtime, which others offer too:
  * a second set of threads would fight with the first for the cores. */
 __attribute__((weak)) void (*start_threads)(void (*)(void *), void *, unsigned, unsigned); /* one for all files */
+__attribute__((weak)) int (*thread_number)(void);
 
 typedef void (*Task)(const void *about, long index, float *scratch);
 typedef struct {
+    long next, end;
+    char apart[64 - 2 * sizeof(long)]; /* a cache line for each */
+} Range;
+typedef struct {
     Task task;
     const void *about;
-    long count, next, each;
-    int entered;
+    long each;
+    int ranges;
     float *scratch;
+    Range *of;
 } Work;
 
 static void take_part(void *given) {
     Work *w = given;
-    float *scratch = w->scratch + w->each * __atomic_fetch_add(&w->entered, 1, __ATOMIC_RELAXED);
-    for (long i; (i = __atomic_fetch_add(&w->next, 1, __ATOMIC_RELAXED)) < w->count;) w->task(w->about, i, scratch);
+    int own = thread_number();
+    for (int k = 0; k < w->ranges; k++) {
+        Range *r = w->of + (own + k) % w->ranges;
+        for (long i; (i = __atomic_fetch_add(&r->next, 1, __ATOMIC_RELAXED)) < r->end;)
+            w->task(w->about, i, w->scratch + w->each * own);
+    }
 }
 
-/* scratch: `each` floats for every thread. */
-LOCAL void share(long count, int threads, Task task, const void *about, float *scratch, long each) {
-    Work work = {task, about, count, 0, each, 0, scratch};
-    if (threads > count) threads = count;
+LOCAL void share_ranges(long count, int threads, int ranges, Task task, const void *about, float *scratch, long each) {
+    Range of[ranges];
+    for (int i = 0; i < ranges; i++) of[i] = (Range){.next = count * i / ranges, .end = count * (i + 1) / ranges};
+    Work work = {task, about, each, ranges, scratch, of};
     if (threads > 1) start_threads(take_part, &work, threads, 0);
-    else take_part(&work);
+    else
+        for (long i = 0; i < count; i++) task(about, i, scratch);
 }
 
-__attribute__((weak)) void use_threads(void *entry) { *(void **)&start_threads = entry; }
+/* Each thread begins with tasks of its own, always the same, whose rows its cache may hold from the kernel before, as
+ * torch's operators part them, too; then it helps the others. scratch: `each` floats for every thread. */
+LOCAL void share(long count, int threads, Task task, const void *about, float *scratch, long each) {
+    if (threads > count) threads = count;
+    if (threads > 0) share_ranges(count, threads, threads, task, about, scratch, each);
+}
+
+/* Tasks that differ, the largest first: a free thread takes the next. */
+LOCAL void share_in_order(long count, int threads, Task task, const void *about, float *scratch, long each) {
+    if (threads > count) threads = count;
+    if (threads > 0) share_ranges(count, threads, 1, task, about, scratch, each);
+}
+
+__attribute__((weak)) void use_threads(void *entry, void *number) {
+    *(void **)&start_threads = entry;
+    *(void **)&thread_number = number;
+}

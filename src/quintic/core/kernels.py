@@ -20,9 +20,10 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quintic.core.errors import ConfigError
 from quintic.core.files import cache_dir, sha256_bytes
@@ -30,17 +31,29 @@ from quintic.core.files import cache_dir, sha256_bytes
 __all__ = ["Kernels", "fits_kernels", "found_kernels", "kernels_in_use", "load_kernels"]
 
 VARIABLE = "QUINTIC_KERNELS"
-_HEADER = Path(__file__).with_name("kernels.h")
+_HEADERS = Path(__file__).parent
+_PACKAGE = _HEADERS.parent
 _LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _SECONDS = 120
-_LINE = 16  # numbers of a cache line
-_KEPT = 2**24  # numbers: 64 MiB
+_PLAIN = (Tensor, nn.Parameter)
+_KEPT = 2**25  # numbers: 128 MiB
 
 
 class Unavailable(Exception):
     """Why kernels cannot be had here."""
+
+
+class _Room(threading.local):
+    """Memory of a thread that kernels write in; nothing in it is ever read by another call."""
+
+    tensor: Tensor | None = None
+    address = size = 0
+
+    def grow(self, size: int) -> None:
+        self.tensor = torch.empty(size, dtype=torch.float32, device="cpu")
+        self.address, self.size = self.tensor.data_ptr(), size
 
 
 class Kernels:
@@ -48,45 +61,47 @@ class Kernels:
 
     Args:
         library: It, loaded.
+
+    Each takes torch's number of threads, room to work in and its own arguments, and returns 0; or how many numbers of
+    room it needs, if there are fewer, and has done nothing; or less than 0. Up to some size the room is the same memory
+    every time: what was written there is in the cache still, and the system hands out nothing.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self._own = threading.local()
-
-    def scratch(self, *sizes: int) -> list[Tensor]:
-        """Float32 memory that holds anything, and only until this thread's next call of this: one tensor for each size.
-
-        Up to some size it is the same memory every time: what was written there is in the cache still, and the system
-        hands out nothing.
-        """
-        at, starts = 0, []
-        for size in sizes:
-            starts.append(at)
-            at += -(-size // _LINE) * _LINE
-        kept: Tensor | None = getattr(self._own, "room", None)
-        if kept is None or kept.numel() < at:
-            kept = torch.empty(at, dtype=torch.float32, device="cpu")
-            if at <= _KEPT:
-                self._own.room = kept
-        return [kept.narrow(0, start, size) for start, size in zip(starts, sizes, strict=True)]
+        self._functions: dict[str, Any] = {}
+        self._room = _Room()
 
     def call(self, name: str, *arguments: float | Tensor | None) -> int:
-        """Call a function of ``long``, ``double`` and pointers that returns a ``long``; its first is torch's threads.
+        """Call a function of ``long``, ``double`` and pointers.
 
         Args:
             name: Of the function.
-            arguments: The others: an int, a float, a tensor for the address of its first element, None for no address.
+            arguments: Its own: an int, a float, a tensor for the address of its first element, None for no address.
+
+        Returns:
+            What it returns: 0, or less if it refuses what it was given.
         """
-        function = getattr(self._library, name)
-        plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
-        if function.argtypes is None:
-            function.argtypes = [
-                ctypes.c_long,
-                *(ctypes.c_double if isinstance(a, float) else ctypes.c_long for a in plain),
-            ]
-            function.restype = ctypes.c_long
-        return function(torch.get_num_threads(), *plain)
+        plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        function = self._functions.get(name) or self._declare(name, arguments)
+        room, threads = self._room, torch.get_num_threads()
+        answer = function(threads, room.address, room.size, *plain)
+        if answer > 0:
+            if answer > _KEPT:
+                room = _Room()
+            room.grow(answer)
+            answer = function(threads, room.address, room.size, *plain)
+        return answer
+
+    def _declare(self, name: str, arguments: tuple[float | Tensor | None, ...]) -> Any:
+        function = self._functions[name] = getattr(self._library, name)
+        kinds = {int: ctypes.c_long, float: ctypes.c_double}
+        function.argtypes = [
+            ctypes.c_long, ctypes.c_void_p, ctypes.c_long,
+            *(kinds.get(type(a), ctypes.c_void_p) for a in arguments),
+        ]  # fmt: skip
+        function.restype = ctypes.c_long
+        return function
 
 
 def fits_kernels(*tensors: Tensor) -> bool:
@@ -94,9 +109,9 @@ def fits_kernels(*tensors: Tensor) -> bool:
 
     Not in a graph that the compiler makes, which fuses torch's operators, nor a subclass, which means something else.
     """
-    return not torch.compiler.is_compiling() and all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) for t in tensors
-    )
+    if torch.compiler.is_compiling():
+        return False
+    return all(type(t) in _PLAIN and t.is_cpu and t.dtype == torch.float32 for t in tensors)
 
 
 def load_kernels() -> Kernels | None:
@@ -142,39 +157,38 @@ def _found() -> tuple[Kernels | None, str]:
 
 
 def _sources() -> list[Path]:
-    return sorted(Path(__file__).parents[1].rglob("*.c"))
+    return sorted(_PACKAGE.rglob("*.c"))
 
 
 def _library(sources: Sequence[Path]) -> ctypes.CDLL:
     level = _LEVELS.get(torch.backends.cpu.get_cpu_capability())
     if sys.platform != "linux" or platform.machine() != "x86_64" or level is None:
         raise Unavailable("they are for x86-64 with AVX2 on Linux")
-    entry = _thread_entry()
+    entries = _thread_entries()
     compiler = _compiler()
     command = [*compiler, f"-march={level}", *_FLAGS]
-    texts = [path.read_text(encoding="utf-8") for path in (_HEADER, *sources)]
+    texts = [path.read_text(encoding="utf-8") for path in (*sorted(_PACKAGE.rglob("*.h")), *sources)]
     key = sha256_bytes("\0".join([*texts, *command, _run([*compiler, "--version"])]).encode())[:20]
     try:
         path = cache_dir("kernels") / f"{key}.so"
         if not path.exists():
-            _compile([*command, f"-I{_HEADER.parent}", *map(str, sources)], path)
+            _compile([*command, f"-I{_HEADERS}", *map(str, sources)], path)
         if path.stat().st_uid not in (os.getuid(), 0):
             raise Unavailable(f"{path} belongs to somebody else")
         library = ctypes.CDLL(str(path))
     except (OSError, ConfigError) as error:
         raise Unavailable(str(error)) from error
-    library.use_threads(ctypes.c_void_p(entry))
+    library.use_threads(*entries)
     return library
 
 
-def _thread_entry() -> int:
-    """Address of the function of torch's OpenMP runtime that starts threads."""
-    try:  # as the linker finds it for torch, be it another runtime that was loaded first
-        entry = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+def _thread_entries() -> list[ctypes.c_void_p]:
+    """Addresses of the functions of torch's OpenMP runtime that start threads and number them."""
+    try:  # as the linker finds them for torch, be it another runtime that was loaded first
+        found = ctypes.CDLL(None)
+        return [ctypes.cast(f, ctypes.c_void_p) for f in (found.GOMP_parallel, found.omp_get_thread_num)]
     except (OSError, AttributeError) as error:
         raise Unavailable("torch's threads are not those of GNU's OpenMP") from error
-    assert entry is not None
-    return entry
 
 
 def _compiler() -> list[str]:

@@ -11,6 +11,7 @@
  * summed in an order that neither threads nor other sequences change. Legend: b sequences, t tokens, h heads, n width
  * without position, r rotated width, e = n + r, v width of values.
  */
+#include "attention.h"
 #include "kernels.h"
 
 #define QUERIES 64       /* rows of a block */
@@ -226,7 +227,7 @@ typedef struct {
     long ld, rows, logits, keys, values, q, end;
 } Room;
 
-static Room room(const Heads *a) {
+static Room places(const Heads *a) {
     long e = a->n + a->r, at = 0;
     Room s;
     s.ld = padded(a->t) + W;
@@ -245,7 +246,7 @@ static void forward_head(const void *about, long index, float *scratch) {
     long e = a->n + a->r, blocks = (a->t + QUERIES - 1) / QUERIES;
     long last = blocks - 1 - (blocks - 1 - part) % a->parts; /* parts take turns: later blocks look at more keys */
     long tokens = (last + 1) * QUERIES < a->t ? (last + 1) * QUERIES : a->t;
-    Room at = room(a);
+    Room at = places(a);
     float *s = scratch + at.logits, *keys = scratch + at.keys, *values = scratch + at.values, *q = scratch + at.q;
     soon(0, tokens, a->n + a->v, a->kv + b * a->t * a->kv_row + h * (a->n + a->v), a->kv_row);
     turned_keys(a, b, h, tokens, scratch + at.rows);
@@ -316,13 +317,13 @@ static void weights(int vectors, long e, const float *q, const float *keys, long
 /* Where a thread has what in the backward pass; `end` floats in all. */
 typedef struct {
     long rows, keys, values, keys_by_row, dk, dv, q, q_by_row, dout, dout_by_row, dq, p, ds, end;
-} Places;
+} BackwardRoom;
 
 #define LD (KEYS + W) /* of p and ds: not a power of two */
 
-static Places places(const Heads *a) {
+static BackwardRoom backward_places(const Heads *a) {
     long e = a->n + a->r, t = up(a->t, ROWS) + ROWS, wide = padded(e), wide_v = padded(a->v), at = 0;
-    Places s;
+    BackwardRoom s;
     s.rows = s.p = at; /* rows of keys are not needed any more when p is made */
     s.ds = at + QUERIES * LD;
     at += padded(2 * QUERIES * LD > a->t * e ? 2 * QUERIES * LD : a->t * e);
@@ -343,7 +344,7 @@ static Places places(const Heads *a) {
 static void backward_head(const void *about, long index, float *scratch) {
     const Heads *a = about;
     long h = index % a->h, b = index / a->h, t = a->t, v = a->v, e = a->n + a->r, wide = padded(e), wide_v = padded(v);
-    Places at = places(a);
+    BackwardRoom at = backward_places(a);
     float *keys = scratch + at.keys, *values = scratch + at.values, *keys_by_row = scratch + at.keys_by_row;
     float *dk = scratch + at.dk, *dv = scratch + at.dv, *q = scratch + at.q, *q_by_row = scratch + at.q_by_row;
     float *dout = scratch + at.dout, *dout_by_row = scratch + at.dout_by_row, *dq = scratch + at.dq;
@@ -424,36 +425,27 @@ static Heads heads(long threads, long b, long t, long h, long n, long r, long v)
                    .parts = parts < blocks ? parts : blocks};
 }
 
-/* Floats that all threads need. */
-long attention_scratch(long threads, long b, long t, long h, long n, long r, long v) {
+long attention(long threads, float *room, long size, long b, long t, long h, long n, long r, long v, long key_row,
+               double scale, const float *q, const float *kv, const float *key, const float *table, float *out,
+               float *lse) {
     Heads a = heads(threads, b, t, h, n, r, v);
-    return threads * padded(room(&a).end);
-}
-
-long attention_backward_scratch(long threads, long b, long t, long h, long n, long r, long v) {
-    Heads a = heads(threads, b, t, h, n, r, v);
-    return threads * padded(places(&a).end);
-}
-
-/* Mixed values, and log2 of the denominators; key_row: floats from one token's rotated key to the next. */
-long attention(long threads, long b, long t, long h, long n, long r, long v, long key_row, double scale, const float *q,
-               const float *kv, const float *key, const float *table, float *out, float *lse, float *scratch) {
-    Heads a = heads(threads, b, t, h, n, r, v);
+    long each = padded(places(&a).end);
+    NEED(threads * each);
     a.key_row = key_row, a.scale = (float)scale, a.q = q, a.kv = kv, a.key = key, a.table = table;
     a.to = out, a.lse_to = lse;
-    share(b * h * a.parts, threads, forward_head, &a, scratch, padded(room(&a).end));
+    share(b * h * a.parts, threads, forward_head, &a, room, each);
     return 0;
 }
 
-/* Gradients; dkey_h: those of the rotated key of each sequence and head. */
-long attention_backward(long threads, long b, long t, long h, long n, long r, long v, long key_row, double scale,
-                        const float *q, const float *kv, const float *key, const float *table, const float *out,
-                        const float *lse, const float *dout, float *dq, float *dkv, float *dkey_h, float *dkey,
-                        float *scratch) {
+long attention_backward(long threads, float *room, long size, long b, long t, long h, long n, long r, long v, long key_row,
+                        double scale, const float *q, const float *kv, const float *key, const float *table,
+                        const float *out, const float *lse, const float *dout, float *dq, float *dkv, float *dkey) {
     Heads a = heads(threads, b, t, h, n, r, v);
+    long each = padded(backward_places(&a).end), by_head = padded(b * h * t * r);
+    NEED(by_head + threads * each);
     a.key_row = key_row, a.scale = (float)scale, a.q = q, a.kv = kv, a.key = key, a.table = table;
-    a.out = out, a.lse = lse, a.dout = dout, a.dq = dq, a.dkv = dkv, a.dkey_h = dkey_h, a.dkey = dkey;
-    share(b * h, threads, backward_head, &a, scratch, padded(places(&a).end));
+    a.out = out, a.lse = lse, a.dout = dout, a.dq = dq, a.dkv = dkv, a.dkey_h = room, a.dkey = dkey;
+    share(b * h, threads, backward_head, &a, room + by_head, each);
     share(b, threads, add_heads, &a, 0, 0);
     return 0;
 }

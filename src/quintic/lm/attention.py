@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from quintic.core.kernels import fits_kernels, found_kernels, load_kernels
+from quintic.core.operators import operator
 
 __all__ = ["causal_attention", "fits_causal_attention"]
 
@@ -73,7 +74,7 @@ def causal_attention(q: Tensor, kv: Tensor, rope_key: Tensor, rotation: Tensor, 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, rope_key: Tensor, rotation: Tensor, scale: float) -> Tensor:
-        out, lse = torch.ops.quintic.causal_attention(q, kv, rope_key, rotation, scale)
+        out, lse = _attend(q, kv, rope_key, rotation, scale)
         ctx.save_for_backward(q, kv, rope_key, rotation, out, lse)
         ctx.scale = scale
         return out
@@ -82,7 +83,7 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
-        return *torch.ops.quintic.causal_attention_backward(grad_outputs[0], *saved, ctx.scale), None, None
+        return *_attend_backward(grad_outputs[0], *saved, ctx.scale), None, None
 
 
 def _forward(q: Tensor, kv: Tensor, rope_key: Tensor, rotation: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -90,10 +91,7 @@ def _forward(q: Tensor, kv: Tensor, rope_key: Tensor, rotation: Tensor, scale: f
     q, kv, rope_key, rotation = _readable(q, kv, rope_key, rotation)
     sizes, kernels = _sizes(q, kv, rope_key, rotation), found_kernels()
     out, lse = _fake_forward(q, kv, rope_key, rotation, scale)
-    (scratch,) = kernels.scratch(kernels.call("attention_scratch", *sizes))
-    kernels.call(
-        "attention", *sizes, rope_key.stride(1), float(scale), q, kv, rope_key, rotation, out, lse, scratch
-    )  # fmt: skip
+    kernels.call("attention", *sizes, rope_key.stride(1), float(scale), q, kv, rope_key, rotation, out, lse)
     return out, lse
 
 
@@ -111,12 +109,9 @@ def _backward(
     q, kv, rope_key, rotation = _readable(q, kv, rope_key, rotation)
     sizes, kernels = _sizes(q, kv, rope_key, rotation), found_kernels()
     dq, dkv, drope_key = _fake_backward(dout, q, kv, rope_key, rotation, out, lse, scale)
-    by_head, scratch = kernels.scratch(
-        lse.numel() * rope_key.shape[2], kernels.call("attention_backward_scratch", *sizes)
-    )
     kernels.call(
         "attention_backward", *sizes, rope_key.stride(1), float(scale), q, kv, rope_key, rotation,
-        out, lse, dout.contiguous(), dq, dkv, by_head, drope_key, scratch,
+        out, lse, dout.contiguous(), dq, dkv, drope_key,
     )  # fmt: skip
     return dq, dkv, drope_key
 
@@ -143,17 +138,13 @@ def _fake_backward(dout, q, kv, rope_key, rotation, out, lse, scale):
     return q.new_empty(q.shape), kv.new_empty(kv.shape), rope_key.new_empty(rope_key.shape)
 
 
-# Without formulas for FlopCounterMode, which counts nothing either for torch's own attention on a CPU.
-torch.library.define(
-    "quintic::causal_attention",
-    "(Tensor q, Tensor kv, Tensor rope_key, Tensor rotation, float scale) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "quintic::causal_attention_backward",
-    "(Tensor dout, Tensor q, Tensor kv, Tensor rope_key, Tensor rotation, Tensor out, Tensor lse, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-torch.library.impl("quintic::causal_attention", "default", _forward)
-torch.library.impl("quintic::causal_attention_backward", "default", _backward)
-torch.library.register_fake("quintic::causal_attention", _fake_forward)
-torch.library.register_fake("quintic::causal_attention_backward", _fake_backward)
+# Without a count of FLOPs: FlopCounterMode counts nothing either for torch's own attention on a CPU.
+_attend = operator(
+    "causal_attention(Tensor q, Tensor kv, Tensor rope_key, Tensor rotation, float scale) -> (Tensor, Tensor)",
+    _forward, _fake_forward,
+)  # fmt: skip
+_attend_backward = operator(
+    "causal_attention_backward(Tensor dout, Tensor q, Tensor kv, Tensor rope_key, Tensor rotation, Tensor out,"
+    " Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
+    _backward, _fake_backward,
+)  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from quintic.core.hooks import added, hooked
 from quintic.lm.cache import LatentCache
 from quintic.lm.compiling import compiled
 from quintic.lm.config import LMConfig
@@ -67,6 +68,13 @@ class Block(nn.Module):
         counted: Tensor | None,
         cache: LatentCache | None,
     ) -> Tensor:
-        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rotation, allowed, cache)
-        h_btd = self.ffn_norm(x_btd)
-        return x_btd + (self.ffn(h_btd, counted) if isinstance(self.ffn, MoE) else self.ffn(h_btd))
+        attended = None
+        if allowed is None and cache is None:
+            attended = self.attention.add_to_stream(x_btd, self.attention_norm, rotation)
+        if attended is None:
+            attended = x_btd + self.attention(self.attention_norm(x_btd), rotation, allowed, cache)
+        counting = (counted,) if isinstance(self.ffn, MoE) else ()
+        if hooked(self.ffn_norm):
+            return added(attended, self.ffn, self.ffn_norm(attended), *counting)
+        x_btd, h_btd = self.ffn_norm.stream(attended)
+        return added(x_btd, self.ffn, h_btd, *counting)

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quintic.core.hooks import hooked
 from quintic.core.roles import Normal, Role, declare
 from quintic.lm.attention import causal_attention, fits_causal_attention
 from quintic.lm.cache import LatentCache
 from quintic.lm.config import LMConfig
+from quintic.lm.mla_kernel import fits_latent_attention, fused_latent_attention
 from quintic.lm.norm import RMSNorm
 from quintic.lm.rope import rotate
 from quintic.optim.qk_clip import clip_latent_qk_, max_logits, split_heads
@@ -119,6 +121,23 @@ class LatentAttention(nn.Module):
             query, key, value, attn_mask=allowed, is_causal=allowed is None and t > 1, scale=scale
         )
         return self.out(mixed[..., : c.v_dim].transpose(1, 2).reshape(b, t, -1))
+
+    def add_to_stream(self, x_btd: Tensor, norm: RMSNorm, rotation: Tensor) -> Tensor | None:
+        """x + attention(norm(x)), causal, in one step; None where that cannot be (:mod:`quintic.lm.mla_kernel`).
+
+        Args:
+            x_btd: (batch, time, width) residual stream.
+            norm: The norm before attention.
+            rotation: As :meth:`forward` takes it.
+        """
+        c, modules = self.config, (norm, self.q, self.kv_down, self.kv_norm, self.kv_up, self.out)
+        plain = not (c.q_rank or (c.qk_clip and self.training) or hooked(self, *modules))
+        if not plain or {type(m) for m in modules} != {RMSNorm, Linear}:  # another may stand in the place of one
+            return None
+        weights = [m.gain if isinstance(m, RMSNorm) else m.weight for m in modules]
+        if not fits_latent_attention(x_btd, rotation, weights, c):
+            return None
+        return fused_latent_attention(x_btd, rotation, weights, (norm.eps, self.kv_norm.eps), c)
 
     def _attend_to_latents(self, query_bh1e: Tensor, stored_bsl: Tensor, allowed: Tensor | None) -> Tensor:
         """One new token: keys and values are linear in the latents, so queries go to them, W_k' q, and not they to W_k.

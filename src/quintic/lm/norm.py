@@ -46,6 +46,13 @@ class RMSNorm(nn.Module):
         wide = x if x.dtype == torch.float64 else x.float()
         return rms_norm(wide, self.gain.to(wide.dtype), self.eps).to(x.dtype)
 
+    def stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x itself and its norm, for a residual stream: the gradients that come to both are added in passing."""
+        if torch.is_grad_enabled() and fits_kernels(x, self.gain) and load_kernels() is not None:
+            both: tuple[Tensor, Tensor] = _CompiledStream.apply(x, self.gain, self.eps)  # type: ignore[assignment]
+            return both
+        return x, self(x)
+
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * gain over the last axis; once differentiable."""
@@ -84,20 +91,42 @@ class _CompiledRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        x, gain = x.contiguous(), gain.contiguous()
-        y, r = torch.empty_like(x), x.new_empty(x.shape[:-1])
-        found_kernels().call("rms_norm", r.numel(), len(gain), float(eps), x, gain, r, y)
-        ctx.save_for_backward(x, r, gain)
-        return y
+        return _compiled(ctx, x, gain, eps)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, r, gain = ctx.saved_tensors
-        dx, dgain = torch.empty_like(x), torch.empty_like(gain)
-        sizes, kernels = (r.numel(), len(gain)), found_kernels()
-        (parts,) = kernels.scratch(kernels.call("rms_norm_parts", *sizes))
-        kernels.call("rms_norm_backward", *sizes, x, gain, r, grad_outputs[0].contiguous(), dx, dgain, parts)
-        return dx, dgain, None
+        return _compiled_backward(ctx, None, grad_outputs[0])
+
+
+class _CompiledStream(torch.autograd.Function):
+    """x and its norm."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), _compiled(ctx, x, gain, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return _compiled_backward(ctx, *grad_outputs)
+
+
+def _compiled(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    x, gain = x.contiguous(), gain.contiguous()
+    y, r = torch.empty_like(x), x.new_empty(x.shape[:-1])
+    found_kernels().call("rms_norm", r.numel(), len(gain), float(eps), x, gain, r, y)
+    ctx.save_for_backward(x, r, gain)
+    return y
+
+
+def _compiled_backward(ctx: Any, plus: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, r, gain = ctx.saved_tensors
+    dx, dgain = torch.empty_like(x), torch.empty_like(gain)
+    plus = None if plus is None else plus.contiguous()
+    found_kernels().call("rms_norm_backward", r.numel(), len(gain), x, gain, r, g.contiguous(), plus, dx, dgain)
+    return dx, dgain, None

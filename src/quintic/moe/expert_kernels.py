@@ -30,25 +30,23 @@ def forward(
     w_in: Tensor,
     w_out: Tensor,
     activation: str,
+    plus_nd: Tensor | None,
     kept: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> Tensor:
-    """y_n; fills what is kept: h_rh, row_nk, token_r and counts_e.
+    """y_n, and ``plus_nd`` added; fills what is kept: h_rh, row_nk, token_r and counts_e.
 
     Raises:
         IndexError: An id is no expert's.
     """
     x_nd, ids_nk, gates_nk, w_in, w_out = (t.contiguous() for t in (x_nd, ids_nk, gates_nk.float(), w_in, w_out))
     h_rh, row_nk, token_r, counts_e = kept
-    n, k, d, *_, experts = sizes = _sizes(ids_nk, w_in, w_out)
-    if kernels.call("experts_sort", n, k, experts, ids_nk, counts_e, row_nk, token_r):
-        raise IndexError(f"ids_nk has values from {ids_nk.min()} to {ids_nk.max()}; there are {experts} experts")
-    y_nd = torch.empty_like(x_nd)
-    v_rd, scratch = kernels.scratch(n * k * d, kernels.call("experts_scratch", *sizes))
-    kernels.call(
+    y_nd, sizes = torch.empty_like(x_nd), _sizes(ids_nk, w_in, w_out)
+    if kernels.call(
         "experts_forward", *sizes, _KINDS.index(activation),
-        x_nd, gates_nk, w_in, w_out, counts_e, row_nk, token_r, h_rh, v_rd, scratch,
-    )  # fmt: skip
-    kernels.call("experts_sum", n, k, d, v_rd, gates_nk, row_nk, y_nd)
+        x_nd, ids_nk, gates_nk, w_in, w_out, counts_e, row_nk, token_r, h_rh,
+        None if plus_nd is None else plus_nd.contiguous(), y_nd,
+    ):  # fmt: skip
+        raise IndexError(f"ids_nk has values from {ids_nk.min()} to {ids_nk.max()}; there are {sizes[-1]} experts")
     return y_nd
 
 
@@ -69,61 +67,50 @@ def backward(
         t.contiguous() for t in (dy_nd.to(x_nd.dtype), x_nd, gates_nk.float(), w_in, w_out)
     )
     h_rh, row_nk, token_r, counts_e = kept
-    sizes = _sizes(row_nk, w_in, w_out)
-    n, k, d, *_ = sizes
-    rows, (needs_x, needs_in, needs_out) = n * k, output_mask
-    gate_r, dgate_r, room, scratch = kernels.scratch(
-        rows, rows, rows * d * needs_x, kernels.call("experts_backward_scratch", *sizes)
-    )
-    dx_rd = room if needs_x else None
+    needs_x, needs_in, needs_out = output_mask
     dgates_nk = torch.empty_like(gates_nk)
     dx_nd, dw_in, dw_out = (
         torch.empty_like(t) if needed else None for t, needed in ((x_nd, needs_x), (w_in, needs_in), (w_out, needs_out))
     )
     kernels.call(
-        "experts_backward", *sizes, _KINDS.index(activation),
-        x_nd, gates_nk, w_in, w_out, counts_e, row_nk, token_r, h_rh,
-        dy_nd, gate_r, dgate_r, dx_rd, dgates_nk, dw_in, dw_out, scratch,
+        "experts_backward", *_sizes(row_nk, w_in, w_out), _KINDS.index(activation),
+        x_nd, gates_nk, w_in, w_out, counts_e, row_nk, token_r, h_rh, dy_nd, dx_nd, dgates_nk, dw_in, dw_out,
     )  # fmt: skip
-    if dx_nd is not None:
-        kernels.call("experts_sum", n, k, d, dx_rd, None, row_nk, dx_nd)
     return dx_nd, dgates_nk.to(dtype), dw_in, dw_out
 
 
-def dense_forward(x_nd: Tensor, w_in: Tensor, w_out: Tensor, activation: str, h_nh: Tensor, y_nd: Tensor) -> None:
+def dense_forward(
+    x: Tensor, w_in: Tensor, w_out: Tensor, activation: str, plus: Tensor | None, h_nh: Tensor, y: Tensor
+) -> None:
     """One expert for all rows, in their order and with gates of 1; writes h and y."""
-    kernels, (x_nd, w_in, w_out) = found_kernels(), (t.contiguous() for t in (x_nd, w_in, w_out))
-    sizes, counts = _dense_sizes(x_nd, w_in, w_out), torch.tensor([len(x_nd)], device=x_nd.device)
-    (scratch,) = kernels.scratch(kernels.call("experts_scratch", *sizes))
-    kernels.call(
-        "experts_forward", *sizes, _KINDS.index(activation),
-        x_nd, None, w_in, w_out, counts, None, None, h_nh, y_nd, scratch,
+    x, w_in, w_out = (t.contiguous() for t in (x, w_in, w_out))
+    found_kernels().call(
+        "experts_forward", *_dense_sizes(x, w_in, w_out), _KINDS.index(activation),
+        x, None, None, w_in, w_out, None, None, None, h_nh, None if plus is None else plus.contiguous(), y,
     )  # fmt: skip
 
 
 def dense_backward(
-    dy_nd: Tensor,
-    x_nd: Tensor,
+    dy: Tensor,
+    x: Tensor,
     w_in: Tensor,
     w_out: Tensor,
     h_nh: Tensor,
     activation: str,
-    dx_nd: Tensor | None,
+    dx: Tensor | None,
     dw_in: Tensor | None,
     dw_out: Tensor | None,
 ) -> None:
     """Writes those gradients that are not None."""
-    kernels, (dy_nd, x_nd, w_in, w_out) = found_kernels(), (t.contiguous() for t in (dy_nd, x_nd, w_in, w_out))
-    sizes, counts = _dense_sizes(x_nd, w_in, w_out), torch.tensor([len(x_nd)], device=x_nd.device)
-    (scratch,) = kernels.scratch(kernels.call("experts_backward_scratch", *sizes))
-    kernels.call(
-        "experts_backward", *sizes, _KINDS.index(activation), x_nd, None, w_in, w_out, counts, None, None, h_nh,
-        dy_nd, None, None, dx_nd, None, dw_in, dw_out, scratch,
+    dy, x, w_in, w_out = (t.contiguous() for t in (dy, x, w_in, w_out))
+    found_kernels().call(
+        "experts_backward", *_dense_sizes(x, w_in, w_out), _KINDS.index(activation),
+        x, None, w_in, w_out, None, None, None, h_nh, dy, dx, None, dw_in, dw_out,
     )  # fmt: skip
 
 
-def _dense_sizes(x_nd: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[int, ...]:
-    return len(x_nd), 1, *w_out.shape, len(w_in), 1
+def _dense_sizes(x: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[int, ...]:
+    return x.numel() // x.shape[-1], 1, *w_out.shape, len(w_in), 1
 
 
 def _sizes(ids_nk: Tensor, w_in: Tensor, w_out: Tensor) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ typedef struct {
     const float *x, *gates, *w_in, *w_out;
     int64_t *counts, *row, *token;
     float *h_r;
+    Right in, out; /* of the one expert of a dense network, packed */
 } Layer;
 
 /* act(z) = z share: share is the logistic function of z (silu), of a cubic in z (gelu_tanh), or a step (relu). */
@@ -77,8 +78,7 @@ typedef struct {
 } Piece;
 
 static long rows_of_a_piece(const Layer *l, long threads) {
-    long rows = l->n * l->k / (4 * threads);
-    return rows < 32 ? 32 : rows > 192 ? 192 : rows;
+    return greater(32, lesser(192, l->n * l->k / (4 * threads)));
 }
 
 static long most_rows(const Layer *l, long threads) { return rows_of_a_piece(l, threads) * 3 / 2 + 1; }
@@ -98,22 +98,10 @@ static long cut(const Layer *l, long threads, Piece *pieces) {
     return made;
 }
 
-INLINE long larger(long a, long b) { return a > b ? a : b; }
-
-/* Floats that a thread needs forward: for products, and a row of activations for each token. */
-static long scratch_of(const Layer *l, long threads) {
-    return padded(product_scratch() + most_rows(l, threads) * l->f);
-}
-
-long experts_scratch(long threads, long n, long k, long d, long f, long h, long experts) {
-    Layer l = {.n = n, .k = k, .d = d, .f = f, .h = h, .experts = experts};
-    return threads * scratch_of(&l, threads) + padded(most_pieces(&l, threads) * (long)(sizeof(Piece) / sizeof(float)));
-}
-
-/* y = sum over the choices of each token of weight * v[row], in their order */
+/* y = plus + sum over the choices of each token of weight * v[row], in their order; without plus from 0 */
 typedef struct {
     long n, k, d;
-    const float *v, *weight;
+    const float *v, *weight, *plus;
     const int64_t *row;
     float *y;
 } Sum;
@@ -122,13 +110,13 @@ typedef struct {
 
 static void add_rows(const void *about, long index, float *scratch) {
     const Sum *s = about;
-    long last = (index + 1) * TOKENS < s->n ? (index + 1) * TOKENS : s->n;
+    long last = lesser((index + 1) * TOKENS, s->n);
     (void)scratch;
     for (long i = index * TOKENS; i < last; i++) {
         for (long j = 0; i + 1 < last && j < s->k; j++) /* rows lie anywhere: the next ones are called for in time */
             for (long q = 0; q < s->d; q += 16) __builtin_prefetch(s->v + s->row[(i + 1) * s->k + j] * s->d + q);
         for (long q = 0; q < s->d; q += W) {
-            V total = all(0);
+            V total = s->plus ? load_some(s->plus + i * s->d + q, s->d - q) : all(0);
             for (long j = 0; j < s->k; j++) {
                 V v = load_some(s->v + s->row[i * s->k + j] * s->d + q, s->d - q);
                 total += s->weight ? s->weight[i * s->k + j] * v : v;
@@ -139,19 +127,22 @@ static void add_rows(const void *about, long index, float *scratch) {
 }
 
 /* weight: null for 1 */
-long experts_sum(long threads, long n, long k, long d, const float *v, const float *weight, const int64_t *row, float *y) {
-    Sum s = {n, k, d, v, weight, row, y};
+long experts_sum(long threads, float *room, long size, long n, long k, long d, const float *v, const float *weight,
+                 const int64_t *row, const float *plus, float *y) {
+    Sum s = {n, k, d, v, weight, plus, row, y};
+    NO_ROOM;
     share((n + TOKENS - 1) / TOKENS, threads, add_rows, &s, 0, 0);
     return 0;
 }
 
-/* counts, the row of each slot in the order of expert and token, and the token of each row; 1: an id is no expert's */
-long experts_sort(long threads, long n, long k, long experts, const int64_t *ids, int64_t *counts, int64_t *row,
-                  int64_t *token) {
+/* counts, the row of each slot in the order of expert and token, and the token of each row; -1: an id is no expert's */
+long experts_sort(long threads, float *room, long size, long n, long k, long experts, const int64_t *ids, int64_t *counts,
+                  int64_t *row, int64_t *token) {
     (void)threads;
+    NO_ROOM;
     memset(counts, 0, sizeof(int64_t) * experts);
     for (long m = 0; m < n * k; m++) {
-        if (ids[m] < 0 || ids[m] >= experts) return 1;
+        if (ids[m] < 0 || ids[m] >= experts) return -1;
         counts[ids[m]]++;
     }
     for (long e = 0, start = 0; e < experts; e++) {
@@ -171,6 +162,7 @@ long experts_sort(long threads, long n, long k, long experts, const int64_t *ids
 typedef struct {
     const Layer *l;
     const Piece *pieces;
+    const float *plus;
     float *v;
 } Forward;
 
@@ -180,20 +172,34 @@ static void forward_piece(const void *about, long index, float *scratch) {
     Piece piece = p->pieces[index];
     long first = piece.first, rows = piece.last - first;
     float *a = scratch + product_scratch(), *h_r = l->h_r + first * l->h;
-    Right w_in = {l->w_in + piece.expert * l->h * l->d, l->d, 1}, w_out = {l->w_out + piece.expert * l->d * l->f, l->f, 1};
-    product(rows, l->d, l->h, rows_from(l, l->x, first), l->d, tokens_from(l, first), w_in, h_r, l->h, scratch);
+    Right w_in = l->token ? (Right){l->w_in + piece.expert * l->h * l->d, l->d, ACROSS} : l->in;
+    Right w_out = l->token ? (Right){l->w_out + piece.expert * l->d * l->f, l->f, ACROSS} : l->out;
+    product(rows, l->d, l->h, rows_from(l, l->x, first), l->d, tokens_from(l, first), w_in, 0, h_r, l->h, scratch);
     activate(l->kind, rows, l->f, l->h, h_r, a);
-    product(rows, l->f, l->d, a, l->f, 0, w_out, p->v + first * l->d, l->d, scratch);
+    const float *plus = p->plus ? p->plus + first * l->d : 0;
+    product(rows, l->f, l->d, a, l->f, 0, w_out, plus, p->v + first * l->d, l->d, scratch);
 }
 
-/* h, and v: what each expert makes of its rows */
-long experts_forward(long threads, long n, long k, long d, long f, long h, long experts, long kind, const float *x,
-                     const float *gates, const float *w_in, const float *w_out, int64_t *counts, int64_t *row,
-                     int64_t *token, float *h_r, float *v, float *scratch) {
-    Layer l = {n, k, d, f, h, experts, kind, x, gates, w_in, w_out, counts, row, token, h_r};
-    Piece *pieces = (Piece *)(scratch + threads * scratch_of(&l, threads));
-    Forward pass = {&l, pieces, v};
-    share(cut(&l, threads, pieces), threads, forward_piece, &pass, scratch, scratch_of(&l, threads));
+/* y, to which plus is added if it is given; and counts, row, token and h_r, for the way back. Without ids one expert has all rows as they are, with gates of 1,
+ * and there are no counts, rows and tokens. -1: an id is no expert's. */
+long experts_forward(long threads, float *room, long size, long n, long k, long d, long f, long h, long experts, long kind,
+                     const float *x, const int64_t *ids, const float *gates, const float *w_in, const float *w_out,
+                     int64_t *counts, int64_t *row, int64_t *token, float *h_r, const float *plus, float *y) {
+    int64_t all_rows = n;
+    Layer l = {.n = n, .k = k, .d = d, .f = f, .h = h, .experts = experts, .kind = kind, .x = x, .gates = gates,
+               .w_in = w_in, .w_out = w_out, .counts = ids ? counts : &all_rows, .row = row, .token = token, .h_r = h_r};
+    long made = ids ? padded(n * k * d) : padded(h) * d + padded(d) * f; /* rows of v, or the packed expert */
+    long each = padded(product_scratch() + most_rows(&l, threads) * f);
+    long pieces = padded(most_pieces(&l, threads) * (long)(sizeof(Piece) / sizeof(float)));
+    NEED(made + pieces + threads * each);
+    if (ids && experts_sort(threads, 0, 0, n, k, experts, ids, counts, row, token)) return -1;
+    if (!ids) {
+        l.in = pack(d, h, (Right){w_in, d, ACROSS}, room);
+        l.out = pack(f, d, (Right){w_out, f, ACROSS}, room + padded(h) * d);
+    }
+    Forward pass = {&l, (Piece *)(room + made), ids ? 0 : plus, ids ? room : y};
+    share(cut(&l, threads, (Piece *)(room + made)), threads, forward_piece, &pass, room + made + pieces, each);
+    if (ids) experts_sum(threads, 0, 0, n, k, d, room, gates, row, plus, y);
     return 0;
 }
 
@@ -207,7 +213,7 @@ typedef struct {
 /* Rows of a part: enough that the further parts of dw take no more memory than dh of their rows. */
 static long rows_of_a_part(const Layer *l) {
     long rows = l->n * l->k / 16;
-    return larger(l->d, rows < 128 ? 128 : rows > 512 ? 512 : rows);
+    return greater(l->d, rows < 128 ? 128 : rows > 512 ? 512 : rows);
 }
 
 static long most_extras(const Layer *l) { return l->n * l->k / rows_of_a_part(l); }
@@ -218,18 +224,12 @@ INLINE long size_of(const Layer *l) { return (l->h + l->f) * l->d; }
 /* Rows at a time. */
 static long rows_of_a_block(const Layer *l) {
     long rows = DEPTH;
-    while (rows > 64 && rows * (l->f + l->h + larger(l->h, l->d)) > 1 << 18) rows /= 2;
+    while (rows > 64 && rows * (l->f + l->h + greater(l->h, l->d)) > 1 << 18) rows /= 2;
     return rows;
 }
 
 static long backward_scratch_of(const Layer *l) {
-    return padded(larger(product_scratch(), outer_scratch(larger(l->h, l->d))) + rows_of_a_block(l) * (l->f + l->h));
-}
-
-long experts_backward_scratch(long threads, long n, long k, long d, long f, long h, long experts) {
-    Layer l = {.n = n, .k = k, .d = d, .f = f, .h = h, .experts = experts};
-    long extras = most_extras(&l), parts = padded((experts + extras) * (long)(sizeof(Part) / sizeof(float)));
-    return threads * backward_scratch_of(&l) + padded(extras * size_of(&l)) + parts;
+    return padded(greater(product_scratch(), outer_scratch(greater(l->h, l->d))) + rows_of_a_block(l) * (l->f + l->h));
 }
 
 /* Experts without rows have a part, too: their dw is zero. */
@@ -272,21 +272,22 @@ static void backward_part(const void *about, long index, float *scratch) {
     const Layer *l = p->l;
     const Part *part = p->parts + index;
     long block = rows_of_a_block(l);
-    float *a = scratch + larger(product_scratch(), outer_scratch(larger(l->h, l->d))), *dh = a + block * l->f;
+    float *a = scratch + greater(product_scratch(), outer_scratch(greater(l->h, l->d))), *dh = a + block * l->f;
     float *dw_in = place_of(p, part, 0), *dw_out = place_of(p, part, 1);
-    Right w_in = {l->w_in + part->expert * l->h * l->d, l->d, 0}, w_out = {l->w_out + part->expert * l->d * l->f, l->f, 0};
+    Right w_in = l->token ? (Right){l->w_in + part->expert * l->h * l->d, l->d, STRAIGHT} : l->in;
+    Right w_out = l->token ? (Right){l->w_out + part->expert * l->d * l->f, l->f, STRAIGHT} : l->out;
     for (long first = part->first; first < part->last || first == part->first; first += block) {
         long rows = part->last - first < block ? part->last - first : block;
         int more = first > part->first;
         const float *x = rows_from(l, l->x, first), *dy = rows_from(l, p->dy, first);
         const int64_t *token = tokens_from(l, first);
-        product(rows, l->d, l->f, dy, l->d, token, w_out, a, l->f, scratch); /* da, then a in its place */
+        product(rows, l->d, l->f, dy, l->d, token, w_out, 0, a, l->f, scratch); /* da, then a in its place */
         for (long i = 0; i < rows; i++) {
             float gate = p->gate_r ? p->gate_r[first + i] : 1.0f, *a_i = a + i * l->f;
             float along = back(l->kind, l->f, l->h, gate, l->h_r + (first + i) * l->h, a_i, a_i, dh + i * l->h);
             if (p->gate_r) p->dgate_r[first + i] = along;
         }
-        if (p->dx_r) product(rows, l->h, l->d, dh, l->h, 0, w_in, p->dx_r + first * l->d, l->d, scratch);
+        if (p->dx_r) product(rows, l->h, l->d, dh, l->h, 0, w_in, 0, p->dx_r + first * l->d, l->d, scratch);
         if (dw_in) outer(rows, l->h, l->d, dh, l->h, 0, x, l->d, token, dw_in, more, scratch);
         if (dw_out) outer(rows, l->d, l->f, dy, l->d, token, a, l->f, 0, dw_out, more, scratch);
     }
@@ -309,20 +310,32 @@ static void add_parts(const void *about, long index, float *scratch) {
     }
 }
 
-/* Gradients, that of x by rows; those with a null pointer are left out. */
-long experts_backward(long threads, long n, long k, long d, long f, long h, long experts, long kind, const float *x,
-                      const float *gates, const float *w_in, const float *w_out, int64_t *counts, int64_t *row,
-                      int64_t *token, float *h_r, const float *dy, float *gate_r, float *dgate_r, float *dx_r,
-                      float *dgates, float *dw_in, float *dw_out, float *scratch) {
-    Layer l = {n, k, d, f, h, experts, kind, x, gates, w_in, w_out, counts, row, token, h_r};
-    float *extras = scratch + threads * backward_scratch_of(&l);
-    Part *parts = (Part *)(extras + padded(most_extras(&l) * size_of(&l)));
-    Backward pass = {&l, parts, dy, gate_r, dgate_r, dx_r, dw_in, dw_out, extras};
-    long count = part(&l, parts);
-    qsort(parts, count, sizeof(Part), by_rows); /* the largest first: the last ones to end are small */
-    for (long m = 0; gates && m < n * k; m++) gate_r[row[m]] = gates[m];
-    share(count, threads, backward_part, &pass, scratch, backward_scratch_of(&l));
-    for (long m = 0; gates && m < n * k; m++) dgates[m] = dgate_r[row[m]];
+/* Gradients; those with a null pointer are left out. */
+long experts_backward(long threads, float *room, long size, long n, long k, long d, long f, long h, long experts, long kind,
+                      const float *x, const float *gates, const float *w_in, const float *w_out, int64_t *counts,
+                      int64_t *row, int64_t *token, float *h_r, const float *dy, float *dx, float *dgates, float *dw_in,
+                      float *dw_out) {
+    int64_t all_rows = n;
+    Layer l = {.n = n, .k = k, .d = d, .f = f, .h = h, .experts = experts, .kind = kind, .x = x, .gates = gates,
+               .w_in = w_in, .w_out = w_out, .counts = token ? counts : &all_rows, .row = row, .token = token, .h_r = h_r};
+    long packed = token ? 0 : h * padded(d) + d * padded(f), routed = token ? padded(n * k) : 0, by_row = token && dx ? padded(n * k * d) : 0, each = backward_scratch_of(&l);
+    long extras = padded(most_extras(&l) * size_of(&l));
+    long parts = padded((experts + most_extras(&l)) * (long)(sizeof(Part) / sizeof(float)));
+    NEED(2 * routed + by_row + extras + parts + packed + threads * each);
+    float *gate_r = token ? room : 0, *dgate_r = token ? room + routed : 0, *dx_r = room + 2 * routed;
+    float *more = dx_r + by_row, *scratch = more + extras + parts + packed;
+    Part *part_of = (Part *)(more + extras);
+    Backward pass = {&l, part_of, dy, gate_r, dgate_r, dx && token ? dx_r : dx, dw_in, dw_out, more};
+    if (!token) {
+        l.in = pack(h, d, (Right){w_in, d, STRAIGHT}, scratch - packed);
+        l.out = pack(d, f, (Right){w_out, f, STRAIGHT}, scratch - packed + h * padded(d));
+    }
+    long count = part(&l, part_of);
+    qsort(part_of, count, sizeof(Part), by_rows); /* the largest first: the last ones to end are small */
+    for (long m = 0; token && m < n * k; m++) gate_r[row[m]] = gates[m];
+    share_in_order(count, threads, backward_part, &pass, scratch, each);
+    for (long m = 0; token && m < n * k; m++) dgates[m] = dgate_r[row[m]];
     if (count > experts) share(count * SLICES, threads, add_parts, &pass, scratch, 0);
+    if (token && dx) experts_sum(threads, 0, 0, n, k, d, dx_r, 0, row, 0, dx);
     return 0;
 }

@@ -69,9 +69,9 @@ class Experts(nn.Module):
         kind = f"{'gated ' if self.gated else ''}{self.activation}{', unit RMS' if self.normalize else ''}"
         return f"{experts} x ({width} -> {hidden} -> {width}), {kind}"
 
-    def forward(self, x_nd: Tensor, ids_nk: Tensor, gates_nk: Tensor) -> Tensor:
-        """sum over the k choices of gate * expert(x): (tokens, width) -> (tokens, width)."""
+    def forward(self, x_nd: Tensor, ids_nk: Tensor, gates_nk: Tensor, *, plus: Tensor | None = None) -> Tensor:
+        """sum over the k choices of gate * expert(x): (tokens, width) -> (tokens, width); ``plus``, alike, is added."""
         return routed_experts(
             x_nd, ids_nk, gates_nk, getattr(self, self.in_name), self.down,
-            activation=self.activation, normalize=self.normalize,
+            activation=self.activation, normalize=self.normalize, plus_nd=plus,
         )  # fmt: skip

@@ -65,12 +65,16 @@ class FeedForward(nn.Module):
         width, hidden = self.down.shape
         return f"{width} -> {hidden} -> {width}, {'gated ' if self.gated else ''}{self.activation}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> (..., width)."""
+    def forward(self, x: Tensor, *, plus: Tensor | None = None) -> Tensor:
+        """(..., width) -> (..., width); ``plus``, of the same shape, is added."""
         w_in = getattr(self, self.in_name)
         training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if training and self.gated and fits_fused_feedforward(x, w_in, self.down, self.activation):
-            return fused_feedforward(x, w_in, self.down, self.activation)
+        if training and self.gated and fits_fused_feedforward(x, w_in, self.down, self.activation, plus):
+            return fused_feedforward(x, w_in, self.down, self.activation, plus)
+        y = self._forward(x, w_in, training)
+        return y if plus is None else plus + y
+
+    def _forward(self, x: Tensor, w_in: Tensor, training: bool) -> Tensor:
         h = F.linear(x, w_in)
         function = ACTIVATIONS[self.activation].function
         if not self.gated:

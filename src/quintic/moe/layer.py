@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quintic.core import ConfigError, suggest
+from quintic.core.hooks import added
 from quintic.core.roles import Normal, declared_roles
 from quintic.moe.balance import Balance, LossFree
 from quintic.moe.experts import Experts
@@ -193,12 +194,13 @@ class MoE(nn.Module):
         """Options that no submodule shows."""
         return f"normalize_experts={self.normalize_experts}, balance={self.balance}"
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, plus: Tensor | None = None) -> Tensor:
         """Apply the layer.
 
         Args:
             x: (..., width). For what is balanced along a sequence, the axis before the last is the sequence.
             mask: (...) bool; False marks padding, which is computed but not counted as load.
+            plus: (..., width), added to the result: a residual stream costs no pass over memory of its own.
 
         Returns:
             (..., width).
@@ -220,10 +222,12 @@ class MoE(nn.Module):
         if self.training:
             self.meter.observe(self.balance, routing, mask_n, rows)
         gates_nk = routing.gates_nk if self.gain == 1.0 else routing.gates_nk * self.gain
-        y_nd = self.experts(x_nd, routing.ids_nk, gates_nk)
-        if self.shared is not None:
-            shared_nd = self.shared(x_nd)
-            y_nd = y_nd + (shared_nd if self.normalize_experts is None else unit_rms(shared_nd) * self.gain)
+        plus_nd = None if plus is None else plus.reshape(x_nd.shape)
+        y_nd = added(plus_nd, self.experts, x_nd, routing.ids_nk, gates_nk)
+        if self.shared is not None and self.normalize_experts is None:
+            y_nd = added(y_nd, self.shared, x_nd)
+        elif self.shared is not None:
+            y_nd = y_nd + unit_rms(self.shared(x_nd)) * self.gain
         return y_nd.view(x.shape)
 
 

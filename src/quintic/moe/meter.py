@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quintic.core.operators import operator
 from quintic.moe.balance import Balance, NoBalance
 from quintic.moe.quantile import BINS, margin_histogram
 from quintic.moe.replay import in_backward
@@ -85,14 +86,12 @@ class Meter(nn.Module):
         if not again:
             self._remind(balance)
             scores_ne = routing.scores_ne.detach()
-            torch.ops.quintic.count_routing(
-                *self.counters, routing.counts_e, routing.biased_ne, scores_ne, mask_n, self.top_k
-            )
+            _counted(*self.counters, routing.counts_e, routing.biased_ne, scores_ne, mask_n, self.top_k)
         # A recomputation must build the same graph as the first time, but its loss is not a second one.
         loss = balance.loss(routing, mask_n, rows, self.counts)
         if loss is not None and not again:
             self.losses.append(loss)
-            torch.ops.quintic.count_loss(self.sums, loss.detach())
+            _loss_counted(self.sums, loss.detach())
 
     def follow(self, device: torch.device) -> None:
         """Start from 0 on this device, unless the counters are there."""
@@ -162,13 +161,9 @@ def _add_(sums: Tensor, value: Tensor, number: Tensor | int) -> None:
 
 
 # Operators, so that activation checkpointing and torch.compile see each as one (:mod:`quintic.moe.replay`).
-torch.library.define(
-    "quintic::count_routing",
-    "(Tensor(a!) counts, Tensor(b!) histogram, Tensor(c!) sums, Tensor counts_e, Tensor biased, Tensor scores,"
-    " Tensor? mask, int top_k) -> ()",
-)
-torch.library.define("quintic::count_loss", "(Tensor(a!) sums, Tensor loss) -> ()")
-torch.library.impl("quintic::count_routing", "default", _count_routing)
-torch.library.impl("quintic::count_loss", "default", _count_loss)
-torch.library.register_fake("quintic::count_routing", lambda *arguments: None)
-torch.library.register_fake("quintic::count_loss", lambda *arguments: None)
+_counted = operator(
+    "count_routing(Tensor(a!) counts, Tensor(b!) histogram, Tensor(c!) sums, Tensor counts_e, Tensor biased,"
+    " Tensor scores, Tensor? mask, int top_k) -> ()",
+    _count_routing, lambda *arguments: None,
+)  # fmt: skip
+_loss_counted = operator("count_loss(Tensor(a!) sums, Tensor loss) -> ()", _count_loss, lambda *arguments: None)

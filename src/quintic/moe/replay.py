@@ -19,6 +19,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from quintic.core.operators import operator
+
 __all__ = ["KeptRouting", "in_backward"]
 
 _MICRO_BATCHES = 64  # kept at most, for a loop that never calls balance_step
@@ -63,7 +65,7 @@ class KeptRouting:
             return ids_nk
         again = in_backward()
         like = [kept for kept in self._kept if kept.shape == ids_nk.shape and kept.device == ids_nk.device]
-        ids_nk = torch.ops.quintic.kept_routing(ids_nk, like if again else [])
+        ids_nk = _kept(ids_nk, like if again else [])
         if not again:
             self._kept.append(ids_nk)
         return ids_nk
@@ -82,5 +84,6 @@ def _kept_routing(ids_nk: Tensor, kept: list[Tensor]) -> Tensor:
     return found_nk
 
 
-torch.library.define("quintic::kept_routing", "(Tensor ids, Tensor[] kept) -> Tensor")
-torch.library.impl("quintic::kept_routing", "default", _kept_routing)
+_kept = operator(
+    "kept_routing(Tensor ids, Tensor[] kept) -> Tensor", _kept_routing, lambda ids, kept: torch.empty_like(ids)
+)

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 
 from quintic.core import ConfigError
+from quintic.core.operators import operator
 from quintic.moe import expert_kernels
 from quintic.moe.activation import activate_, activate_for_backward_, activation_backward_, halves
 from quintic.moe.dispatch import Block, Run, blocks_of, grouped_is_legal, kept_rows, lay_out, plan_runs
@@ -53,8 +53,9 @@ def routed_experts(
     *,
     activation: str = "silu",
     normalize: bool = False,
+    plus_nd: Tensor | None = None,
 ) -> Tensor:
-    """y_n = sum_k gates_nk * expert_{ids_nk}(x_n), dropless.
+    """y_n = plus_n + sum_k gates_nk * expert_{ids_nk}(x_n), dropless.
 
     Args:
         x_nd: (tokens, width).
@@ -64,9 +65,11 @@ def routed_experts(
         w_out_edf: (experts, width, hidden).
         activation: A name of :data:`quintic.moe.activation.ACTIVATIONS`.
         normalize: Whether each expert's output is divided by its RMS.
+        plus_nd: (tokens, width) or None for 0.
 
     Returns:
-        (tokens, width), in the dtype of ``x_nd`` or of the active autocast. Double backward is not supported.
+        (tokens, width), in the dtype of ``x_nd`` or of the active autocast, or of ``plus_nd`` if wider.
+        Double backward is not supported.
 
     Raises:
         ConfigError: Tokens and experts differ in dtype.
@@ -79,10 +82,17 @@ def routed_experts(
             f"x is {x_nd.dtype}, the experts are {w_in_ehd.dtype}; convert one of them by .to(dtype), "
             "or use torch.autocast"
         )
+    if plus_nd is not None and (plus_nd.dtype != x_nd.dtype or torch.compiler.is_compiling()):
+        return plus_nd + routed_experts(
+            x_nd, ids_nk, gates_nk, w_in_ehd, w_out_edf, activation=activation, normalize=normalize
+        )
     few = 0 < ids_nk.numel() <= _FEW and x_nd.device.type == "cpu"
     if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _few(x_nd, ids_nk, gates_nk, w_in_ehd, w_out_edf, activation, normalize)
-    out: Tensor = _RoutedExperts.apply(x_nd, ids_nk, gates_nk, w_in_ehd, w_out_edf, activation, normalize)  # type: ignore[assignment]
+        y_nd = _few(x_nd, ids_nk, gates_nk, w_in_ehd, w_out_edf, activation, normalize)
+        return y_nd if plus_nd is None else plus_nd + y_nd
+    out: Tensor = _RoutedExperts.apply(  # type: ignore[assignment]
+        x_nd, ids_nk, gates_nk, w_in_ehd, w_out_edf, activation, normalize, plus_nd
+    )
     return out
 
 
@@ -122,8 +132,9 @@ class _RoutedExperts(torch.autograd.Function):
         w_out: Tensor,
         activation: str,
         normalize: bool,
+        plus_nd: Tensor | None,
     ) -> Tensor:
-        y_nd, *kept = torch.ops.quintic.routed_forward(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize)
+        y_nd, *kept = _routed(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize, plus_nd)
         ctx.save_for_backward(x_nd, gates_nk, w_in, w_out, *kept)
         ctx.activation, ctx.normalize = activation, normalize
         return y_nd
@@ -132,21 +143,30 @@ class _RoutedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         needs_x, _, _, *needs_w = ctx.needs_input_grad[:5]
-        dx_nd, dgates_nk, dw_in, dw_out = torch.ops.quintic.routed_backward(
+        dx_nd, dgates_nk, dw_in, dw_out = _routed_backward(
             grad_outputs[0], *ctx.saved_tensors, ctx.activation, ctx.normalize, [needs_x, *needs_w]
         )
-        return dx_nd, None, dgates_nk, dw_in, dw_out, None, None
+        dplus_nd = grad_outputs[0] if ctx.needs_input_grad[7] else None
+        return dx_nd, None, dgates_nk, dw_in, dw_out, None, None, dplus_nd
 
 
 def _forward(
-    x_nd: Tensor, ids_nk: Tensor, gates_nk: Tensor, w_in: Tensor, w_out: Tensor, activation: str, normalize: bool
+    x_nd: Tensor,
+    ids_nk: Tensor,
+    gates_nk: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    activation: str,
+    normalize: bool,
+    plus_nd: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     h_rh, row_nk, kept_r, counts_e = _kept(x_nd, ids_nk, w_in)
     if not ids_nk.numel():
-        return x_nd.new_zeros(x_nd.shape), h_rh, row_nk, kept_r, counts_e.zero_()
+        y_nd = x_nd.new_zeros(x_nd.shape) if plus_nd is None else plus_nd.clone()
+        return y_nd, h_rh, row_nk, kept_r, counts_e.zero_()
     if (kernels := expert_kernels.kernels_for(activation, x_nd, normalize=normalize)) is not None:
         kept = (h_rh, row_nk, kept_r, counts_e)
-        return expert_kernels.forward(kernels, x_nd, ids_nk, gates_nk, w_in, w_out, activation, kept), *kept
+        return expert_kernels.forward(kernels, x_nd, ids_nk, gates_nk, w_in, w_out, activation, plus_nd, kept), *kept
     # Not bincount, for which the host would wait: it asks for the largest expert.
     counts_e = counts_e.zero_().index_add_(0, ids_nk.reshape(-1), counts_e.new_ones(1).expand(ids_nk.numel()))
     runs, blocks, ends = _plan(counts_e, ids_nk.numel(), w_in, w_out)
@@ -165,7 +185,8 @@ def _forward(
         _into(v, rows_by_expert_(block, ends, a, w_out_t, v))
         if normalize:
             v.mul_(_inverse_rms(v))
-    return _combine(v_rd, row_nk, gates_nk), h_rh, row_nk, kept_r, counts_e
+    y_nd = _combine(v_rd, row_nk, gates_nk)
+    return y_nd if plus_nd is None else y_nd.add_(plus_nd), h_rh, row_nk, kept_r, counts_e
 
 
 def _backward(
@@ -283,7 +304,7 @@ def _accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _fake_forward(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize):
+def _fake_forward(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize, plus_nd=None):
     return x_nd.new_empty(x_nd.shape), *_kept(x_nd, ids_nk, w_in)
 
 
@@ -294,34 +315,27 @@ def _fake_backward(
     return tuple(tensor.new_empty(tensor.shape) if on else None for tensor, on in needed)
 
 
-torch.library.define(
-    "quintic::routed_forward",
-    "(Tensor x, Tensor ids, Tensor gates, Tensor w_in, Tensor w_out, str activation, bool normalize)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "quintic::routed_backward",
-    "(Tensor dy, Tensor x, Tensor gates, Tensor w_in, Tensor w_out, Tensor h, Tensor row, Tensor token, Tensor counts,"
-    " str activation, bool normalize, bool[3] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.impl("quintic::routed_forward", "default", _forward)
-torch.library.impl("quintic::routed_backward", "default", _backward)
-torch.library.register_fake("quintic::routed_forward", _fake_forward)
-torch.library.register_fake("quintic::routed_backward", _fake_backward)
-
-
-@register_flop_formula(torch.ops.quintic.routed_forward)
-def _forward_flops(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize, *, out_shape=None, **_) -> int:
+def _forward_flops(x_nd, ids_nk, gates_nk, w_in, w_out, activation, normalize, plus_nd=None) -> int:
     """Without padding, which a smaller number of calls pays for."""
     slots = ids_nk[0] * ids_nk[1]
     return 2 * slots * (w_in[1] * w_in[2] + w_out[1] * w_out[2])
 
 
-@register_flop_formula(torch.ops.quintic.routed_backward)
 def _backward_flops(
-    dy_nd, x_nd, gates_nk, w_in, w_out, h_rh, row_nk, token_r, counts_e, activation, normalize, output_mask,
-    *, out_shape=None, **_,
-) -> int:  # fmt: skip
+    dy_nd, x_nd, gates_nk, w_in, w_out, h_rh, row_nk, token_r, counts_e, activation, normalize, output_mask
+) -> int:
     needs_x, needs_in, needs_out = output_mask
     per_slot = (needs_x + needs_in) * w_in[1] * w_in[2] + (1 + normalize + needs_out) * w_out[1] * w_out[2]
     return 2 * row_nk[0] * row_nk[1] * per_slot
+
+
+_routed = operator(
+    "routed_forward(Tensor x, Tensor ids, Tensor gates, Tensor w_in, Tensor w_out, str activation, bool normalize,"
+    " Tensor? plus=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward, _fake_forward, _forward_flops,
+)  # fmt: skip
+_routed_backward = operator(
+    "routed_backward(Tensor dy, Tensor x, Tensor gates, Tensor w_in, Tensor w_out, Tensor h, Tensor row, Tensor token,"
+    " Tensor counts, str activation, bool normalize, bool[3] output_mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward, _fake_backward, _backward_flops,
+)  # fmt: skip

@@ -24,14 +24,14 @@ from torch.autograd.function import once_differentiable
 
 from quintic.core import ConfigError
 from quintic.core.counter_rng import Stream
-from quintic.core.kernels import Kernels, fits_kernels, load_kernels
+from quintic.core.kernels import fits_kernels, load_kernels
 from quintic.core.roles import Constant, Normal, Role, declare
+from quintic.moe.router_kernel import fits_fused_route, fused_route
 from quintic.moe.score import Score, apply_score, check_score
 
 __all__ = ["Router", "Routing", "argtop", "check_routing", "routed_scaling_factor"]
 
 _FEW_ROWS = 16
-_LANES = 64  # room for a kernel that works in whole vectors
 _NORM_EPS = 1e-20  # as in DeepSeek-V3; only there for a row of exact zeros
 
 
@@ -146,9 +146,12 @@ class Router(nn.Module):
             shift: From detached selection scores (tokens, experts) to what is added to them besides the bias.
             keep: From the chosen ids to the ids to use: activation checkpointing replays an earlier choice.
         """
+        weight_ed, bias_e = self.weight, self.bias
+        if shift is None and self._plain and fits_fused_route(x_nd, weight_ed, bias_e):
+            return Routing(*fused_route(x_nd, weight_ed, bias_e, self.top_k, self.scale, mask_n, keep))
         dtype = torch.promote_types(x_nd.dtype, torch.float32)
         with torch.autocast(x_nd.device.type, enabled=False):
-            logits_ne = x_nd.to(dtype) @ self.weight.to(dtype).t()
+            logits_ne = x_nd.to(dtype) @ weight_ed.to(dtype).t()
             if self.offset is not None:
                 logits_ne = logits_ne + self.offset.to(dtype)
             ids_nk, gates_nk, scores_ne, biased_ne = self.choose(logits_ne, shift=shift, keep=keep)
@@ -157,6 +160,11 @@ class Router(nn.Module):
         chosen_m = ids_nk.flatten()
         counts_e = ids_nk.new_zeros(self.weight.shape[0]).index_add_(0, chosen_m, one.expand_as(ids_nk).reshape(-1))
         return Routing(ids_nk, gates_nk, counts_e, logits_ne, scores_ne, biased_ne)
+
+    @property
+    def _plain(self) -> bool:
+        scores = self.score == self.select == "sigmoid" and self.normalize_gates
+        return scores and self.num_groups == self.top_groups and self._parameters["offset"] is None
 
     def choose(
         self,
@@ -185,10 +193,7 @@ class Router(nn.Module):
         ids_nk = argtop(biased_ne, self.top_k)
         if keep is not None:
             ids_nk = keep(ids_nk)
-        if self.score == "sigmoid" and self.normalize_gates and torch.is_grad_enabled():
-            gates_nk = _sigmoid_gates(logits_ne, gate_ne, ids_nk, self.scale)
-        else:
-            gates_nk = _gates(gate_ne, ids_nk, self.normalize_gates, self.scale)
+        gates_nk = _gates(gate_ne, ids_nk, self.normalize_gates, self.scale)
         return ids_nk, gates_nk, scores_ne, biased_ne
 
 
@@ -245,10 +250,9 @@ def argtop(scores_ne: Tensor, k: int) -> Tensor:
     if not torch.compiler.is_compiling():
         if scores_ne.shape[0] <= _FEW_ROWS:
             return scores_ne.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        if (kernels := _kernels_for(scores_ne)) is not None:
+        if fits_kernels(scores_ne) and (kernels := load_kernels()) is not None:
             ids_nk = scores_ne.new_empty((len(scores_ne), k), dtype=torch.int64)
-            (scratch,) = kernels.scratch(torch.get_num_threads() * (scores_ne.shape[1] + _LANES))
-            kernels.call("top", *scores_ne.shape, k, scores_ne.contiguous(), ids_nk, scratch)
+            kernels.call("top", *scores_ne.shape, k, scores_ne.contiguous(), ids_nk)
             return ids_nk
         if scores_ne.device.type == "cpu":  # elsewhere the question would wait for the device
             best, indices = scores_ne.topk(min(k, last) + 1)
@@ -277,13 +281,7 @@ def _gates(scores_ne: Tensor, ids_nk: Tensor, normalize: bool, scale: float = 1.
         return scores_ne.gather(1, ids_nk) * scale
     if not torch.is_grad_enabled():
         return _normalised(scores_ne, ids_nk)[0] * scale
-    gates_nk: Tensor = _NormalisedGates.apply(scores_ne, scores_ne, ids_nk, scale, False)  # type: ignore[assignment]
-    return gates_nk
-
-
-def _sigmoid_gates(logits_ne: Tensor, scores_ne: Tensor, ids_nk: Tensor, scale: float) -> Tensor:
-    """Normalised gates of scores = sigmoid(logits), whose gradient goes to the logits at once."""
-    gates_nk: Tensor = _NormalisedGates.apply(logits_ne, scores_ne.detach(), ids_nk, scale, True)  # type: ignore[assignment]
+    gates_nk: Tensor = _NormalisedGates.apply(scores_ne, ids_nk, scale)  # type: ignore[assignment]
     return gates_nk
 
 
@@ -294,53 +292,25 @@ def _normalised(scores_ne: Tensor, ids_nk: Tensor) -> tuple[Tensor, Tensor]:
     return chosen_nk / total_n1, total_n1
 
 
-def _kernels_for(scores_ne: Tensor) -> Kernels | None:
-    return load_kernels() if fits_kernels(scores_ne) else None
-
-
 class _NormalisedGates(torch.autograd.Function):
-    """p = scale s / sum of the chosen s, and back ds = (scale dp - <dp, p>) / sum; through a sigmoid times s (1 - s).
-
-    The first argument gets the gradient: the scores, or the logits whose sigmoid they are.
-    """
+    """p = scale s / sum of the chosen s, and back ds = (scale dp - <dp, p>) / sum."""
 
     @staticmethod
-    def forward(
-        ctx: Any, source_ne: Tensor, scores_ne: Tensor, ids_nk: Tensor, scale: float, through_sigmoid: bool
-    ) -> Tensor:
-        scores_ne = scores_ne.contiguous()
-        if (kernels := _kernels_for(scores_ne)) is not None:
-            ids_nk = ids_nk.contiguous()
-            gates_nk, total_n1 = scores_ne.new_empty(ids_nk.shape), scores_ne.new_empty(len(ids_nk), 1)
-            sizes = (*scores_ne.shape, ids_nk.shape[1])
-            kernels.call("normalised_gates", *sizes, float(scale), scores_ne, ids_nk, gates_nk, total_n1)
-        else:
-            gates_nk, total_n1 = _normalised(scores_ne, ids_nk)
-            gates_nk *= scale
-        ctx.save_for_backward(gates_nk, total_n1, ids_nk, *([scores_ne] if through_sigmoid else []))
-        ctx.shape, ctx.scale = source_ne.shape, scale
+    def forward(ctx: Any, scores_ne: Tensor, ids_nk: Tensor, scale: float) -> Tensor:
+        gates_nk, total_n1 = _normalised(scores_ne, ids_nk)
+        gates_nk *= scale
+        ctx.save_for_backward(gates_nk, total_n1, ids_nk)
+        ctx.shape, ctx.scale = scores_ne.shape, scale
         return gates_nk
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gates_nk, total_n1, ids_nk, *through = ctx.saved_tensors
+        gates_nk, total_n1, ids_nk = ctx.saved_tensors
         (dgates_nk,) = grad_outputs
-        scores_ne = through[0] if through else None
-        if (kernels := _kernels_for(dgates_nk)) is not None:
-            dsource_ne = dgates_nk.new_empty(ctx.shape)
-            kernels.call(
-                "normalised_gates_backward", *ctx.shape, ids_nk.shape[1], float(ctx.scale), dgates_nk.contiguous(),
-                gates_nk, total_n1, ids_nk, scores_ne, dsource_ne,
-            )  # fmt: skip
-            return dsource_ne, None, None, None, None
         along_n1 = (dgates_nk * gates_nk).sum(-1, keepdim=True)
         dchosen_nk = (ctx.scale * dgates_nk - along_n1) / total_n1
-        if scores_ne is not None:
-            chosen_nk = scores_ne.gather(1, ids_nk)
-            dchosen_nk = dchosen_nk * chosen_nk * (1.0 - chosen_nk)
-        dsource_ne = dgates_nk.new_zeros(ctx.shape).scatter_(1, ids_nk, dchosen_nk)
-        return dsource_ne, None, None, None, None
+        return dgates_nk.new_zeros(ctx.shape).scatter_(1, ids_nk, dchosen_nk), None, None
 
 
 @functools.lru_cache
