@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tomllib
 
 import numpy as np
@@ -164,5 +165,11 @@ def test_a_flow_takes_a_class_and_guidance(run, tmp_path, capsys):
     first, second = (np.load(file.with_suffix(".npy")) for file in made)
     assert (first == second).all()
     capsys.readouterr()
+    other = shutil.copytree(run, tmp_path / "always-told")
+    text = (other / "config.toml").read_text()
+    assert "class_dropout = 0.1" in text
+    (other / "config.toml").write_text(text.replace("class_dropout = 0.1", "class_dropout = 0.0"))
+    assert quintic("generate", other, "--class", "3", "--guidance", "2") == 2
+    assert "seen images without their class, found tarflow.class_dropout=0" in " ".join(capsys.readouterr().err.split())
     assert quintic("generate", run, "--class", f"{names[3]}s") == 2
     assert f"did you mean '{names[3]}'?" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def test_they_are_in_use_where_they_can_be(tmp_path):
 def test_they_compile_without_a_warning(source, level, compiler, tmp_path):
     strict = ["-Wall", "-Wextra", "-Werror", f"-march={level}", f"-I{kernels._HEADERS}"]
     made = subprocess.run(
-        [compiler, *kernels._FLAGS, *strict, "-o", str(tmp_path / "made.so"), str(source)],
+        [compiler, *kernels._FLAGS, *strict, "-shared", "-o", str(tmp_path / "made.so"), str(source)],
         capture_output=True, text=True,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr

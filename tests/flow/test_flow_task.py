@@ -200,3 +200,9 @@ def test_presets_make_models(name):
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(ConfigError, match=f"tarflow.{field}"):
         TarFlowConfig(**{field: value})
+
+
+def test_guidance_needs_images_without_their_class():
+    TarFlowConfig(classes=-1, guidance=1.0)
+    with pytest.raises(ConfigError, match="learned without their class"):
+        TarFlowConfig(classes=-1, guidance=1.0, class_dropout=0.0)

@@ -177,6 +177,17 @@ def test_a_block_is_the_same_by_its_parts_with_and_without_checkpoints(dense, re
         assert (a - b).norm() <= 1e-5 * b.norm() + 1e-6
 
 
+@pytest.mark.parametrize("changes", [{"num_dense_layers": 1}, {"num_shared": 0}, {"num_shared": 1}])
+def test_a_block_returns_no_view(changes):
+    """Of one fully_shard warns: a change in place would drop its hook."""
+    config = replace(LMConfig(num_layers=1, num_dense_layers=0), **changes)
+    block = Block(config, 0)
+    initialize_(block, 0)
+    rotation = rotation_table(64, config.qk_rope_dim, 10_000.0, still=config.qk_nope_dim)
+    y = block(torch.randn(9, 64, config.d_model), rotation)
+    assert y.requires_grad and y._base is None
+
+
 def test_hooks_see_what_they_always_saw():
     """Of a module alone, without the stream, whether there are kernels or not."""
     config = LMConfig(num_layers=1, num_dense_layers=1)

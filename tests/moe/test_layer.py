@@ -66,6 +66,7 @@ def test_a_stream_is_added_to_the_result(options, dtype):
     layer, x, stream = make(**options).to(dtype), tokens(5, 40, 16).to(dtype), tokens(5, 40, 16, seed=1).to(dtype)
     stream.requires_grad_()
     y = layer(x, plus=stream)
+    assert not y._is_view()
     torch.testing.assert_close(y, layer(x) + stream)
     y.sum().backward()
     torch.testing.assert_close(stream.grad, torch.ones_like(stream))

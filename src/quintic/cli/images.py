@@ -253,6 +253,10 @@ def _flow(loaded: LoadedModel, n: int, seed: int, options: dict[str, Any], names
     elif c.classes:
         labels = torch.arange(n) % c.classes
     guidance = None
+    if strength and c.classes and not c.class_dropout:
+        raise ConfigError(
+            "--guidance needs a model that has seen images without their class, found tarflow.class_dropout=0"
+        )
     if strength:
         guidance = Guidance(strength) if temperature is None else Guidance(strength, temperature=temperature)
     model: TarFlow = loaded.model  # type: ignore[assignment]

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ _HEADERS = Path(__file__).parent
 _PACKAGE = _HEADERS.parent
 _LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}
 _COMPILERS = ("cc", "gcc", "clang")
-_FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 _SECONDS = 120
 _PLAIN = (Tensor, nn.Parameter)
 _KEPT = 2**25  # numbers: 128 MiB
@@ -172,7 +173,7 @@ def _library(sources: Sequence[Path]) -> ctypes.CDLL:
     try:
         path = cache_dir("kernels") / f"{key}.so"
         if not path.exists():
-            _compile([*command, f"-I{_HEADERS}", *map(str, sources)], path)
+            _compile([*command, f"-I{_HEADERS}"], sources, path)
         if path.stat().st_uid not in (os.getuid(), 0):
             raise Unavailable(f"{path} belongs to somebody else")
         library = ctypes.CDLL(str(path))
@@ -199,11 +200,16 @@ def _compiler() -> list[str]:
     raise Unavailable(f"there is no C compiler ({', '.join(names)}) on the path")
 
 
-def _compile(command: Sequence[str], path: Path) -> None:
+def _compile(command: Sequence[str], sources: Sequence[Path], path: Path) -> None:
     """Under another name first: several processes may do it at once."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    if sys.stderr.isatty():
+        print("compiling kernels for this processor: once, some seconds", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(Path(folder) / f"{index}.o") for index in range(len(sources))]
+        one = [[*command, "-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True)]
+        list(pool.map(_run, one))
         made = Path(folder) / path.name
-        _run([*command, "-o", str(made)])
+        _run([*command, "-shared", *objects, "-o", str(made)])
         os.replace(made, path)
 
 

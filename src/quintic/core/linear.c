@@ -1,5 +1,8 @@
-/* Linear maps of the same rows, after RMSNorm or without it: what lies between stays in the cache. Legend as in
- * core/linear.py: d width of the rows, n = x r gain with r = 1 / RMS(x), or n = x where gain is null. */
+/* Linear maps of the same rows, after RMSNorm or without it: what lies between stays in the cache.
+ *
+ *     y_i = residual + n w_i',   dw_i = sum of g_i' n,   dn = sum of g_i w_i
+ *
+ * with n = x r gain and r = 1 / RMS(x), or n = x where gain is null, and the gradients g_i of y_i. d: width of x. */
 #include "linear.h"
 #include "norm.h"
 
@@ -23,9 +26,7 @@ typedef struct {
 
 static long tasks_of(const Linear *l) { return (l->rows + l->each - 1) / l->each; }
 
-static long end_of(const Linear *l, long index) {
-    return lesser((index + 1) * l->each, l->rows);
-}
+static long end_of(const Linear *l, long index) { return lesser((index + 1) * l->each, l->rows); }
 
 /* Forward as many as keep all threads busy; */
 static long forward_rows(long threads, long rows) { return greater(32, lesser(128, rows / (16 * threads))); }

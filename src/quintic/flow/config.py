@@ -86,6 +86,10 @@ class TarFlowConfig:
             raise ConfigError(f"tarflow.guidance must be in [0, 100), found {self.guidance}")
         if self.guidance and not self.classes:
             raise ConfigError("tarflow.guidance follows the class: set tarflow.classes=-1 to learn the data's classes")
+        if self.guidance and not self.class_dropout:
+            raise ConfigError(
+                "tarflow.guidance needs images that are learned without their class: set tarflow.class_dropout above 0"
+            )
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Kept per token and layer: the input and the normalised input of both halves (4 d); queries, keys, values and the
 attended values of every head; latents before and after their norm; what the feed-forward's own functions save. The
-kernels of :mod:`quintic.lm.attention` keep less: one copy of the keys' shared part, and nothing padded.
+kernels of :mod:`quintic.lm.mla_kernel` keep less: no normalised inputs, one copy of the keys' shared part, no padding.
 """
 
 from __future__ import annotations

@@ -222,13 +222,14 @@ class MoE(nn.Module):
         if self.training:
             self.meter.observe(self.balance, routing, mask_n, rows)
         gates_nk = routing.gates_nk if self.gain == 1.0 else routing.gates_nk * self.gain
-        plus_nd = None if plus is None else plus.reshape(x_nd.shape)
-        y_nd = added(plus_nd, self.experts, x_nd, routing.ids_nk, gates_nk)
-        if self.shared is not None and self.normalize_experts is None:
-            y_nd = added(y_nd, self.shared, x_nd)
-        elif self.shared is not None:
-            y_nd = y_nd + unit_rms(self.shared(x_nd)) * self.gain
-        return y_nd.view(x.shape)
+        # A sum is never a view of something else in the end: fully_shard asks that of the blocks that it wraps.
+        plus_nd = None if plus is None or self.shared is None else plus.reshape(x_nd.shape)
+        y = added(plus_nd, self.experts, x_nd, routing.ids_nk, gates_nk).view(x.shape)
+        if self.shared is None:
+            return y if plus is None else plus + y
+        if self.normalize_experts is None:
+            return added(y, self.shared, x)
+        return y + unit_rms(self.shared(x)) * self.gain
 
 
 def _counters_follow(layer: MoE, incompatible_keys: object) -> None:
