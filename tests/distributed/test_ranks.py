@@ -73,7 +73,7 @@ def assert_same_training(one, other):
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
-        (2, ["engine.shards=2", "engine.background_save=true"]),
+        (2, ["engine.shards=2", "engine.background_save=true", "lm.checkpoint=true"]),
         (2, ["engine.shards=1", "engine.micro_batch_size=3"]),
         (
             4,
