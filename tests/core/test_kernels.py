@@ -162,6 +162,15 @@ def test_with_shorter_vectors():
     assert ask(CHECK, ATEN_CPU_CAPABILITY="avx2") == "right"
 
 
+@needs_kernels
+def test_the_fused_steps_with_shorter_vectors():
+    tests = [str(ROOT / "tests" / name) for name in ("lm/test_mla_kernel.py", "moe/test_router_kernel.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "float64 or parts", *tests]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "QUINTIC_KERNELS": "compiled"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 def sanitizer(name):
     """Path of gcc's runtime of a sanitizer; None where there is none."""
     if (gcc := shutil.which("gcc")) is None:
