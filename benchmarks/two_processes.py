@@ -25,11 +25,10 @@ from quintic.cli.wiring import build_settings
 from quintic.core.machine import describe
 
 BAR = 1.25
-ROUNDS, STEPS = 3, 30
+ROUNDS, STEPS = 5, 30
 WAYS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
     "two, weights divided": (2, ["engine.shards=2"]),
-    "two, weights divided and kept for a step": (2, ["engine.shards=2", "engine.reshard=false"]),
     "two, weights copied": (2, ["engine.shards=1"]),
 }
 """Title: processes, settings."""

@@ -13,7 +13,7 @@ from quintic.core.initial import initialize_
 from quintic.data.config import DataConfig
 from quintic.data.order import Order
 from quintic.data.tokens import prepare
-from quintic.engine import EngineConfig, loop, step
+from quintic.engine import EngineConfig, loop, shard, step
 from quintic.engine.checkpoint import TrainState
 from quintic.engine.mesh import join_ranks
 from quintic.engine.plan import make_plan
@@ -117,20 +117,23 @@ def check_replayed(task, ranks, losses, alone, recorded):
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that this process sends in a step, by purpose; rings for sums and gathers, as in the plan."""
+    """Bytes that this process sends in a step, by purpose; sums over replicas in rings."""
 
     def __init__(self, ranks):
         super().__init__()
         self.shards, self.replicas = ranks.shards, ranks.world // ranks.shards
         self.bytes = {"weights": 0.0, "gradients": 0.0, "muon": 0.0}
+        self.purpose = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name, share = func.name(), (self.shards - 1) / self.shards
-        if "_allgather_base_" in name:
-            self.bytes["weights"] += share * args[0].nbytes
-        elif "_reduce_scatter_base_" in name:
-            self.bytes["gradients"] += share * args[1].nbytes
+        if "all_gather_copy_in" in name:
+            self.purpose = "weights"
+        elif "chunk_cat" in name:
+            self.purpose = "gradients"
+        elif "send" in name:
+            self.bytes[self.purpose] += sum(t.nbytes for t in args[0])
         elif "allreduce_" in name and max(t.numel() for t in args[0]) > 1000:  # fewer are counts and norms
             self.bytes["gradients"] += 2 * (self.replicas - 1) / self.replicas * sum(t.nbytes for t in args[0])
         elif "alltoall_base" in name:
@@ -178,6 +181,12 @@ def main():
         check_initial_weights(few, ranks)  # stacks of fewer experts than shards are cut inside the experts
         words = check_replayed(task, ranks, losses, alone, recorded)
         ratios = [
+            check_traffic(task, ranks, torch.float32),
+            check_traffic(task, ranks, torch.float32, micro_batch_size=1),
+        ]
+        shard.TOGETHER = 0  # every block by itself, as in a large model
+        words += "; in blocks " + check_replayed(task, ranks, losses, alone, recorded)
+        ratios += [
             check_traffic(task, ranks, torch.float32),
             check_traffic(task, ranks, torch.bfloat16),
             check_traffic(task, ranks, torch.float32, micro_batch_size=1),

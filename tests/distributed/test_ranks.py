@@ -24,9 +24,9 @@ EXACT = ("step", "tokens", "lr", "expert_load", "max_vio", "dead_experts", "qk_c
 CLOSE = ("loss", "grad_norm", "val_loss", "clip_fraction", "max_logit")
 
 
-def job(ranks, *arguments, check=True):
+def job(ranks, *arguments, check=True, program=("-m", "quintic")):
     """Run quintic on some ranks; (exit code, output)."""
-    done = on_ranks(ranks, "-m", "quintic", *arguments)
+    done = on_ranks(ranks, *program, *arguments)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -70,6 +70,7 @@ def assert_same_training(one, other):
             torch.testing.assert_close(there[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("program", [("-m", "quintic"), (HERE / "in_blocks.py",)], ids=["whole", "in blocks"])
 @pytest.mark.parametrize(
     ("ranks", "settings"),
     [
@@ -88,8 +89,8 @@ def assert_same_training(one, other):
     ],
     ids=["2 shards", "2 replicas", "2 replicas of 2 shards"],
 )
-def test_several_ranks_train_as_one(book, alone, tmp_path, ranks, settings):
-    out = job(ranks, "train", book, *SETTINGS, *settings, "--out", tmp_path / "run").stdout
+def test_several_ranks_train_as_one(book, alone, tmp_path, ranks, settings, program):
+    out = job(ranks, "train", book, *SETTINGS, *settings, "--out", tmp_path / "run", program=program).stdout
     assert out.count("finished 10 steps") == 1 and f"{ranks} ranks" in out
     assert_same_training(alone, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "machine.json").read_text())["ranks"] == ranks

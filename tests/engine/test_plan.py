@@ -49,12 +49,18 @@ def test_bytes_and_communication_follow_their_formulas():
     )
     assert many.bytes_per_rank["optimizer"] == total - adam + 2 * adam
     # 128 examples over 8 ranks by 4 at a time: 4 micro-batches; 3/4 of everything comes from elsewhere.
-    assert many.sent_per_step["weights"] == pytest.approx(2 * 0.75 * total * 4 * 4)
+    blocks = sum(p.numel() for p in model.blocks.parameters())  # the rest is gathered once for both passes
+    assert many.sent_per_step["weights"] == pytest.approx(0.75 * (total + blocks) * 4 * 4)
     assert many.sent_per_step["gradients"] == pytest.approx(0.75 * total * 4 * 4 + 2 * 0.5 * total / 4 * 4)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert many.sent_per_step["muon"] == pytest.approx(2 * 0.75 / 4 * 4 * (total - adam - experts), abs=1)
     kept = plan_of(config, ranks=8, shards=4, examples_per_step=128, micro_batch=4, reshard=False)
-    assert kept.sent_per_step["weights"] == pytest.approx(many.sent_per_step["weights"] / 2)
+    assert kept.sent_per_step["weights"] == pytest.approx(0.75 * total * 4 * 4)
+    for reshard in (True, False):  # a small model is gathered whole, and once
+        small = plan_of(LMConfig.preset("laptop"), ranks=2, shards=2, reshard=reshard)
+        each = 4 * small.parameters["total"]
+        assert small.sent_per_step["weights"] == pytest.approx(0.5 * each * 32)
+        assert small.bytes_per_rank["gathered weights"] == 2 * each
     assert kept.bytes_per_rank["gathered weights"] >= 4 * total
     adamw = plan_of(config, ranks=8, shards=4, optimizer="adamw")
     assert adamw.sent_per_step["muon"] == 0 and adamw.bytes_per_rank["optimizer"] == 2 * total

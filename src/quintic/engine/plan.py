@@ -2,19 +2,19 @@
 
 Everything follows from the shapes and declared roles of a model on the meta device; nothing is allocated. Ranks form a
 mesh of R replicas of S shards (R S = N). A rank holds 1/S of weights, gradients and optimizer state, and gathers one
-block at a time, and the embedding and the head. In bfloat16 the matrices that were used are kept in it too, from the
-forward to the backward pass: all of them, or with activation checkpointing those of a block. Per step a rank sends,
-with P parameters (in elements):
+group of blocks at a time (:mod:`quintic.engine.shard`), and the embedding and the head. In bfloat16 the matrices that
+were used are kept in it too, from the forward to the backward pass: all of them, or with activation checkpointing those
+of a block. Per step a rank sends, with P parameters (in elements), B of them in blocks that are gathered apart:
 
-    gather of the weights, forward and backward      2 (S-1)/S P   in float32, once per micro-batch;
-                                                                   half of it where they are kept (reshard = false)
+    gather of the weights, forward and backward    (S-1)/S (P + B) in float32, once per micro-batch;
+                                                                   without B where they are kept (reshard = false)
     sum of the gradients over the shards               (S-1)/S P   in float32, once per micro-batch
     sum of the gradients over the replicas      2 (R-1)/R P / S    in float32
     Muon: matrices to their owners and back        2 (S-1)/S^2 P2  in float32, P2 without expert stacks, which are
                                                                    sharded by expert and stay where they are
 
-so with one micro-batch Muon adds 2 P2 / (3 S P) to the volume of AdamW. Activations
-are an estimate, tested to a quarter.
+so with one micro-batch Muon adds 2 P2 / (S (2 P + B)) to the volume of AdamW. Activations are an estimate, tested to a
+quarter.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import nn
 
 from quintic.core import ConfigError
 from quintic.core.roles import Role, declared_roles
+from quintic.engine.shard import gathered_apart
 from quintic.optim import roles as route
 
 __all__ = ["Plan", "as_rows", "check_batch", "make_plan"]
@@ -164,8 +165,8 @@ def make_plan(
     under_muon = {row.name for row in route(model) if row.algorithm == "muon"} if optimizer == "muon" else set()
     muon = sum(sizes[name] for name in under_muon)
     owned_by_muon = sum(sizes[name] for name in under_muon if found[name].role is not Role.EXPERT_STACK)
-    blocks = _block_sizes(model) or [0]
-    largest = max(blocks)
+    largest = max(_block_sizes(model), default=0)
+    apart = _sizes_apart(model)
     replicas = ranks // shards
     tokens = micro_batch * tokens_per_example
     share = (shards - 1) / shards
@@ -183,12 +184,12 @@ def make_plan(
             "gradients": 4 * total // shards,
             "optimizer": 4 * (muon + 2 * (total - muon)) // shards,
             "weights in bfloat16": 0 if compute_bytes == 4 else 2 * (largest if checkpoint else total - tables),
-            "gathered weights": 0 if shards == 1 else _gathered(total, largest, sum(blocks), reshard),
+            "gathered weights": 0 if shards == 1 else _gathered(total, apart, reshard),
             "activations": int(tokens * activation_numbers_per_token * compute_bytes),
             "logits": logits * (4 if compute_bytes == 4 else 8),  # the product and the gradient in bfloat16 too
         },
         {
-            "weights": int((1 + reshard) * share * total * 4 * micro_batches),
+            "weights": int(share * (total + reshard * sum(apart)) * 4 * micro_batches),
             "gradients": int(share * total * 4 * micro_batches + 2 * (replicas - 1) / replicas * total / shards * 4),
             "muon": int(2 * share / shards * owned_by_muon * 4),
         },
@@ -200,18 +201,30 @@ def make_plan(
     )
 
 
-def _gathered(total: int, largest: int, in_blocks: int, reshard: bool) -> int:
+def _gathered(total: int, apart: list[int], reshard: bool) -> int:
     """Bytes of whole weights that are here for a time, and of their whole gradients, in float32.
 
-    What is in no block (embedding and head) is here as long as any block is; of the blocks there are two at a time, as
-    the next one is fetched meanwhile, or all of them if none is put away.
+    What is not gathered apart (embedding and head, or a small model) is here as long as any block is; of the groups of
+    blocks there are two at a time, as the next one is fetched meanwhile, or all of them if none is put away.
     """
+    largest, in_blocks = max(apart, default=0), sum(apart)
     outside = total - in_blocks
     return 4 * (outside + (min(2 * largest, in_blocks) if reshard else in_blocks)) + 4 * (outside + largest)
 
 
+def _sizes_apart(model: nn.Module) -> list[int]:
+    """Parameters of every group of blocks that is gathered by itself."""
+    taken: set[nn.Parameter] = set()
+    sizes = []
+    for group in reversed(gathered_apart(model)):  # inner blocks first, as they are divided
+        own = {p for block in group for p in block.parameters()} - taken
+        sizes.append(sum(p.numel() for p in own))
+        taken |= own
+    return sizes
+
+
 def _block_sizes(model: nn.Module) -> list[int]:
-    """Parameters of every member of every module list: what is gathered together."""
+    """Parameters of every member of every module list: what is computed again together."""
     return [
         sum(p.numel() for p in block.parameters())
         for module in model.modules()

@@ -1,9 +1,9 @@
 """Weights, gradients and optimizer state divided among ranks: torch's own ``fully_shard`` by declared roles.
 
 Every member of a module list (a block) is gathered on its own while it is at work, the rest of the model once. Small
-blocks that follow each other are gathered together: a message costs time, however short it is. An expert stack is
-divided by expert when there are enough, so that an optimizer of matrices finds whole matrices on every rank; any other
-tensor by its first axis. Models know nothing of this.
+blocks that follow each other are gathered together, and a small model whole: a message costs time, however short it is.
+An expert stack is divided by expert when there are enough, so that an optimizer of matrices finds whole matrices on
+every rank; any other tensor by its first axis. Models know nothing of this.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from quintic.core.ranks import Ranks
 from quintic.core.roles import Role, declared_roles
+from quintic.engine.pairwise import AllGather, ReduceScatter
 
-__all__ = ["divide_", "put_away", "sum_over_replicas", "whole"]
+__all__ = ["divide_", "gathered_apart", "put_away", "sum_over_replicas", "whole"]
 
-_MESSAGE = 32 * 2**20  # bytes of blocks that are gathered together
+TOGETHER = 32 * 2**20
+"""Bytes of weights, up to which they are gathered together."""
 
 
 def divide_(model: nn.Module, ranks: Ranks, *, reshard: bool = True) -> None:
@@ -31,7 +33,7 @@ def divide_(model: nn.Module, ranks: Ranks, *, reshard: bool = True) -> None:
     Args:
         model: Equal on all ranks, roles declared.
         ranks: The mesh.
-        reshard: Put gathered weights away after a forward pass and gather them again for the backward pass.
+        reshard: Put gathered blocks away after a forward pass and gather them again for the backward pass.
     """
     if ranks.mesh is None:
         return
@@ -42,15 +44,36 @@ def divide_(model: nn.Module, ranks: Ranks, *, reshard: bool = True) -> None:
         few = id(parameter) in stacks and parameter.shape[0] < shards and parameter.shape[1] % shards == 0
         return Shard(1) if few else Shard(0)
 
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    nested = any(isinstance(inner, nn.ModuleList) for blocks in lists for block in blocks for inner in block.modules())
-    groups = [group for blocks in lists for group in _together(blocks, 0 if nested else _MESSAGE)]
-    for modules in (*reversed(groups), [model]):  # a block within a block first: the outer one takes what is left
-        fully_shard(modules, mesh=ranks.mesh, shard_placement_fn=placement, reshard_after_forward=reshard)
+    mesh = ranks.mesh if ranks.world > shards else ranks.mesh["shard"]  # else gradients are summed over one replica
+    for modules in (*reversed(gathered_apart(model)), [model]):  # inner blocks first: the outer takes what is left
         divided = modules[0]
+        between = reshard and divided is not model  # which is needed again as soon as the forward pass has ended
+        fully_shard(modules, mesh=mesh, shard_placement_fn=placement, reshard_after_forward=between)
         assert isinstance(divided, FSDPModule)
         divided.set_gradient_divide_factor(1.0)
         divided.set_force_sum_reduction_for_comms(True)  # else float32 asks for an operation that gloo lacks
+        if ranks.mesh.device_type == "cpu":
+            # The base classes that torch names have no public name.
+            divided.set_custom_all_gather(AllGather())  # pyright: ignore[reportArgumentType]
+            divided.set_custom_reduce_scatter(ReduceScatter())  # pyright: ignore[reportArgumentType]
+
+
+def gathered_apart(model: nn.Module) -> list[list[nn.Module]]:
+    """Groups of blocks that are gathered by themselves, in order; the rest of the model is gathered once.
+
+    Example:
+        >>> blocks = [nn.Linear(1024, 1024, device="meta") for _ in range(10)]
+        >>> [len(group) for group in gathered_apart(nn.Sequential(nn.ModuleList(blocks)))]
+        [7, 3]
+        >>> gathered_apart(nn.Sequential(nn.ModuleList(blocks[:3])))
+        []
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    # A flow, whose blocks hold blocks, calls each of them by itself, and so each must be gathered by itself.
+    nested = any(isinstance(inner, nn.ModuleList) for blocks in lists for block in blocks for inner in block.modules())
+    if not nested and _bytes(model) <= TOGETHER:
+        return []
+    return [group for blocks in lists for group in _together(blocks, 0 if nested else TOGETHER)]
 
 
 def _together(blocks: nn.ModuleList, most: int) -> list[list[nn.Module]]:
@@ -58,13 +81,17 @@ def _together(blocks: nn.ModuleList, most: int) -> list[list[nn.Module]]:
     groups: list[list[nn.Module]] = []
     left = 0
     for block in blocks:
-        size = sum(p.numel() * p.element_size() for p in block.parameters())
+        size = _bytes(block)
         if not groups or size > left:
             groups.append([])
             left = most
         groups[-1].append(block)
         left -= size
     return groups
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def sum_over_replicas(model: nn.Module, now: bool) -> None:

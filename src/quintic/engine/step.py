@@ -3,6 +3,9 @@
 A pure function of the state before it; see :mod:`quintic.engine.loop` for what happens between steps.
 """
 
+# The torch._foreach functions have no public name.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import math
@@ -27,6 +30,7 @@ from quintic.engine.spikes import remember, spike_score
 from quintic.engine.task import Batch, Task
 from quintic.engine.utilization import Peak
 from quintic.optim import ClipResult, GradientClipping, Muon, OptimConfig, diagnose, lr_factor, momentum_at, snapshot
+from quintic.optim.sharded import local
 
 __all__ = ["StepParts", "TrainingError", "take_step"]
 
@@ -151,15 +155,15 @@ def _gradients(parts: StepParts, examples: NDArray[Any], noise: int) -> tuple[fl
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(device, parts.dtype, cache=False):
             loss = task.loss(model, batch)
-        sum_over_replicas(model, now=start + size >= len(own))
+        if size < len(own):
+            sum_over_replicas(model, now=start + size >= len(own))
         (loss.total if loss.regularizer is None else loss.total + loss.regularizer).backward()
         total += float(loss.total.detach())
         count += loss.count
     total, count = ranks.sum(total, count)
     # Sums over elements were differentiated: one division makes the mean, however the batch was cut and shared out.
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(1.0 / count)
+    with torch.no_grad():
+        torch._foreach_mul_([local(p.grad) for p in model.parameters() if p.grad is not None], 1.0 / count)
     return total, count, batch if size >= len(own) else None
 
 

@@ -51,6 +51,7 @@ from quintic.optim.sharded import (
     assemble,
     holds_whole_matrices,
     local,
+    own,
     scatter_,
     settle_gradient_,
 )
@@ -323,12 +324,13 @@ class Muon(torch.optim.Optimizer):
             state = self.state[p]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = new_state(p)
-            tensors = (p.detach(), gradient, state["momentum_buffer"])
+            momentum = state["momentum_buffer"]
             if holds_whole_matrices(p, group["layout"]):
-                ready.append((group, group, key, state, [local(t) for t in tensors]))
+                ready.append((group, group, key, state, (own(p), local(gradient), local(momentum))))
             else:
-                divided.append(Divided(group, p, *tensors[1:]))
-        gathered = assemble(divided, bad, self.distributed)
+                divided.append(Divided(group, p, gradient, momentum))
+        keep = 1.0 if _may_look(bad) and not bad else (~bad).to(torch.float32)
+        gathered = assemble(divided, keep, self.distributed)
         for (group, p, *_), stand_in in zip(divided, gathered, strict=True):
             if stand_in is not None:
                 ready.append((group, stand_in.group, _key(stand_in.group), self.state[p], stand_in[1:]))
@@ -341,11 +343,10 @@ class Muon(torch.optim.Optimizer):
                 top = top_space_of(settings, state, i, part)
                 pieces = buckets.setdefault((*shape, key), (settings, []))[1]
                 pieces.extend(pieces_of(part, gradient, average, top))
-        keep = 1.0 if _may_look(bad) and not bad else (~bad).to(torch.float32)
         for group, pieces in buckets.values():
             for chunk in chunks(pieces):
                 update_matrices(group, chunk, keep, self._space)
-        scatter_(divided, [each and each.weights for each in gathered], bad, self.distributed)
+        scatter_(divided, [each and each.weights for each in gathered], keep, self.distributed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a state dict, of a model in any dtype; tensors are copied.

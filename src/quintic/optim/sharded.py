@@ -20,6 +20,9 @@ experts on one axis and the rest on all, as long as these are of one set of proc
 every tensor. The stages of a pipeline hold different tensors: to this module each is a model of its own.
 """
 
+# The torch._foreach functions have no public name.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import math
@@ -44,6 +47,7 @@ __all__ = [
     "check_layout",
     "holds_whole_matrices",
     "local",
+    "own",
     "own_part",
     "scatter_",
     "settle_gradient_",
@@ -82,6 +86,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def own(parameter: Tensor) -> Tensor:
+    """The part of a parameter that lies here, to be changed in place; itself, without history, if it is not divided."""
+    return local(parameter).detach()
+
+
 def whole(part: Tensor, pattern: Tensor) -> Tensor:
     """Put together a tensor of which this is the local part, divided as the pattern is; one gather."""
     if not isinstance(pattern, DTensor):
@@ -99,26 +108,26 @@ def own_part(tensor: Tensor, pattern: Tensor) -> Tensor:
     return distribute_tensor(tensor, pattern.device_mesh, pattern.placements, src_data_rank=None).to_local()
 
 
-def assemble(divided: list[Divided], bad: Tensor, distributed: str) -> list[Gathered | None]:
+def assemble(divided: list[Divided], keep: Tensor | float, distributed: str) -> list[Gathered | None]:
     """Advance the momenta of divided parameters where they lie, and put their Nesterov forms together.
 
     All processes call it with the same parameters in the same order.
 
     Args:
-        divided: Gradients and momenta divided as their parameter is; momenta change in place unless the step is bad.
-        bad: 0-d bool, equal on all processes.
+        divided: Gradients and momenta divided as their parameter is; momenta change in place.
+        keep: 1, or a 0-d tensor of 1 or 0, which turns this into no step; equal on all processes.
         distributed: Name of :data:`DISTRIBUTED`.
 
     Returns:
         For each parameter what is to be updated here; None if another process does it.
     """
-    directions = [_advance(each, bad) for each in divided]
+    directions = _advance(divided, keep)
     gathered: list[Gathered | None] = [None] * len(divided)
     for group, indices in _shares(divided, distributed):
         if group is None:
             for i in indices:
                 settings, p = divided[i].group, divided[i].parameter
-                weights = whole(local(p.detach()).to(directions[i].dtype), p) if _decay_needs_whole(settings) else None
+                weights = whole(own(p).to(directions[i].dtype), p) if _decay_needs_whole(settings) else None
                 gathered[i] = _stand_in(settings, whole(directions[i], p), weights)
             continue
         rank, world = dist.get_rank(group), dist.get_world_size(group)
@@ -133,14 +142,15 @@ def assemble(divided: list[Divided], bad: Tensor, distributed: str) -> list[Gath
     return gathered
 
 
-def scatter_(divided: list[Divided], results: list[Tensor | None], bad: Tensor, distributed: str) -> None:
+def scatter_(divided: list[Divided], results: list[Tensor | None], keep: Tensor | float, distributed: str) -> None:
     """Give divided parameters their rows of what a step has made of the weights of :func:`assemble`."""
+    rows: dict[int, Tensor] = {}
     for group, indices in _shares(divided, distributed):
         if group is None:
             for i in indices:
                 result = results[i]
                 assert result is not None
-                _apply(*divided[i][:2], own_part(result, divided[i].parameter), bad)
+                rows[i] = own_part(result, divided[i].parameter)
             continue
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         owners = _owners([divided[i].parameter for i in indices], world)
@@ -156,16 +166,34 @@ def scatter_(divided: list[Divided], results: list[Tensor | None], bad: Tensor, 
         shapes = [[_part_shape(divided[i].parameter, rank) for i in each] for each in theirs]
         like = local(divided[indices[0]].momentum)
         for each, parts in zip(theirs, _exchange(sent, shapes, like, group), strict=True):
-            for i, rows in zip(each, parts, strict=True):
-                _apply(*divided[i][:2], rows, bad)
+            rows.update(zip(each, parts, strict=True))
+    _apply(divided, rows, keep)
 
 
-def _advance(divided: Divided, bad: Tensor) -> Tensor:
-    """The local part of the direction whose msign is taken."""
-    momentum = local(divided.momentum)
-    direction = local(divided.gradient).to(momentum.dtype, copy=True).masked_fill_(bad, 0.0)
-    advance_(divided.group, [momentum], [direction], (~bad).to(momentum.dtype))
-    return direction
+def _advance(divided: list[Divided], keep: Tensor | float) -> list[Tensor]:
+    """The local parts of the directions whose msign is taken."""
+    directions = [torch.empty_like(local(each.momentum)) for each in divided]
+    for group, indices in _alike(divided):
+        momenta = [local(divided[i].momentum) for i in indices]
+        gradients = [local(divided[i].gradient) for i in indices]
+        views = [directions[i] for i in indices]
+        if isinstance(keep, Tensor):
+            torch._foreach_copy_(views, gradients)
+            for view in views:
+                view.masked_fill_(keep == 0.0, 0.0)
+            advance_(group, momenta, views, keep.to(views[0].device, views[0].dtype))
+        else:
+            advance_(group, momenta, gradients, keep, views)
+    return directions
+
+
+def _alike(divided: list[Divided]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Indices of the parameters that one call can work on, and their settings."""
+    together: dict[Any, list[int]] = {}
+    for i, each in enumerate(divided):
+        together.setdefault((id(each.group), each.momentum.dtype, each.momentum.device), []).append(i)
+    for indices in together.values():
+        yield divided[indices[0]].group, indices
 
 
 def _stand_in(group: dict[str, Any], direction: Tensor, weights: Tensor | None = None) -> Gathered:
@@ -175,17 +203,20 @@ def _stand_in(group: dict[str, Any], direction: Tensor, weights: Tensor | None =
     return Gathered({**group, **settings, "weight_decay": decay}, weights, direction, torch.zeros_like(direction))
 
 
-def _apply(group: dict[str, Any], p: Tensor, rows: Tensor, bad: Tensor) -> None:
-    """Write the local rows of a result: new weights with spectral decay, else an update."""
-    own = local(p.detach())
-    if _decay_needs_whole(group):
-        own.copy_(rows)
-        return
-    keep = (~bad).to(rows.dtype)
-    target = own.to(rows.dtype)  # half precision is rounded once
-    target = target.mul_(1.0 - keep * group["lr"] * group["weight_decay"]).add_(rows)
-    if target is not own:
-        own.copy_(target)
+def _apply(divided: list[Divided], rows: dict[int, Tensor], keep: Tensor | float) -> None:
+    """Write the local rows of the results: new weights with spectral decay, else updates."""
+    for group, indices in _alike(divided):
+        found, parts = [rows[i] for i in indices], [own(divided[i].parameter) for i in indices]
+        if _decay_needs_whole(group):
+            torch._foreach_copy_(parts, found)
+            continue
+        targets = [p.to(row.dtype) for p, row in zip(parts, found, strict=True)]  # half precision is rounded once
+        if group["weight_decay"]:
+            torch._foreach_mul_(targets, 1.0 - keep * group["lr"] * group["weight_decay"])
+        torch._foreach_add_(targets, found)
+        for p, target in zip(parts, targets, strict=True):
+            if target is not p:
+                p.copy_(target)
 
 
 def _shares(divided: list[Divided], distributed: str) -> Iterator[tuple[Any, list[int]]]:
