@@ -1,9 +1,8 @@
 """All-gather and reduce-scatter for CPUs: every rank sends each other rank its part at once.
 
 Gloo passes parts around a ring, and copies and waits between the rounds; here parts go straight to who needs them, as
-many bytes in all, in a third to a half of the time of two processes. Sums are taken in the order of ranks, so that they
-do not depend on the way that messages took. What :func:`torch.distributed.fsdp.fully_shard` takes by
-``set_custom_all_gather`` and ``set_custom_reduce_scatter``.
+many bytes in all. Sums are taken in the order of ranks, so that they do not depend on the way that messages took. What
+:func:`torch.distributed.fsdp.fully_shard` takes by ``set_custom_all_gather`` and ``set_custom_reduce_scatter``.
 """
 
 from __future__ import annotations
