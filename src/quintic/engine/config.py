@@ -46,7 +46,7 @@ class EngineConfig:
     shards: int = 0
     """Ranks of a torchrun job that hold one copy of weights and optimizer state together; 0 is all of them."""
     reshard: bool = True
-    """Whether gathered weights are put away between forward and backward; false keeps them: less traffic, as ZeRO-1."""
+    """Whether gathered blocks are put away between forward and backward; false keeps them: less traffic, as ZeRO-1."""
     seed: int = 0
     """Initial weights, data order and samples are pure functions of it."""
     device: str = "auto"

@@ -146,7 +146,7 @@ def make_plan(
         logits: How many of them are in memory at a time.
         compute_bytes: Bytes of a number in matrix products: 2 for bfloat16.
         optimizer: muon or adamw.
-        reshard: Whether gathered weights are put away between forward and backward pass, ``engine.reshard``.
+        reshard: Whether gathered blocks are put away between forward and backward pass, ``engine.reshard``.
         checkpoint: Whether blocks are computed again in the backward pass, ``lm.checkpoint``.
         task: Whose settings the advice names.
 
