@@ -212,7 +212,8 @@ def _apply(divided: list[Divided], rows: dict[int, Tensor], keep: Tensor | float
             continue
         targets = [p.to(row.dtype) for p, row in zip(parts, found, strict=True)]  # half precision is rounded once
         if group["weight_decay"]:
-            torch._foreach_mul_(targets, 1.0 - keep * group["lr"] * group["weight_decay"])
+            now = keep.to(found[0].device, found[0].dtype) if isinstance(keep, Tensor) else keep
+            torch._foreach_mul_(targets, 1.0 - now * group["lr"] * group["weight_decay"])
         torch._foreach_add_(targets, found)
         for p, target in zip(parts, targets, strict=True):
             if target is not p:
